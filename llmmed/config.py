@@ -1,0 +1,128 @@
+"""The configuration: one dataclass a YAML group. No field has a default, so that every default is visible in `configs/`.
+
+Nothing here imports torch: a mistake in the configuration is told within a second.
+"""
+
+from __future__ import annotations
+
+from typing import Annotated, Literal
+
+from pydantic import ConfigDict, Field
+from pydantic.dataclasses import dataclass
+
+_STRICT = ConfigDict(extra="forbid", frozen=True, validate_default=True)
+
+Positive = Annotated[int, Field(gt=0)]
+NonNegative = Annotated[int, Field(ge=0)]
+Fraction = Annotated[float, Field(ge=0, lt=1)]
+PositiveFloat = Annotated[float, Field(gt=0)]
+NonNegativeFloat = Annotated[float, Field(ge=0)]
+
+
+@dataclass(config=_STRICT, frozen=True)
+class ModelConfig:
+    """A Llama-architecture transformer."""
+
+    name: str
+    n_layers: Positive
+    d_model: Positive
+    n_heads: Positive
+    n_kv_heads: Positive
+    d_ff: Positive
+    vocab_size: Positive
+    rope_theta: PositiveFloat
+    norm_eps: PositiveFloat
+    tie_embeddings: bool
+
+
+@dataclass(config=_STRICT, frozen=True)
+class KernelsConfig:
+    """How the implementation of each op is picked."""
+
+    policy: Literal["auto", "triton", "pytorch"]
+    pin: dict[str, str | None]
+    on_unavailable: Literal["error", "fallback"]
+    margin: Fraction  # a rival must be faster than the default by this share, and by more than the noise
+    cache: Literal["use", "refresh", "none"]
+    plan: str | None  # somebody's kernels.json, verified again here
+    budget_seconds: PositiveFloat  # tuning ends after this with the best plan so far
+    candidate_seconds: PositiveFloat  # one candidate that takes longer is killed and rejected
+
+
+@dataclass(config=_STRICT, frozen=True)
+class TrainConfig:
+    """The training loop. Lengths in tokens, batches in sequences."""
+
+    max_steps: Positive
+    seq_len: Annotated[int, Field(ge=2)]
+    micro_batch_size: Positive
+    global_batch_tokens: Positive
+    precision: Literal["fp32", "bf16", "fp16"]
+    compile: Literal["auto", "eager", "compiled"]
+    grad_clip: NonNegativeFloat  # 0 switches clipping off
+    eval_every: NonNegative  # 0: only at the end
+    eval_batches: Positive
+    checkpoint_every: NonNegative  # 0: only at the end
+    keep_last: Positive
+    log_every: Positive
+    resume: str | None  # null, auto, latest, or a run folder
+    deterministic: bool
+    dry_run: bool
+
+
+@dataclass(config=_STRICT, frozen=True)
+class OptimizerConfig:
+    """AdamW and its learning-rate schedule."""
+
+    name: Literal["adamw"]
+    lr: PositiveFloat
+    weight_decay: NonNegativeFloat
+    betas: tuple[Fraction, Fraction]
+    eps: PositiveFloat
+    schedule: Literal["cosine", "linear", "constant"]
+    warmup_steps: NonNegative
+    min_lr_ratio: Annotated[float, Field(ge=0, le=1)]
+
+
+@dataclass(config=_STRICT, frozen=True)
+class DataConfig:
+    """Where documents come from."""
+
+    name: Literal["biomed", "text", "synthetic"]
+    path: str | None  # text: a file or a folder of .txt, .jsonl, .parquet
+    text_field: str  # jsonl, parquet: the field with the text
+    validation_fraction: Annotated[float, Field(gt=0, lt=1)]
+
+
+@dataclass(config=_STRICT, frozen=True)
+class TokenizerConfig:
+    """How documents become tokens."""
+
+    name: Literal["bpe"]
+    vocab_size: Annotated[int, Field(ge=258)]
+
+
+@dataclass(config=_STRICT, frozen=True)
+class LoggerConfig:
+    """Weights & Biases: a sink, never the source."""
+
+    mode: Literal["offline", "online", "disabled"]
+    project: str
+    entity: str | None
+    group: str | None
+    tags: list[str]
+
+
+@dataclass(config=_STRICT, frozen=True)
+class Config:
+    """A whole run."""
+
+    seed: NonNegative
+    device: Literal["cuda", "cpu"]
+    model: ModelConfig
+    kernels: KernelsConfig
+    train: TrainConfig
+    optimizer: OptimizerConfig
+    data: DataConfig
+    tokenizer: TokenizerConfig
+    logger: LoggerConfig

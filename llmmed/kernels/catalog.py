@@ -1,0 +1,137 @@
+"""Finds ops and implementations, by name without importing torch, and loads them when they are wanted.
+
+An op is a folder of this package with a `reference.py`. An implementation is a module of that folder that defines
+`IMPL`, or an entry point `<op>.<name>` of the group `llmmed.kernels` in any installed package, whose value is an
+`Implementation`. Where an op has a PyTorch implementation, `compiled` (the same, through `torch.compile`) is generated.
+"""
+
+from __future__ import annotations
+
+import functools
+import importlib
+import importlib.metadata
+import re
+import shutil
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from llmmed.kernels.base import Implementation, Kernels, Op
+
+ENTRY_POINT_GROUP = "llmmed.kernels"
+DEFAULT = "pytorch"
+COMPILED = "compiled"
+
+_FOLDER = Path(__file__).parent
+_DEFINES_IMPL = re.compile(r"^IMPL\b[^=\n]*=", re.MULTILINE)
+
+
+def op_names() -> tuple[str, ...]:
+    """The names of all ops, sorted. Imports nothing."""
+    return tuple(sorted(path.parent.name for path in _FOLDER.glob("*/reference.py")))
+
+
+def implementation_names(op: str) -> tuple[str, ...]:
+    """The names of an op's implementations, the default first. Imports none of them. Raises `KeyError`."""
+    if op not in op_names():
+        raise KeyError(op)
+    names = set(_modules(op)) | set(_entry_points(op))
+    if DEFAULT in names:
+        names.add(COMPILED)
+    order = {DEFAULT: 0, COMPILED: 1}
+    return tuple(sorted(names, key=lambda name: (order.get(name, 2), name)))
+
+
+def get_op(name: str) -> Op:
+    """Imports an op. Raises `KeyError` for an unknown one."""
+    if name not in op_names():
+        raise KeyError(name)
+    op: Op = importlib.import_module(f"llmmed.kernels.{name}").OP
+    return op
+
+
+def get_implementation(op: str, name: str) -> Implementation:
+    """Imports one implementation's description; its own imports happen in `load`.
+
+    Raises:
+        KeyError: no such op or implementation.
+        Unavailable: its module cannot be imported here.
+    """
+    from llmmed.kernels.base import Unavailable
+
+    if name not in implementation_names(op):
+        raise KeyError(name)
+    if name == COMPILED:
+        return _compiled(get_implementation(op, DEFAULT))
+    try:
+        if name in _modules(op):
+            found = importlib.import_module(_modules(op)[name]).IMPL
+        else:
+            found = _entry_points(op)[name].load()
+    except Exception as error:  # noqa: BLE001 - a candidate that breaks on import must not take the run with it
+        raise Unavailable(f"cannot be imported: {type(error).__name__}: {error}") from error
+    if found.name != name:
+        raise Unavailable(f"calls itself '{found.name}' but stands in a module or entry point named '{name}'")
+    implementation: Implementation = found
+    return implementation
+
+
+def load_kernels(choice: Mapping[str, str]) -> Kernels:
+    """The table for a choice of one implementation an op. Raises `KeyError` and `Unavailable` like the above."""
+    from llmmed.kernels.base import Kernels
+
+    functions: dict[str, Callable[..., Any]] = {}
+    table = Kernels(functions, dict(choice))
+    for op, name in choice.items():
+        implementation = get_implementation(op, name)
+        function = implementation.load()
+        functions[op] = functools.partial(function, kernels=table) if implementation.uses else function
+    table.__post_init__()
+    return table
+
+
+def default_choice() -> dict[str, str]:
+    """Every op with its PyTorch implementation."""
+    return dict.fromkeys(op_names(), DEFAULT)
+
+
+def op_folder(op: str) -> Path:
+    """Where an op lives; the hash of its sources is part of the tuning cache's key."""
+    return _FOLDER / op
+
+
+@functools.cache
+def _modules(op: str) -> dict[str, str]:
+    """Implementation name -> module, for the modules of the op's folder that define `IMPL`."""
+    return {
+        path.stem.removesuffix("_impl"): f"llmmed.kernels.{op}.{path.stem}"
+        for path in sorted((_FOLDER / op).glob("*.py"))
+        if _DEFINES_IMPL.search(path.read_text(encoding="utf-8"))
+    }
+
+
+@functools.cache
+def _entry_points(op: str) -> dict[str, importlib.metadata.EntryPoint]:
+    points = importlib.metadata.entry_points(group=ENTRY_POINT_GROUP)
+    return {point.name.partition(".")[2]: point for point in points if point.name.partition(".")[0] == op}
+
+
+def _compiled(default: Implementation) -> Implementation:
+    """The PyTorch implementation through `torch.compile`: a candidate of its own where the step is not compiled."""
+    from dataclasses import replace
+
+    import torch
+
+    from llmmed.kernels.base import Unavailable
+
+    def load() -> Callable[..., Any]:
+        if torch.cuda.is_available():
+            if importlib.util.find_spec("triton") is None:
+                raise Unavailable("torch.compile needs Triton on a GPU; pip install triton")
+        elif not any(map(shutil.which, ("g++", "clang++", "c++"))):
+            raise Unavailable("torch.compile needs a C++ compiler on a CPU; install g++")
+        compiled: Callable[..., Any] = torch.compile(default.load(), dynamic=False, fullgraph=True)
+        return compiled
+
+    return replace(default, name=COMPILED, load=load, compiles=False, kernel_names=("triton_",))

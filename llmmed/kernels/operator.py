@@ -1,0 +1,116 @@
+"""Turns a forward and a backward function into a differentiable PyTorch operator.
+
+`torch.compile` sees a `torch.library.custom_op` with a fake and an autograd formula, so the graph does not break. Eager
+mode takes a plain `torch.autograd.Function`, which spares it the dispatcher's cost of tens of microseconds a call.
+"""
+
+# Annotations must be real objects: torch infers the operator's schema from them. So no `from __future__` here.
+import inspect
+import os
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from llmmed.kernels.base import Unavailable
+
+INTERPRETED = os.environ.get("TRITON_INTERPRET", "0") == "1"
+TRITON_DEVICES = ("cuda", "cpu") if INTERPRETED else ("cuda",)
+
+
+def require_triton() -> None:
+    """Raises `Unavailable` where Triton kernels cannot run."""
+    try:
+        import triton  # noqa: F401
+    except ImportError as error:
+        raise Unavailable(f"Triton is not installed ({error}); pip install triton") from error
+    if not INTERPRETED and not torch.cuda.is_available():
+        raise Unavailable("Triton kernels need a CUDA GPU, and torch sees none")
+
+
+def make_operator(
+    name: str,
+    *,
+    forward: Callable[..., tuple[Tensor, ...]],
+    fake_forward: Callable[..., tuple[Tensor, ...]],
+    backward: Callable[..., tuple[Tensor, ...]],
+    fake_backward: Callable[..., tuple[Tensor, ...]],
+    save: Callable[[tuple[Any, ...], tuple[Tensor, ...]], tuple[Any, ...]],
+    gradients: Sequence[str],
+    n_outputs: int = 1,
+) -> Callable[..., Any]:
+    """Builds the operator; the result takes `forward`'s arguments by position or by name.
+
+    Args:
+        name: `llmmed::rms_norm_triton`; the operators are `<name>_forward` and `<name>_backward`.
+        forward: `(arguments) -> (public outputs, then what only backward needs)`. Fully annotated, allocates its results.
+        fake_forward: The same on fake tensors: allocates, computes nothing.
+        backward: `(one gradient per public output, then what `save` returned) -> gradients`. Fully annotated. Gradients
+            may come in any strides.
+        fake_backward: The same on fake tensors.
+        save: `(arguments, forward's results) -> what backward needs` (tensors and plain numbers).
+        gradients: For each result of `backward`, the argument that it is the gradient of.
+        n_outputs: How many of `forward`'s results are public.
+    """
+    parameters = inspect.signature(forward).parameters
+    positions = [list(parameters).index(argument) for argument in gradients]
+    defaults = [p.default for p in parameters.values()]
+
+    forward_op = torch.library.custom_op(f"{name}_forward", forward, mutates_args=())
+    forward_op.register_fake(fake_forward)
+    backward_op = torch.library.custom_op(f"{name}_backward", backward, mutates_args=())
+    backward_op.register_fake(fake_backward)
+
+    def keep(ctx: Any, arguments: tuple[Any, ...], results: tuple[Tensor, ...]) -> None:
+        saved = save(arguments, results)
+        ctx.save_for_backward(*(value for value in saved if isinstance(value, Tensor)))
+        ctx.template = [None if isinstance(value, Tensor) else (value,) for value in saved]
+        ctx.output_specs = [(r.shape, r.dtype, r.device) for r in results[:n_outputs]]
+
+    def run_backward(ctx: Any, output_gradients: tuple[Tensor | None, ...], function: Callable[..., Any]) -> list[Any]:
+        tensors = iter(ctx.saved_tensors)
+        saved = [next(tensors) if slot is None else slot[0] for slot in ctx.template]
+        upstream = [
+            torch.zeros(shape, dtype=dtype, device=device) if gradient is None else gradient
+            for gradient, (shape, dtype, device) in zip(output_gradients[:n_outputs], ctx.output_specs, strict=True)
+        ]
+        found: list[Any] = [None] * len(parameters)
+        for position, gradient in zip(positions, function(*upstream, *saved), strict=True):
+            found[position] = gradient if ctx.needs_input_grad[position] else None
+        return found
+
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+        ctx.set_materialize_grads(False)
+        keep(ctx, inputs, output)
+
+    forward_op.register_autograd(
+        lambda ctx, *output_gradients: tuple(run_backward(ctx, output_gradients, backward_op)),
+        setup_context=setup_context,
+    )
+
+    class Direct(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx: Any, *arguments: Any) -> Any:
+            results = forward(*arguments)
+            ctx.set_materialize_grads(False)
+            keep(ctx, arguments, results)
+            ctx.mark_non_differentiable(*results[n_outputs:])
+            return results
+
+        @staticmethod
+        def backward(ctx: Any, *output_gradients: Tensor | None) -> Any:
+            return tuple(run_backward(ctx, output_gradients, backward))
+
+    def operator(*args: Any, **kwargs: Any) -> Any:
+        arguments = args
+        if kwargs or len(args) < len(parameters):
+            rest = list(parameters)[len(args) :]
+            arguments = args + tuple(kwargs.get(n, defaults[len(args) + i]) for i, n in enumerate(rest))
+        results = forward_op(*arguments) if torch.compiler.is_compiling() else Direct.apply(*arguments)
+        return results[0] if n_outputs == 1 else results[:n_outputs]
+
+    operator.__name__ = name.rpartition("::")[2]
+    operator.forward_op = forward_op  # type: ignore[attr-defined]  # for `torch.library.opcheck`
+    operator.backward_op = backward_op  # type: ignore[attr-defined]
+    return operator
