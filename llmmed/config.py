@@ -1,4 +1,4 @@
-"""The configuration: one dataclass a YAML group. No field has a default, so that every default is visible in `configs/`.
+"""The configuration: one dataclass a YAML group. No field has a default: every default is visible in `configs/`.
 
 Nothing here imports torch: a mistake in the configuration is told within a second.
 """

@@ -129,7 +129,7 @@ class Call:
 
 @dataclass(frozen=True)
 class Cost:
-    """The least that a call must do: bytes through device memory and floating-point operations, forward and backward."""
+    """The least that a call must do: bytes through device memory and floating-point operations, each direction."""
 
     forward_bytes: int
     backward_bytes: int

@@ -69,7 +69,7 @@ def get_implementation(op: str, name: str) -> Implementation:
             found = importlib.import_module(_modules(op)[name]).IMPL
         else:
             found = _entry_points(op)[name].load()
-    except Exception as error:  # noqa: BLE001 - a candidate that breaks on import must not take the run with it
+    except Exception as error:  # a candidate that breaks on import must not take the run with it
         raise Unavailable(f"cannot be imported: {type(error).__name__}: {error}") from error
     if found.name != name:
         raise Unavailable(f"calls itself '{found.name}' but stands in a module or entry point named '{name}'")

@@ -5,6 +5,7 @@ mode takes a plain `torch.autograd.Function`, which spares it the dispatcher's c
 """
 
 # Annotations must be real objects: torch infers the operator's schema from them. So no `from __future__` here.
+import functools
 import inspect
 import os
 from collections.abc import Callable, Sequence
@@ -29,6 +30,18 @@ def require_triton() -> None:
         raise Unavailable("Triton kernels need a CUDA GPU, and torch sees none")
 
 
+def as_rows(tensor: Tensor) -> Tensor:
+    """`tensor` as [rows, last dimension] with unit stride in the last; a view where the strides allow it."""
+    rows = tensor.reshape(-1, tensor.shape[-1])
+    return rows if rows.stride(-1) == 1 else rows.contiguous()
+
+
+@functools.cache
+def sm_count(device: torch.device) -> int:
+    """Streaming multiprocessors of a GPU; a small number on a CPU, where kernels run in the interpreter."""
+    return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 2
+
+
 def make_operator(
     name: str,
     *,
@@ -44,7 +57,7 @@ def make_operator(
 
     Args:
         name: `llmmed::rms_norm_triton`; the operators are `<name>_forward` and `<name>_backward`.
-        forward: `(arguments) -> (public outputs, then what only backward needs)`. Fully annotated, allocates its results.
+        forward: `(arguments) -> (public outputs, what only backward needs)`. Fully annotated; allocates its results.
         fake_forward: The same on fake tensors: allocates, computes nothing.
         backward: `(one gradient per public output, then what `save` returned) -> gradients`. Fully annotated. Gradients
             may come in any strides.

@@ -1,0 +1,141 @@
+"""`rms_norm` in Triton: one pass over memory forward, one backward.
+
+Backward runs a fixed number of programs, each over many rows. The weight's gradient is summed in registers, one partial
+row a program, and the partial rows are added up in a fixed order: deterministic, float32 throughout.
+"""
+
+# Annotations must be real objects: torch infers the operator's schema from them. So no `from __future__` here.
+from collections.abc import Callable
+from typing import Any
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from llmmed.kernels.base import Implementation
+from llmmed.kernels.operator import TRITON_DEVICES, as_rows, make_operator, require_triton, sm_count
+
+_TILE = 4096  # elements a program holds at once: 16 to 32 a thread, enough loads in flight, no spills
+_MAX_WIDTH = 16384  # a row must fit into one program's registers
+
+
+@triton.jit
+def rms_norm_triton_fwd_kernel(
+    x_ptr, weight_ptr, y_ptr, rstd_ptr, x_stride, n_rows,
+    N: tl.constexpr, EPS: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+):  # fmt: skip
+    rows = tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M)
+    cols = tl.arange(0, BLOCK_N)
+    row_mask = rows < n_rows
+    mask = row_mask[:, None] & (cols < N)[None, :]
+    rows64 = rows.to(tl.int64)
+    x = tl.load(x_ptr + rows64[:, None] * x_stride + cols[None, :], mask=mask, other=0.0).to(tl.float32)
+    rstd = tl.rsqrt(tl.sum(x * x, axis=1) / N + EPS)
+    weight = tl.load(weight_ptr + cols, mask=cols < N, other=0.0).to(tl.float32)
+    y = x * rstd[:, None] * weight[None, :]
+    tl.store(y_ptr + rows64[:, None] * N + cols[None, :], y.to(y_ptr.dtype.element_ty), mask=mask)
+    tl.store(rstd_ptr + rows64, rstd, mask=row_mask)
+
+
+@triton.jit
+def rms_norm_triton_bwd_kernel(
+    dy_ptr, x_ptr, weight_ptr, rstd_ptr, dx_ptr, partial_ptr, dy_stride, x_stride, n_rows,
+    N: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, STAGES: tl.constexpr,
+):  # fmt: skip
+    cols = tl.arange(0, BLOCK_N)
+    col_mask = cols < N
+    weight = tl.load(weight_ptr + cols, mask=col_mask, other=0.0).to(tl.float32)
+    # Two-dimensional, so that rows are added up across threads once, after the loop.
+    dweight = tl.zeros((BLOCK_M, BLOCK_N), dtype=tl.float32)
+    for block in tl.range(tl.program_id(0), tl.cdiv(n_rows, BLOCK_M), tl.num_programs(0), num_stages=STAGES):
+        rows = block * BLOCK_M + tl.arange(0, BLOCK_M)
+        row_mask = rows < n_rows
+        mask = row_mask[:, None] & col_mask[None, :]
+        rows64 = rows.to(tl.int64)
+        dy = tl.load(dy_ptr + rows64[:, None] * dy_stride + cols[None, :], mask=mask, other=0.0).to(tl.float32)
+        x = tl.load(x_ptr + rows64[:, None] * x_stride + cols[None, :], mask=mask, other=0.0).to(tl.float32)
+        rstd = tl.load(rstd_ptr + rows64, mask=row_mask, other=0.0)
+        x_hat = x * rstd[:, None]
+        scaled = dy * weight[None, :]
+        dweight += dy * x_hat
+        projection = tl.sum(scaled * x_hat, axis=1) / N
+        dx = (scaled - x_hat * projection[:, None]) * rstd[:, None]
+        tl.store(dx_ptr + rows64[:, None] * N + cols[None, :], dx.to(dx_ptr.dtype.element_ty), mask=mask)
+    tl.store(partial_ptr + tl.program_id(0).to(tl.int64) * N + cols, tl.sum(dweight, axis=0), mask=col_mask)
+
+
+def _blocks(width: int) -> tuple[int, int, int]:
+    """BLOCK_M, BLOCK_N and num_warps for a width: tiles of about `_TILE` elements."""
+    block_n = triton.next_power_of_2(width)
+    block_m = max(1, _TILE // block_n)
+    return block_m, block_n, max(4, min(16, block_m * block_n // 1024))
+
+
+def _forward(x: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
+    rows = as_rows(x)
+    n_rows, width = rows.shape
+    y = torch.empty(x.shape, dtype=x.dtype, device=x.device)
+    rstd = torch.empty(n_rows, dtype=torch.float32, device=x.device)
+    if n_rows:
+        block_m, block_n, num_warps = _blocks(width)
+        rms_norm_triton_fwd_kernel[(triton.cdiv(n_rows, block_m),)](
+            rows, weight, y, rstd, rows.stride(0), n_rows,
+            N=width, EPS=eps, BLOCK_M=block_m, BLOCK_N=block_n, num_warps=num_warps,
+        )  # fmt: skip
+    return y, rstd
+
+
+def _fake_forward(x: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
+    n_rows = x.numel() // x.shape[-1]
+    return x.new_empty(x.shape), x.new_empty((n_rows,), dtype=torch.float32)
+
+
+def _backward(dy: Tensor, x: Tensor, weight: Tensor, rstd: Tensor) -> tuple[Tensor, Tensor]:
+    dy_rows, x_rows = as_rows(dy), as_rows(x)
+    n_rows, width = x_rows.shape
+    dx = torch.empty(x.shape, dtype=x.dtype, device=x.device)
+    block_m, block_n, num_warps = _blocks(width)
+    n_programs = max(1, min(triton.cdiv(n_rows, block_m), sm_count(x.device) * max(1, 32 // num_warps // 2)))
+    partial = torch.empty((n_programs, width), dtype=torch.float32, device=x.device)
+    rms_norm_triton_bwd_kernel[(n_programs,)](
+        dy_rows, x_rows, weight, rstd, dx, partial, dy_rows.stride(0), x_rows.stride(0), n_rows,
+        N=width, BLOCK_M=block_m, BLOCK_N=block_n, STAGES=2, num_warps=num_warps,
+    )  # fmt: skip
+    return dx, partial.sum(0).to(weight.dtype)
+
+
+def _fake_backward(dy: Tensor, x: Tensor, weight: Tensor, rstd: Tensor) -> tuple[Tensor, Tensor]:
+    return x.new_empty(x.shape), weight.new_empty(weight.shape)
+
+
+_operator = make_operator(
+    "llmmed::rms_norm_triton",
+    forward=_forward,
+    fake_forward=_fake_forward,
+    backward=_backward,
+    fake_backward=_fake_backward,
+    save=lambda arguments, results: (arguments[0], arguments[1], results[1]),
+    gradients=("x", "weight"),
+)
+
+
+def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
+    """See `reference.rms_norm`. Widths up to 16,384; raises `ValueError` beyond."""
+    if x.shape[-1] > _MAX_WIDTH:
+        raise ValueError(f"rms_norm (triton): width {x.shape[-1]} is over {_MAX_WIDTH}")
+    result: Tensor = _operator(x, weight, eps)
+    return result
+
+
+def _load() -> Callable[..., Any]:
+    require_triton()
+    return rms_norm
+
+
+IMPL = Implementation(
+    "triton",
+    load=_load,
+    devices=TRITON_DEVICES,
+    kernel_names=("rms_norm_triton_fwd_kernel", "rms_norm_triton_bwd_kernel"),
+)
