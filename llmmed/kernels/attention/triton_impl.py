@@ -218,8 +218,8 @@ def launches(head_dim: int, dtype: torch.dtype) -> tuple[Launch, Launch, Launch]
     if dtype == torch.float32:
         return Launch(32, 32, 4, 2), Launch(32, 32, 4, 1), Launch(32, 32, 4, 1)
     if head_dim <= 64:
-        return Launch(128, 64, 4, 3), Launch(128, 64, 8, 2), Launch(128, 64, 8, 3)
-    return Launch(128, 64, 8, 3), Launch(64, 64, 8, 2), Launch(64, 64, 8, 2)
+        return Launch(64, 64, 4, 3), Launch(64, 32, 4, 3), Launch(64, 64, 4, 3)
+    return Launch(64, 64, 4, 3), Launch(64, 64, 4, 2), Launch(128, 64, 8, 3)
 
 
 def _constants(q: Tensor, k: Tensor, launch: Launch) -> dict[str, Any]:

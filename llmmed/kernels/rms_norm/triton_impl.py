@@ -16,7 +16,6 @@ from torch import Tensor
 from llmmed.kernels.base import Implementation
 from llmmed.kernels.operator import TRITON_DEVICES, as_rows, make_operator, require_triton, sm_count
 
-_TILE = 4096  # elements a program holds at once: 16 to 32 a thread, enough loads in flight, no spills
 _MAX_WIDTH = 16384  # a row must fit into one program's registers
 
 
@@ -65,11 +64,23 @@ def rms_norm_triton_bwd_kernel(
     tl.store(partial_ptr + tl.program_id(0).to(tl.int64) * N + cols, tl.sum(dweight, axis=0), mask=col_mask)
 
 
-def _blocks(width: int) -> tuple[int, int, int]:
-    """BLOCK_M, BLOCK_N and num_warps for a width: tiles of about `_TILE` elements."""
+def _forward_launch(width: int) -> tuple[int, int, int]:
+    """BLOCK_M, BLOCK_N and num_warps: tiles of about 4,096 elements, 16 to 32 a thread."""
     block_n = triton.next_power_of_2(width)
-    block_m = max(1, _TILE // block_n)
+    block_m = max(1, 4096 // block_n)
     return block_m, block_n, max(4, min(16, block_m * block_n // 1024))
+
+
+def _backward_launch(width: int) -> tuple[int, int, int, int]:
+    """BLOCK_M, BLOCK_N, num_warps and programs per multiprocessor.
+
+    About 8,192 elements in flight a multiprocessor, pipelined: one program of eight warps, or two of four where rows are
+    short. More programs would write more partial rows.
+    """
+    block_n = triton.next_power_of_2(width)
+    if block_n <= 512:
+        return 4096 // block_n, block_n, 4, 2
+    return max(1, 8192 // block_n), block_n, 16 if block_n > 8192 else 8, 1
 
 
 def _forward(x: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
@@ -78,7 +89,7 @@ def _forward(x: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
     y = torch.empty(x.shape, dtype=x.dtype, device=x.device)
     rstd = torch.empty(n_rows, dtype=torch.float32, device=x.device)
     if n_rows:
-        block_m, block_n, num_warps = _blocks(width)
+        block_m, block_n, num_warps = _forward_launch(width)
         rms_norm_triton_fwd_kernel[(triton.cdiv(n_rows, block_m),)](
             rows, weight, y, rstd, rows.stride(0), n_rows,
             N=width, EPS=eps, BLOCK_M=block_m, BLOCK_N=block_n, num_warps=num_warps,
@@ -95,12 +106,12 @@ def _backward(dy: Tensor, x: Tensor, weight: Tensor, rstd: Tensor) -> tuple[Tens
     dy_rows, x_rows = as_rows(dy), as_rows(x)
     n_rows, width = x_rows.shape
     dx = torch.empty(x.shape, dtype=x.dtype, device=x.device)
-    block_m, block_n, num_warps = _blocks(width)
-    n_programs = max(1, min(triton.cdiv(n_rows, block_m), sm_count(x.device) * max(1, 32 // num_warps // 2)))
+    block_m, block_n, num_warps, per_sm = _backward_launch(width)
+    n_programs = max(1, min(triton.cdiv(n_rows, block_m), sm_count(x.device) * per_sm))
     partial = torch.empty((n_programs, width), dtype=torch.float32, device=x.device)
     rms_norm_triton_bwd_kernel[(n_programs,)](
         dy_rows, x_rows, weight, rstd, dx, partial, dy_rows.stride(0), x_rows.stride(0), n_rows,
-        N=width, BLOCK_M=block_m, BLOCK_N=block_n, STAGES=2, num_warps=num_warps,
+        N=width, BLOCK_M=block_m, BLOCK_N=block_n, STAGES=3, num_warps=num_warps,
     )  # fmt: skip
     return dx, partial.sum(0).to(weight.dtype)
 
