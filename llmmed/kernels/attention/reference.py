@@ -26,4 +26,5 @@ def attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     scores = queries @ keys.mT * q.size(-1) ** -0.5
     future = torch.ones(q.size(1), q.size(1), dtype=torch.bool, device=q.device).triu(1)
     weights = scores.masked_fill(future, float("-inf")).softmax(-1)
-    return (weights @ values).transpose(1, 2).to(q.dtype)
+    out: Tensor = (weights @ values).transpose(1, 2).to(q.dtype)
+    return out

@@ -90,7 +90,7 @@ def _symmetric_product(X: Tensor, add: Tensor, alpha: float, beta: float) -> Ten
 def _forward(G: Tensor) -> Tensor:
     a, b, c = COEFFICIENTS
     norm = torch.linalg.vector_norm(G, dim=(-2, -1), keepdim=True, dtype=torch.float32)
-    X = (G / (norm + EPSILON)).to(G.dtype).contiguous()
+    X: Tensor = (G / (norm + EPSILON)).to(G.dtype).contiguous()
     tall = G.size(-2) > G.size(-1)
     for _ in range(STEPS):
         small = X.mT if tall else X

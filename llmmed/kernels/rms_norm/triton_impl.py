@@ -74,8 +74,8 @@ def _forward_launch(width: int) -> tuple[int, int, int]:
 def _backward_launch(width: int) -> tuple[int, int, int, int]:
     """BLOCK_M, BLOCK_N, num_warps and programs per multiprocessor.
 
-    About 8,192 elements in flight a multiprocessor, pipelined: one program of eight warps, or two of four where rows are
-    short. More programs would write more partial rows.
+    About 8,192 elements in flight a multiprocessor, pipelined: one program of eight warps, or two of four where rows
+    are short. More programs would write more partial rows.
     """
     block_n = triton.next_power_of_2(width)
     if block_n <= 512:

@@ -1,0 +1,202 @@
+"""The Llama architecture (Touvron et al. 2023, arXiv:2302.13971) over a kernel table.
+
+RMSNorm before each branch, rotary positions, SwiGLU, grouped-query attention. Parameters are float32 and have the same
+names and shapes under every kernel plan; each is cast to the compute dtype where it is used, and the residual stream is
+in the compute dtype. There is no autocast: its rules differ between meta, CPU and CUDA, and custom operators escape it.
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from llmmed.config import ModelConfig
+from llmmed.errors import UserError
+from llmmed.kernels.base import Kernels
+
+IGNORE_INDEX = -100  # a target that does not count, as in `torch.nn.functional.cross_entropy`
+_INIT_STD = 0.02
+
+
+class Transformer(nn.Module):
+    """A causal language model.
+
+    Args:
+        config: The architecture.
+        kernels: The table whose `rms_norm` and `rotary` the forward pass calls.
+        compute_dtype: The dtype of activations, and of weights inside matrix products.
+        max_seq_len: The longest sequence that `forward` accepts, in tokens. It sizes the rotary tables and nothing
+            else: a checkpoint loads into a model of any length.
+        seed: Of the initial parameters, which are the same numbers on every device.
+        device: Where the parameters are created. On `meta` they stay without values.
+
+    Raises:
+        UserError: the heads do not fit the width.
+    """
+
+    cos: Tensor  # [max_seq_len, d_head / 2] float32
+    sin: Tensor
+
+    def __init__(
+        self,
+        config: ModelConfig,
+        kernels: Kernels,
+        compute_dtype: torch.dtype,
+        *,
+        max_seq_len: int,
+        seed: int = 0,
+        device: torch.device | str = "cpu",
+    ) -> None:
+        super().__init__()
+        _check_heads(config)
+        self.config = config
+        self.kernels = kernels
+        self.compute_dtype = compute_dtype
+        self.token_embedding = _parameter(config.vocab_size, config.d_model, device=device)
+        self.layers = nn.ModuleList(Block(config, device) for _ in range(config.n_layers))
+        self.final_norm = _parameter(config.d_model, device=device)
+        self.lm_head = None if config.tie_embeddings else _parameter(config.vocab_size, config.d_model, device=device)
+        cos, sin = rotary_tables(max_seq_len, config.d_model // config.n_heads, config.rope_theta)
+        self.register_buffer("cos", cos.to(device), persistent=False)
+        self.register_buffer("sin", sin.to(device), persistent=False)
+        self.initialize(seed)
+
+    @torch.no_grad()
+    def initialize(self, seed: int) -> None:
+        """Draws all parameters anew: matrices from N(0, 0.02^2), those that write to the residual stream divided by
+        sqrt(2 n_layers) (GPT-2, Radford et al. 2019, section 2.3), norms one. Drawn on the CPU, so that a seed means
+        the same model everywhere."""
+        generator = torch.Generator().manual_seed(seed)
+        for name, parameter in self.named_parameters():
+            if parameter.is_meta:
+                continue
+            if parameter.ndim == 1:
+                parameter.fill_(1.0)
+                continue
+            writes_residual = name.endswith(("output_projection", "down_projection"))
+            std = _INIT_STD / math.sqrt(2 * self.config.n_layers) if writes_residual else _INIT_STD
+            parameter.copy_(torch.empty(parameter.shape, device="cpu").normal_(0.0, std, generator=generator))
+
+    def set_kernels(self, kernels: Kernels) -> None:
+        """Takes another plan from the next call on. Parameters stay what they are; a compiled model compiles again."""
+        self.kernels = kernels
+
+    def forward(self, tokens: Tensor, targets: Tensor | None = None) -> Tensor:
+        """Logits, or the loss if targets are given.
+
+        Args:
+            tokens: [batch, seq] int64.
+            targets: [batch, seq] int64, the token that follows each of `tokens`, or `IGNORE_INDEX`.
+
+        Returns:
+            Without targets, the logits [batch, seq, vocab] in the compute dtype. With targets, the mean cross-entropy
+            over those not ignored, in nats, a 0-d float32 tensor.
+
+        Raises:
+            UserError: the sequence is longer than `max_seq_len`.
+        """
+        seq_len = tokens.shape[1]
+        if seq_len > self.cos.shape[0]:
+            raise UserError(
+                f"a sequence of {seq_len} tokens does not fit a model built for {self.cos.shape[0]}; "
+                f"shorten it or build the model with max_seq_len={seq_len}"
+            )
+        cos, sin = self.cos[:seq_len], self.sin[:seq_len]
+        update, residual = F.embedding(tokens, self.token_embedding).to(self.compute_dtype), None
+        for layer in self.layers:
+            update, residual = layer(update, residual, cos, sin, self.kernels)
+        hidden_states, _ = _add_rms_norm(self.kernels, update, residual, self.final_norm, self.config.norm_eps)
+        head = self.token_embedding if self.lm_head is None else self.lm_head
+        logits = F.linear(hidden_states, head.to(self.compute_dtype))  # [batch, seq, vocab]
+        if targets is None:
+            return logits
+        return F.cross_entropy(logits.flatten(0, 1).float(), targets.flatten(), ignore_index=IGNORE_INDEX)
+
+
+class Block(nn.Module):
+    """One layer: attention, then the feed-forward network, each behind a norm and added to the residual stream.
+
+    A branch's output travels unadded to the norm that follows it, also across layers, so that adding and normalising
+    can be one kernel.
+    """
+
+    def __init__(self, config: ModelConfig, device: torch.device | str) -> None:
+        super().__init__()
+        d_model, self.d_head = config.d_model, config.d_model // config.n_heads
+        self.heads = (config.n_heads, config.n_kv_heads, config.n_kv_heads)  # of queries, keys, values
+        self.eps = config.norm_eps
+        self.attention_norm = _parameter(d_model, device=device)
+        self.qkv_projection = _parameter(sum(self.heads) * self.d_head, d_model, device=device)
+        self.output_projection = _parameter(d_model, config.n_heads * self.d_head, device=device)
+        self.mlp_norm = _parameter(d_model, device=device)
+        self.gate_up_projection = _parameter(2 * config.d_ff, d_model, device=device)
+        self.down_projection = _parameter(d_model, config.d_ff, device=device)
+
+    def forward(
+        self, update: Tensor, residual: Tensor | None, cos: Tensor, sin: Tensor, kernels: Kernels
+    ) -> tuple[Tensor, Tensor]:
+        """Takes and returns a branch's output and the residual stream that it is still to be added to.
+
+        Both are [batch, seq, d_model] in the compute dtype; no residual means that nothing was there before.
+        """
+        normed, residual = _add_rms_norm(kernels, update, residual, self.attention_norm, self.eps)
+        update = self._attention(normed, cos, sin, kernels)
+        normed, residual = _add_rms_norm(kernels, update, residual, self.mlp_norm, self.eps)
+        return self._feed_forward(normed), residual
+
+    def _attention(self, x: Tensor, cos: Tensor, sin: Tensor, kernels: Kernels) -> Tensor:
+        qkv = F.linear(x, self.qkv_projection.to(x.dtype)).view(*x.shape[:2], -1, self.d_head)
+        q, k, v = qkv.split(self.heads, dim=2)  # views [batch, seq, heads, d_head] of one projection
+        q, k = kernels.rotary(q, k, cos, sin)
+        return F.linear(_causal_attention(q, k, v).flatten(2), self.output_projection.to(x.dtype))
+
+    def _feed_forward(self, x: Tensor) -> Tensor:
+        gate, up = F.linear(x, self.gate_up_projection.to(x.dtype)).chunk(2, dim=-1)  # views [batch, seq, d_ff]
+        return F.linear(F.silu(gate) * up, self.down_projection.to(x.dtype))
+
+
+def rotary_tables(seq_len: int, d_head: int, theta: float) -> tuple[Tensor, Tensor]:
+    """Cosines and sines of `position * theta^(-2 i / d_head)`, each [seq_len, d_head / 2] float32 on the CPU.
+
+    RoFormer (Su et al. 2021, arXiv:2104.09864), equation 15. In float64 before rounding: at position 100,000 a float32
+    angle is off by up to 0.004.
+    """
+    exponents = torch.arange(0, d_head, 2, dtype=torch.float64, device="cpu") / d_head
+    angles = torch.outer(torch.arange(seq_len, dtype=torch.float64, device="cpu"), theta**-exponents)
+    return angles.cos().float(), angles.sin().float()
+
+
+def _add_rms_norm(
+    kernels: Kernels, x: Tensor, residual: Tensor | None, weight: Tensor, eps: float
+) -> tuple[Tensor, Tensor]:
+    """Adds a branch to the residual stream and norms the sum: `(normed, new residual)`."""
+    residual = x if residual is None else residual + x
+    return kernels.rms_norm(residual, weight, eps), residual
+
+
+def _causal_attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    """Grouped-query attention over [batch, seq, heads, d_head], in that layout."""
+    q, k, v = q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)
+    grouped = q.shape[1] != k.shape[1]
+    return F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=grouped).transpose(1, 2)
+
+
+def _parameter(*shape: int, device: torch.device | str) -> nn.Parameter:
+    return nn.Parameter(torch.empty(shape, dtype=torch.float32, device=device))
+
+
+def _check_heads(config: ModelConfig) -> None:
+    if config.d_model % (2 * config.n_heads):
+        raise UserError(
+            f"model.d_model={config.d_model} does not divide into model.n_heads={config.n_heads} heads of even size; "
+            f"try model.d_model={2 * config.n_heads * max(1, config.d_model // (2 * config.n_heads))}"
+        )
+    if config.n_heads % config.n_kv_heads:
+        divisors = [n for n in range(1, config.n_heads + 1) if config.n_heads % n == 0]
+        raise UserError(
+            f"model.n_kv_heads={config.n_kv_heads} does not divide model.n_heads={config.n_heads}; "
+            f"allowed: {', '.join(map(str, divisors))}"
+        )

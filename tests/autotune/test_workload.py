@@ -1,0 +1,198 @@
+"""The recorded workload: the right calls, the same as a real step makes, and a fingerprint that tells runs apart."""
+
+from __future__ import annotations
+
+import functools
+import json
+import time
+from dataclasses import replace
+
+import pytest
+import torch
+from torch import Tensor
+from torch.utils.checkpoint import checkpoint
+
+from llmmed.autotune.workload import Workload, record_calls, record_workload
+from llmmed.config import (
+    Config,
+    DataConfig,
+    KernelsConfig,
+    LoggerConfig,
+    ModelConfig,
+    OptimizerConfig,
+    TokenizerConfig,
+    TrainConfig,
+)
+from llmmed.kernels.base import Call, Kernels, TensorSpec, tensor_spec
+from llmmed.kernels.catalog import default_choice, load_kernels
+from llmmed.model import Transformer, compute_dtype
+
+LAYERS, WIDTH, HEADS, KV_HEADS, BATCH, SEQ = 3, 64, 4, 2, 2, 16
+D_HEAD = WIDTH // HEADS
+
+
+@pytest.fixture
+def config() -> Config:
+    return Config(
+        seed=0,
+        device="cpu",
+        model=ModelConfig(
+            name="tiny",
+            n_layers=LAYERS,
+            d_model=WIDTH,
+            n_heads=HEADS,
+            n_kv_heads=KV_HEADS,
+            d_ff=96,
+            vocab_size=101,
+            rope_theta=10_000.0,
+            norm_eps=1e-5,
+            tie_embeddings=True,
+        ),
+        kernels=KernelsConfig(
+            policy="auto",
+            pin={},
+            on_unavailable="error",
+            margin=0.01,
+            cache="none",
+            plan=None,
+            budget_seconds=60.0,
+            candidate_seconds=30.0,
+        ),
+        train=TrainConfig(
+            max_steps=1,
+            seq_len=SEQ,
+            micro_batch_size=BATCH,
+            global_batch_tokens=BATCH * SEQ,
+            precision="bf16",
+            compile="eager",
+            grad_clip=1.0,
+            eval_every=0,
+            eval_batches=1,
+            checkpoint_every=0,
+            keep_last=1,
+            log_every=1,
+            resume=None,
+            deterministic=False,
+            dry_run=False,
+        ),
+        optimizer=OptimizerConfig(
+            name="adamw",
+            lr=1e-3,
+            weight_decay=0.1,
+            betas=(0.9, 0.95),
+            eps=1e-8,
+            schedule="cosine",
+            warmup_steps=0,
+            min_lr_ratio=0.1,
+        ),
+        data=DataConfig(name="synthetic", path=None, text_field="text", validation_fraction=0.1),
+        tokenizer=TokenizerConfig(name="bpe", vocab_size=512),
+        logger=LoggerConfig(mode="disabled", project="llmmed", entity=None, group=None, tags=[]),
+    )
+
+
+def test_records_every_call_with_its_layout(config: Config) -> None:
+    calls = record_workload(config).by_op()
+    assert calls["rms_norm"] == {
+        Call.of(
+            "rms_norm",
+            x=tensor_spec(BATCH, SEQ, WIDTH, dtype=torch.bfloat16, requires_grad=True),
+            weight=tensor_spec(WIDTH, dtype=torch.float32, requires_grad=True),
+            eps=1e-5,
+        ): 2 * LAYERS + 1
+    }
+    row = (HEADS + 2 * KV_HEADS) * D_HEAD  # q and k are views of one projection
+    table = tensor_spec(SEQ, D_HEAD // 2, dtype=torch.float32)
+    assert calls["rotary"] == {
+        Call.of(
+            "rotary",
+            q=TensorSpec((BATCH, SEQ, HEADS, D_HEAD), torch.bfloat16, (SEQ * row, row, D_HEAD, 1), True),
+            k=TensorSpec((BATCH, SEQ, KV_HEADS, D_HEAD), torch.bfloat16, (SEQ * row, row, D_HEAD, 1), True),
+            cos=table,
+            sin=table,
+        ): LAYERS
+    }
+
+
+@pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
+@pytest.mark.parametrize("precision", ["fp32", "bf16", "fp16"])
+def test_a_real_step_calls_what_was_recorded(config: Config, precision: str, device: str) -> None:
+    config = replace(config, train=replace(config.train, precision=precision))
+
+    def step(kernels: Kernels) -> None:
+        model = Transformer(config.model, kernels, compute_dtype(precision), max_seq_len=SEQ, device=device)
+        tokens = torch.randint(config.model.vocab_size, (BATCH, SEQ), device=device)
+        model(tokens, tokens).backward()
+        assert all(parameter.grad is not None for parameter in model.parameters())
+
+    assert record_calls(step, load_kernels(default_choice())) == record_workload(config)
+
+
+def test_the_fingerprint_tells_runs_apart(config: Config) -> None:
+    def fingerprint(**change: object) -> str:
+        return record_workload(replace(config, train=replace(config.train, **change))).fingerprint()
+
+    base = fingerprint()
+    deeper = record_workload(replace(config, model=replace(config.model, n_layers=LAYERS + 1))).fingerprint()
+    changed = [fingerprint(micro_batch_size=BATCH + 1), fingerprint(seq_len=SEQ * 2), fingerprint(precision="fp32")]
+    assert len({base, deeper, *changed}) == 5
+    assert fingerprint(max_steps=9, log_every=3) == base
+
+
+def test_the_fingerprint_does_not_depend_on_the_order(config: Config) -> None:
+    workload = record_workload(config)
+    backwards = Workload(dict(reversed(workload.calls.items())))
+    assert list(backwards.calls) != list(workload.calls)
+    assert backwards.fingerprint() == workload.fingerprint()
+
+
+def test_survives_json(config: Config) -> None:
+    workload = record_workload(config)
+    back = Workload.from_json(json.loads(json.dumps(workload.to_json())))
+    assert back == workload
+    assert back.fingerprint() == workload.fingerprint()
+
+
+def test_positional_and_named_arguments_are_one_call() -> None:
+    x, weight = torch.ones(3, 8), torch.ones(8)
+
+    def function(kernels: Kernels) -> None:
+        first = kernels.rms_norm(x, weight, 1e-5)
+        second = kernels.rms_norm(eps=1e-5, weight=weight, x=x)
+        torch.testing.assert_close(first, torch.ones(3, 8))
+        assert torch.equal(first, second)
+
+    workload = record_calls(function, load_kernels(default_choice()))
+    assert list(workload.calls.values()) == [2]
+
+
+def test_recomputed_activations_count_again() -> None:
+    x, weight = torch.ones(3, 8, requires_grad=True), torch.ones(8)
+
+    def function(kernels: Kernels) -> None:
+        checkpoint(kernels.rms_norm, x, weight, 1e-5, use_reentrant=False).sum().backward()
+
+    assert list(record_calls(function, load_kernels(default_choice())).calls.values()) == [2]
+
+
+def test_the_parts_of_a_coarse_op_are_recorded_beside_it() -> None:
+    def normed_rotary(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor, kernels: Kernels) -> tuple[Tensor, Tensor]:
+        weight = torch.ones(q.shape[-1])
+        return kernels.rms_norm(q, weight, 1e-5), kernels.rms_norm(k, weight, 1e-5)
+
+    functions = dict(load_kernels({"rms_norm": "pytorch"}).functions)
+    table = Kernels(functions)
+    functions["rotary"] = functools.partial(normed_rotary, kernels=table)
+    table.__post_init__()
+    heads, angles = torch.ones(1, 2, 4, 8), torch.ones(2, 4)
+    workload = record_calls(lambda kernels: kernels.rotary(heads, heads, angles, angles), table)
+    assert {op: list(calls.values()) for op, calls in workload.by_op().items()} == {"rms_norm": [2], "rotary": [1]}
+
+
+def test_a_large_model_is_recorded_at_once(config: Config) -> None:
+    model = replace(config.model, n_layers=16, d_model=2048, n_heads=16, n_kv_heads=16, d_ff=5632, vocab_size=49_152)
+    large = replace(config, model=model, train=replace(config.train, micro_batch_size=8, seq_len=2048))
+    started = time.perf_counter()
+    calls = record_workload(large).by_op()["rms_norm"]
+    assert time.perf_counter() - started < 10  # under a second on an idle machine
+    assert next(iter(calls)).spec("x").shape == (8, 2048, 2048)
