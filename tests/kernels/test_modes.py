@@ -1,0 +1,83 @@
+"""On a GPU every Triton implementation gives the same results eagerly, compiled, and replayed from a CUDA graph."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from llmmed.kernels.base import Call, Inputs, Op, Unavailable
+from llmmed.kernels.catalog import get_implementation, get_op, implementation_names, load_kernels, op_names
+
+pytestmark = pytest.mark.gpu
+
+CANDIDATES = [(op, name) for op in op_names() for name in implementation_names(op) if name.startswith("triton")]
+DEVICE = torch.device("cuda")
+
+
+def load(op: str, name: str) -> Callable[..., Any]:
+    try:
+        return load_kernels({**dict.fromkeys(op_names(), "pytorch"), op: name}).functions[op]
+    except Unavailable as reason:
+        pytest.skip(str(reason))
+
+
+def draw(op: Op, call: Call, seed: int) -> Inputs:
+    generator = torch.Generator(DEVICE).manual_seed(seed)
+    inputs = op.make_inputs(call, op.regimes[0], generator, DEVICE)
+    for name in op.differentiable:
+        inputs[name].requires_grad_()
+    return inputs
+
+
+def outputs_and_gradients(op: Op, function: Callable[..., Any], inputs: Inputs) -> list[Tensor]:
+    outputs = function(**inputs)
+    outputs = [outputs] if isinstance(outputs, Tensor) else list(outputs)
+    if not op.differentiable:
+        return outputs
+    gradients = torch.autograd.grad(
+        outputs, [inputs[name] for name in op.differentiable], [torch.ones_like(o) for o in outputs]
+    )
+    return [*(o.detach() for o in outputs), *gradients]
+
+
+@pytest.mark.parametrize(("op_name", "name"), CANDIDATES)
+def test_compiled_equals_eager(op_name: str, name: str) -> None:
+    op, function = get_op(op_name), load(op_name, name)
+    torch.compiler.reset()
+    for call in op.cases(torch.bfloat16).values():
+        compiled = torch.compile(function, fullgraph=True, dynamic=False)
+        for seed in range(2):
+            eager = outputs_and_gradients(op, function, draw(op, call, seed))
+            again = outputs_and_gradients(op, compiled, draw(op, call, seed))
+            for expected, found in zip(eager, again, strict=True):
+                torch.testing.assert_close(found, expected, rtol=2e-2, atol=1e-5)
+
+
+@pytest.mark.parametrize(("op_name", "name"), CANDIDATES)
+def test_graph_replayed_with_fresh_inputs_equals_eager(op_name: str, name: str) -> None:
+    op, function = get_op(op_name), load(op_name, name)
+    for call in op.cases(torch.bfloat16).values():
+        static = draw(op, call, 0)
+        stream = torch.cuda.Stream()
+        stream.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(stream):
+            outputs_and_gradients(op, function, static)
+        torch.cuda.current_stream().wait_stream(stream)
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            captured = outputs_and_gradients(op, function, static)
+        for seed in (1, 2):
+            fresh = draw(op, call, seed)
+            with torch.no_grad():
+                for argument, value in fresh.items():
+                    if isinstance(value, Tensor):
+                        static[argument].copy_(value)
+            graph.replay()
+            expected = outputs_and_gradients(op, function, fresh)
+            rtol, atol = (0.0, 0.0) if get_implementation(op_name, name).deterministic else (2e-2, 1e-5)
+            for eager, replayed in zip(expected, captured, strict=True):
+                torch.testing.assert_close(replayed, eager, rtol=rtol, atol=atol)
