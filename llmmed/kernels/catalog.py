@@ -91,6 +91,15 @@ def load_kernels(choice: Mapping[str, str]) -> Kernels:
     return table
 
 
+def load_function(op: str, implementation: Implementation) -> Callable[..., Any]:
+    """One implementation by itself; the ops that it calls take their defaults. Raises `Unavailable`."""
+    function = implementation.load()
+    if not implementation.uses:
+        return function
+    table = load_kernels({name: DEFAULT for name in _with_uses(implementation.uses)})
+    return functools.partial(function, kernels=table)
+
+
 def default_choice() -> dict[str, str]:
     """Every op with its PyTorch implementation."""
     return dict.fromkeys(op_names(), DEFAULT)
@@ -99,6 +108,11 @@ def default_choice() -> dict[str, str]:
 def op_folder(op: str) -> Path:
     """Where an op lives; the hash of its sources is part of the tuning cache's key."""
     return _FOLDER / op
+
+
+def _with_uses(ops: tuple[str, ...]) -> set[str]:
+    """These ops and those that their defaults call in turn."""
+    return set(ops).union(*(_with_uses(get_implementation(op, DEFAULT).uses) for op in ops))
 
 
 @functools.cache

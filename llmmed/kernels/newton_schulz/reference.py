@@ -28,4 +28,5 @@ def newton_schulz(G: Tensor) -> Tensor:
     for _ in range(STEPS):
         A = X @ X.mT
         X = a * X + (b * A + c * A @ A) @ X
-    return X.mT if G.size(-2) > G.size(-1) else X
+    result: Tensor = X.mT if G.size(-2) > G.size(-1) else X
+    return result

@@ -1,0 +1,141 @@
+"""The tuning cache: what was proved and measured, one JSON file a fingerprint, in the user's cache folder.
+
+It keeps evidence and not choices: margin, pins and policy apply afresh in every run. The fingerprint holds all that
+evidence depends on, so an entry is never out of date; it is only no longer asked for.
+"""
+
+from __future__ import annotations
+
+import importlib.metadata
+import json
+import logging
+import shutil
+import sys
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Literal
+
+from pydantic import BaseModel, ConfigDict, ValidationError
+
+from llmmed.autotune.hardware import UNKNOWN_GPU
+from llmmed.autotune.plan import Candidate, Ceilings, Hardware, Mode, first_problem
+from llmmed.autotune.workload import Workload
+from llmmed.files import cache_folder, sha256_of, write_json
+from llmmed.kernels import base, catalog, operator
+
+logger = logging.getLogger(__name__)
+
+_JUDGES = ("verify.py", "measure.py", "worker.py")  # beside this file: what they do decides what is found
+
+
+class Evidence(BaseModel):
+    """What a tuning process found: per op and implementation, and the ceilings if it measured any."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
+
+    ops: dict[str, dict[str, Candidate]]
+    ceilings: Ceilings | None = None
+
+    @property
+    def complete(self) -> bool:
+        """Whether everything was tried: what the budget cut short is not worth keeping."""
+        return all(c.status != "not_tried" for candidates in self.ops.values() for c in candidates.values())
+
+
+class _Entry(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    schema_version: Literal[1] = 1
+    fingerprint: str
+    evidence: Evidence
+
+
+def fingerprint(
+    *,
+    workload: Workload,
+    candidates: Mapping[str, list[str]],
+    timed: bool,
+    device: str,
+    hardware: Hardware,
+    mode: Mode,
+    deterministic: bool,
+    candidate_seconds: float,
+) -> str:
+    """The hash of everything that evidence depends on: machine, versions, workload, mode, sources, what is tried."""
+    facts = {
+        "hardware": hardware.model_dump(mode="json"),
+        "installed": _installed(),
+        "compilers": [shutil.which(name) for name in ("g++", "clang++", "c++", "gcc", "cc")],
+        "interpreted": operator.INTERPRETED,
+        "workload": workload.fingerprint(),
+        "device": device,
+        "candidates": {op: sorted(names) for op, names in sorted(candidates.items())},
+        "timed": timed,
+        "mode": mode,
+        "deterministic": deterministic,
+        "candidate_seconds": candidate_seconds,
+        "judges": _hash_files(Path(__file__).parent / name for name in _JUDGES),
+        "contract": _hash_files(map(Path, (base.__file__, operator.__file__, catalog.__file__))),
+        "sources": {op: source_hash(op) for op in sorted(candidates)},
+    }
+    return sha256_of([json.dumps(facts, sort_keys=True)])
+
+
+def source_hash(op: str) -> str:
+    """Of every Python file in the op's folder, and of every implementation that another package registers for it."""
+    parts = [_hash_files(sorted(catalog.op_folder(op).rglob("*.py")))]
+    for point in sorted(importlib.metadata.entry_points(group=catalog.ENTRY_POINT_GROUP), key=str):
+        if point.name.partition(".")[0] != op:
+            continue
+        parts += [point.name, point.value]
+        if point.dist is not None:
+            module = point.dist.locate_file(point.module.replace(".", "/"))
+            files = [Path(f"{module}.py"), Path(str(module)) / "__init__.py"]
+            parts += [point.dist.version, _hash_files(file for file in files if file.exists())]
+    return sha256_of(parts)
+
+
+def usable(hardware: Hardware) -> bool:
+    """Whether this machine can be told from others. An unnamed GPU cannot, and nothing is kept for it."""
+    return hardware.device != UNKNOWN_GPU
+
+
+def load(key: str) -> Evidence | None:
+    """The entry of a fingerprint, or None. A damaged or foreign one is ignored with one warning."""
+    path = _path(key)
+    try:
+        entry = _Entry.model_validate_json(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        return None
+    except ValidationError as error:
+        problem = first_problem(error)
+    except (OSError, UnicodeDecodeError) as error:
+        problem = str(error)
+    else:
+        if entry.fingerprint == key:
+            return entry.evidence
+        problem = "it belongs to another fingerprint"
+    logger.warning("ignoring the tuning cache's entry %s (%s); it will be written anew", path, problem)
+    return None
+
+
+def store(key: str, evidence: Evidence) -> None:
+    """Writes an entry, whole or not at all; of two runs at once the later one stays. Never stops a run."""
+    try:
+        write_json(_path(key), _Entry(fingerprint=key, evidence=evidence).model_dump(mode="json"))
+    except OSError as error:
+        logger.warning("the tuning cache cannot be written (%s); the next run tunes again", error)
+
+
+def _path(key: str) -> Path:
+    return cache_folder("plans") / f"{key}.json"
+
+
+def _hash_files(paths: Iterable[Path]) -> str:
+    return sha256_of(part for path in paths for part in (path.name, path.read_bytes()))
+
+
+def _installed() -> list[str]:
+    """Name and version of every installed distribution, from folder names alone: a peer that comes, goes or changes."""
+    folders = (Path(entry) for entry in sys.path if entry)
+    return sorted({path.name for folder in folders if folder.is_dir() for path in folder.glob("*.dist-info")})

@@ -1,0 +1,324 @@
+"""The clock: times verified candidates of one op side by side, at the calls of the workload, forward and backward.
+
+All candidates get the same inputs and take turns, so that a drift of the clock rate or a busy neighbour meets all of them.
+On a GPU every pass starts with a cold L2, its launches are issued behind a sleeping kernel so that the device never waits
+for the host, and the host's own time to issue them is taken in the same pass. What counts depends on the mode:
+
+* `eager`: the longer of device and host time, since the step pays whichever is longer;
+* `compiled`: the candidate is compiled by itself (`fullgraph=True`, static shapes) and device time alone counts, since
+  the compiled step issues all its launches in one go. What a compiler could fuse across ops, this cannot see.
+
+On a CPU it is plain elapsed time with warm caches, without memory and without a ceiling.
+"""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from statistics import median
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from llmmed.autotune.plan import Ceilings, Mode
+from llmmed.kernels.base import Call, Cost, Inputs, Op
+
+_SECONDS = {"cuda": 0.25, "cpu": 0.5}  # of timed passes, for each candidate and call
+_ROUNDS = (7, 100)
+_WARM_UP_PASSES = (3, 30)
+_STABLE = 0.05  # warm-up ends when two passes in a row differ by less than this share
+
+
+@dataclass(frozen=True)
+class Measurement:
+    """One candidate over a micro-batch's calls of its op; fields as in `plan.Candidate`."""
+
+    forward_ms: float
+    backward_ms: float
+    total_ms: float
+    total_ms_low: float
+    total_ms_high: float
+    host_ms: float | None
+    peak_memory_mib: float | None
+    share_of_ceiling: float | None
+
+
+@dataclass(frozen=True)
+class Pass:
+    """One forward and backward pass, in ms. Host times are None on a CPU, where they are the times."""
+
+    forward: float
+    backward: float
+    host_forward: float | None = None
+    host_backward: float | None = None
+
+    def cost(self, mode: Mode) -> float:
+        """What the step pays for it."""
+        if mode == "compiled" or self.host_forward is None or self.host_backward is None:
+            return self.forward + self.backward
+        return max(self.forward, self.host_forward) + max(self.backward, self.host_backward)
+
+
+def measure_op(
+    op: Op,
+    functions: Mapping[str, Callable[..., Any]],
+    calls: Mapping[Call, int],
+    *,
+    device: torch.device,
+    mode: Mode,
+    ceilings: Ceilings | None,
+    turn: Callable[[str], None],
+    failed: Callable[[str, Exception], None],
+) -> dict[str, Measurement]:
+    """Times every candidate.
+
+    Args:
+        op: The op.
+        functions: The verified candidates by name, in `compiled` mode already compiled.
+        calls: The workload's calls of this op and how often a micro-batch makes each.
+        device: Where.
+        mode: What counts; see above.
+        ceilings: The device's, for `share_of_ceiling`; None leaves that out.
+        turn: Told whose turn it is, before it runs and outside of what is timed.
+        failed: Told of a candidate that raised; it takes no further part. It may raise to end the measurement.
+
+    Returns:
+        A measurement for each candidate that did not fail.
+    """
+    clock = _CudaClock(device) if device.type == "cuda" else _CpuClock()
+    alive = dict(functions)
+    passes: dict[Call, dict[str, list[Pass]]] = {}
+    memory: dict[str, float | None] = dict.fromkeys(alive)
+    for call in calls:
+        inputs = _inputs(op, call, device)
+        passes[call] = {name: [] for name in alive}
+        subjects: dict[str, _Subject] = {}
+
+        def attempt(name: str, action: Callable[[_Subject], None], subjects: dict[str, _Subject] = subjects) -> None:
+            turn(name)
+            try:
+                action(subjects[name])
+            except Exception as error:  # noqa: BLE001 - whatever a candidate raises rejects that candidate alone
+                failed(name, error)
+                del alive[name], subjects[name]
+
+        for name in list(alive):
+            subjects[name] = _Subject(alive[name], inputs)
+            attempt(name, lambda subject: _warm_up(subject, clock))
+        for name in list(alive):
+            peak = clock.peak_memory_mib(subjects[name])
+            memory[name] = peak if peak is None else max(peak, memory[name] or 0.0)
+        for index in range(_rounds(subjects.values(), _SECONDS[device.type])):
+            names = list(alive)
+            for name in names[index % len(names) :] + names[: index % len(names)] if names else ():
+                attempt(name, lambda subject, into=passes[call][name]: into.append(clock.run(subject)))  # type: ignore[misc]
+    costs = {call: op.cost(call) for call in calls}
+    return {
+        name: _summarise({c: passes[c][name] for c in calls}, calls, costs, mode, ceilings, memory[name])
+        for name in alive
+    }
+
+
+def measure_ceilings(device: torch.device, product_dtypes: Sequence[torch.dtype] = ()) -> Ceilings | None:
+    """What the GPU reaches now: an elementwise kernel (GB/s read + write), and 8192^3 products on random data (TFLOP/s).
+
+    None on a CPU, where caches make a copy's speed no ceiling.
+    """
+    if device.type != "cuda":
+        return None
+    clock = _CudaClock(device)
+    x = torch.randn(2**27, device=device, dtype=torch.bfloat16)
+    y = torch.empty_like(x)
+    copy_ms = median(clock.device_ms(lambda: torch.mul(x, 2.0, out=y)) for _ in range(20))
+    del x, y
+    tflops = {}
+    for dtype in product_dtypes:
+        a, b = (torch.randn(8192, 8192, device=device, dtype=dtype) for _ in range(2))
+        product_ms = median(clock.device_ms(lambda a=a, b=b: a @ b) for _ in range(10))  # type: ignore[misc]
+        tflops[str(dtype).removeprefix("torch.")] = 2 * 8192**3 / product_ms / 1e9
+        del a, b
+    return Ceilings(copy_gb_per_second=2 * 2**28 / copy_ms / 1e6, product_tflops=tflops)
+
+
+def median_interval(samples: Sequence[float]) -> tuple[float, float, float]:
+    """The median and the ends of its 95 % confidence interval, by order statistics: no distribution is assumed.
+
+    With few samples the interval is their whole range.
+    """
+    ordered = sorted(samples)
+    n = len(ordered)
+    half = 1.96 * math.sqrt(n) / 2
+    low = max(0, math.floor(n / 2 - half))
+    high = min(n - 1, math.ceil(n / 2 + half))
+    return median(ordered), ordered[low], ordered[high]
+
+
+def _summarise(
+    passes: Mapping[Call, Sequence[Pass]],
+    counts: Mapping[Call, int],
+    costs: Mapping[Call, Cost],
+    mode: Mode,
+    ceilings: Ceilings | None,
+    memory: float | None,
+) -> Measurement:
+    """Medians of every call, times its count, added up; so are the ends of their intervals, which errs to the wide."""
+    total = low = high = forward = backward = host = least = 0.0
+    has_host = True
+    for call, count in counts.items():
+        samples = passes[call]
+        middle, lower, upper = median_interval([p.cost(mode) for p in samples])
+        total, low, high = total + count * middle, low + count * lower, high + count * upper
+        forward += count * median(p.forward for p in samples)
+        backward += count * median(p.backward for p in samples)
+        issued = [p.host_forward + p.host_backward for p in samples if p.host_forward is not None and p.host_backward]
+        has_host = has_host and bool(issued)
+        host += count * median(issued) if issued else 0.0
+        least += count * _least_ms(call, costs[call], ceilings) if ceilings else 0.0
+    return Measurement(
+        forward_ms=forward,
+        backward_ms=backward,
+        total_ms=total,
+        total_ms_low=low,
+        total_ms_high=high,
+        host_ms=host if has_host else None,
+        peak_memory_mib=memory,
+        share_of_ceiling=least / (forward + backward) if ceilings else None,
+    )
+
+
+def _least_ms(call: Call, cost: Cost, ceilings: Ceilings) -> float:
+    """The time of the least traffic or arithmetic, whichever takes longer, each direction by itself."""
+    tflops = ceilings.product_tflops.get(str(call.compute_dtype).removeprefix("torch."), math.inf)
+    directions = ((cost.forward_bytes, cost.forward_flops), (cost.backward_bytes, cost.backward_flops))
+    return sum(max(n / ceilings.copy_gb_per_second / 1e6, flops / tflops / 1e9) for n, flops in directions)
+
+
+def _inputs(op: Op, call: Call, device: torch.device) -> Inputs:
+    generator = torch.Generator(device=device).manual_seed(0)
+    inputs = op.make_inputs(call, op.regimes[0], generator, device)
+    for name, spec in call.tensors.items():
+        inputs[name].requires_grad_(spec.requires_grad and name in op.differentiable)
+    return inputs
+
+
+class _Subject:
+    """A candidate with its inputs, ready to run."""
+
+    def __init__(self, function: Callable[..., Any], inputs: Inputs) -> None:
+        self.function = function
+        self.inputs = inputs
+        self.leaves = [v for v in inputs.values() if isinstance(v, Tensor) and v.requires_grad]
+        self.upstream: list[Tensor] | None = None
+        self.pass_seconds = 0.0  # of one warm pass, everything around it included
+
+    def forward(self) -> list[Tensor]:
+        outputs = self.function(**self.inputs)
+        outputs = [outputs] if isinstance(outputs, Tensor) else list(outputs)
+        return [output for output in outputs if output.requires_grad] if self.leaves else outputs
+
+    def backward(self, outputs: list[Tensor]) -> None:
+        if self.leaves:
+            assert self.upstream is not None
+            torch.autograd.grad(outputs, self.leaves, self.upstream, allow_unused=True)
+
+    def prepare(self) -> None:
+        """Draws the gradients that arrive, the same for all candidates. That of a loss is one."""
+        outputs = self.forward()
+        generator = torch.Generator(device=outputs[0].device).manual_seed(1)
+        self.upstream = [
+            torch.ones_like(o) if o.ndim == 0 else torch.randn(o.shape, generator=generator, device=o.device).to(o.dtype)
+            for o in outputs
+        ]
+
+
+class _CpuClock:
+    def run(self, subject: _Subject) -> Pass:
+        start = time.perf_counter()
+        outputs = subject.forward()
+        middle = time.perf_counter()
+        subject.backward(outputs)
+        return Pass((middle - start) * 1e3, (time.perf_counter() - middle) * 1e3)
+
+    def peak_memory_mib(self, subject: _Subject) -> float | None:
+        return None
+
+
+class _CudaClock:
+    def __init__(self, device: torch.device) -> None:
+        properties = torch.cuda.get_device_properties(device)
+        self._flush = torch.empty(2 * properties.L2_cache_size, dtype=torch.int8, device=device)
+        self._device = device
+        self._cycles_per_ms = 2_000_000  # not less than any GPU's clock rate: a sleep too long is harmless
+
+    def run(self, subject: _Subject) -> Pass:
+        events = [torch.cuda.Event(enable_timing=True) for _ in range(4)]
+        self._hide_launches(subject.pass_seconds)
+        self._flush.zero_()
+        events[0].record()
+        start = time.perf_counter()
+        outputs = subject.forward()
+        host_forward = time.perf_counter() - start
+        events[1].record()
+        self._flush.zero_()
+        events[2].record()
+        start = time.perf_counter()
+        subject.backward(outputs)
+        host_backward = time.perf_counter() - start
+        events[3].record()
+        torch.cuda.synchronize(self._device)
+        forward, backward = events[0].elapsed_time(events[1]), events[2].elapsed_time(events[3])
+        return Pass(forward, backward, host_forward * 1e3, host_backward * 1e3)
+
+    def device_ms(self, action: Callable[[], object]) -> float:
+        """Device time of a few launches, with a cold L2."""
+        start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        self._hide_launches(1e-4)
+        self._flush.zero_()
+        start.record()
+        action()
+        end.record()
+        torch.cuda.synchronize(self._device)
+        return start.elapsed_time(end)
+
+    def peak_memory_mib(self, subject: _Subject) -> float | None:
+        """Allocated at the worst moment of a forward and backward pass, beyond inputs and arriving gradients."""
+        torch.cuda.synchronize(self._device)
+        before = torch.cuda.memory_allocated(self._device)
+        torch.cuda.reset_peak_memory_stats(self._device)
+        subject.backward(subject.forward())
+        torch.cuda.synchronize(self._device)
+        return (torch.cuda.max_memory_allocated(self._device) - before) / 2**20
+
+    def _hide_launches(self, host_seconds: float) -> None:
+        """Keeps the device busy for longer than the host needs, so that launches are queued before the first starts."""
+        torch.cuda._sleep(int(self._cycles_per_ms * (0.1 + 1.5e3 * min(host_seconds, 0.02))))
+
+
+_Clock = _CpuClock | _CudaClock
+
+
+def _warm_up(subject: _Subject, clock: _Clock) -> None:
+    """Compiles, fills caches and raises clocks: passes until two in a row agree, or a time limit is reached."""
+    subject.prepare()
+    least, most = _WARM_UP_PASSES
+    previous = math.inf
+    started = time.perf_counter()
+    for index in range(most):
+        begun = time.perf_counter()
+        sample = clock.run(subject)
+        subject.pass_seconds = time.perf_counter() - begun
+        current = sample.forward + sample.backward
+        enough = index + 1 >= least and time.perf_counter() - started > _SECONDS["cpu"]
+        if enough or (index + 1 >= least and abs(current - previous) <= _STABLE * previous):
+            return
+        previous = current
+
+
+def _rounds(subjects: Iterable[_Subject], seconds: float) -> int:
+    """As many rounds as the time allows to all candidates together, within bounds."""
+    times = [subject.pass_seconds for subject in subjects]
+    least, most = _ROUNDS
+    return max(least, min(most, int(seconds * len(times) / max(sum(times), 1e-9)))) if times else 0

@@ -1,0 +1,157 @@
+"""The kernel plan, `kernels.json`: what was chosen for every op, the evidence, and where it was measured.
+
+Frozen and validated: what reads a plan needs neither a GPU nor this machine. Times are those of one micro-batch, all its
+calls of the op together, unless a field says otherwise.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+
+from llmmed.errors import UserError
+from llmmed.files import write_json
+
+SCHEMA_VERSION = 1
+
+Mode = Literal["eager", "compiled"]
+Status = Literal[
+    "verified",
+    "unavailable",
+    "wrong",
+    "no_backward",
+    "out_of_memory",
+    "failed_to_compile",
+    "crashed",
+    "timed_out",
+    "not_tried",
+]
+
+
+class _Frozen(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
+
+
+class Candidate(_Frozen):
+    """One implementation of one op: the gate's verdict, then, if it was timed, what the clock and the memory say."""
+
+    status: Status
+    reason: str = ""
+    relative_error: float | None = None  # the gate's; None if it never got that far or is not finite
+    worst_ratio: float | None = None  # of an error to its bound: 1 is the limit
+    forward_ms: float | None = None
+    backward_ms: float | None = None
+    total_ms: float | None = None  # what a micro-batch pays; in eager mode the host's time where that is longer
+    total_ms_low: float | None = None  # 95 % confidence interval of total_ms
+    total_ms_high: float | None = None
+    host_ms: float | None = None  # to issue the calls, forward and backward; None on a CPU
+    peak_memory_mib: float | None = None  # extra, of the hungriest call, forward and backward; None on a CPU
+    share_of_ceiling: float | None = None  # least possible device time / measured; None on a CPU
+    speedup: float | None = None  # the default's total_ms / this one's
+
+    @property
+    def timed(self) -> bool:
+        return self.total_ms is not None
+
+
+class CallCount(_Frozen):
+    """A call as `Call.to_json` writes it, and how often a micro-batch makes it."""
+
+    op: str
+    arguments: dict[str, Any]
+    count: int = Field(gt=0)
+
+
+class OpPlan(_Frozen):
+    """What was chosen for one op, out of what, and why."""
+
+    chosen: str
+    reason: str
+    calls: list[CallCount]
+    candidates: dict[str, Candidate]
+    source_sha256: str  # of the op's folder and of what other packages register for it
+
+
+class Ceilings(_Frozen):
+    """What the device reached on the spot: a copy kernel (read + write) and, where an op has products, a product."""
+
+    copy_gb_per_second: float = Field(gt=0)
+    product_tflops: dict[str, float] = Field(default_factory=dict)  # by dtype
+
+
+class Hardware(_Frozen):
+    """What times and verdicts depend on, all of it readable without a CUDA context."""
+
+    device: str  # the GPU's name, or the CPU's
+    driver: str | None
+    cuda: str | None
+    torch: str
+    triton: str | None
+    python: str
+    cpu: str
+    cpu_threads: int
+
+
+class KernelPlan(_Frozen):
+    """The whole plan, immutable once training starts."""
+
+    schema_version: Literal[1] = SCHEMA_VERSION
+    policy: Literal["auto", "triton", "pytorch"]
+    mode: Mode
+    ops: dict[str, OpPlan]
+    hardware: Hardware
+    ceilings: Ceilings | None = None
+    workload_fingerprint: str
+    cached: bool
+    tuning_seconds: float = Field(ge=0)
+
+    @property
+    def choice(self) -> dict[str, str]:
+        """Op -> implementation, for `catalog.load_kernels`."""
+        return {name: op.chosen for name, op in self.ops.items()}
+
+    def summary(self) -> dict[str, str | float | bool]:
+        """The plan's part of the W&B summary and of `summary.json`."""
+        found: dict[str, str | float | bool] = {}
+        for name, op in self.ops.items():
+            found[f"kernels/{name}"] = op.chosen
+            speedup = op.candidates[op.chosen].speedup
+            if speedup is not None:
+                found[f"kernels/{name}/speedup"] = speedup
+            found[f"use_triton_{_SUMMARY_NAMES.get(name, name)}"] = op.chosen.startswith("triton")
+        return found
+
+    def write(self, path: Path) -> None:
+        """Writes `kernels.json`, whole or not at all."""
+        write_json(path, self.to_json())
+
+    @classmethod
+    def read(cls, path: Path) -> KernelPlan:
+        """Reads and validates. Raises `UserError` if the file is missing or is no plan."""
+        try:
+            return cls.model_validate_json(path.read_text(encoding="utf-8"))
+        except (OSError, UnicodeDecodeError) as error:
+            raise UserError(f"the kernel plan {path} cannot be read: {error}; give the path of a kernels.json") from None
+        except ValidationError as error:
+            raise UserError(f"{path} is not a kernel plan: {first_problem(error)}; give a run's kernels.json") from None
+
+    @classmethod
+    def from_json(cls, data: Mapping[str, Any]) -> KernelPlan:
+        """From what `to_json` gave, for instance out of a checkpoint. Raises `pydantic.ValidationError`."""
+        return cls.model_validate(data)
+
+    def to_json(self) -> dict[str, Any]:
+        return self.model_dump(mode="json")
+
+
+def first_problem(error: ValidationError) -> str:
+    """The first of pydantic's complaints, in one line: where and what."""
+    problem = error.errors()[0]
+    where = ".".join(map(str, problem["loc"]))
+    return f"{where}: {problem['msg']}" if where else problem["msg"]
+
+
+_SUMMARY_NAMES = {"rms_norm": "rmsnorm"}  # the key that existing dashboards know
