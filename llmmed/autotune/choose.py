@@ -94,9 +94,14 @@ def _beats(rival: Candidate, default: Candidate, margin: float) -> bool:
 
 def _overlap(a: Candidate, b: Candidate) -> bool:
     """Whether the confidence intervals of two timed candidates have a point in common."""
-    assert a.total_ms_low is not None and a.total_ms_high is not None
-    assert b.total_ms_low is not None and b.total_ms_high is not None
-    return a.total_ms_low <= b.total_ms_high and b.total_ms_low <= a.total_ms_high
+    (a_low, a_high), (b_low, b_high) = _interval(a), _interval(b)
+    return a_low <= b_high and b_low <= a_high
+
+
+def _interval(candidate: Candidate) -> tuple[float, float]:
+    assert candidate.total_ms_low is not None
+    assert candidate.total_ms_high is not None
+    return candidate.total_ms_low, candidate.total_ms_high
 
 
 def _total(candidate: Candidate) -> float:
@@ -118,9 +123,7 @@ def _with_reason(
     return candidate.model_copy(update={"reason": _reason(name, candidate, chosen, winner, default, margin)})
 
 
-def _reason(
-    name: str, candidate: Candidate, chosen: str, winner: Candidate, default: Candidate, margin: float
-) -> str:
+def _reason(name: str, candidate: Candidate, chosen: str, winner: Candidate, default: Candidate, margin: float) -> str:
     if not candidate.timed or candidate.status != "verified":
         return _verdict(candidate) if name != chosen else f"the default; {_verdict(candidate)}"
     gain = "" if candidate.speedup is None else f"{candidate.speedup:.2g}x {DEFAULT}"

@@ -1,8 +1,9 @@
 """The clock: times verified candidates of one op side by side, at the calls of the workload, forward and backward.
 
-All candidates get the same inputs and take turns, so that a drift of the clock rate or a busy neighbour meets all of them.
-On a GPU every pass starts with a cold L2, its launches are issued behind a sleeping kernel so that the device never waits
-for the host, and the host's own time to issue them is taken in the same pass. What counts depends on the mode:
+All candidates get the same inputs and take turns, so that a drift of the clock rate or a busy neighbour meets all of
+them. On a GPU every pass starts with a cold L2, its launches are issued behind a sleeping kernel so that the device
+never waits for the host, and the host's own time to issue them is taken in the same pass. What counts depends on the
+mode:
 
 * `eager`: the longer of device and host time, since the step pays whichever is longer;
 * `compiled`: the candidate is compiled by itself (`fullgraph=True`, static shapes) and device time alone counts, since
@@ -13,6 +14,7 @@ On a CPU it is plain elapsed time with warm caches, without memory and without a
 
 from __future__ import annotations
 
+import functools
 import math
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -123,7 +125,7 @@ def measure_op(
 
 
 def measure_ceilings(device: torch.device, product_dtypes: Sequence[torch.dtype] = ()) -> Ceilings | None:
-    """What the GPU reaches now: an elementwise kernel (GB/s read + write), and 8192^3 products on random data (TFLOP/s).
+    """What the GPU reaches now: an elementwise kernel (GB/s read + write), and 8192^3 products (TFLOP/s).
 
     None on a CPU, where caches make a copy's speed no ceiling.
     """
@@ -132,7 +134,7 @@ def measure_ceilings(device: torch.device, product_dtypes: Sequence[torch.dtype]
     clock = _CudaClock(device)
     x = torch.randn(2**27, device=device, dtype=torch.bfloat16)
     y = torch.empty_like(x)
-    copy_ms = median(clock.device_ms(lambda: torch.mul(x, 2.0, out=y)) for _ in range(20))
+    copy_ms = median(clock.device_ms(functools.partial(torch.mul, x, 2.0, out=y)) for _ in range(20))
     del x, y
     tflops = {}
     for dtype in product_dtypes:
@@ -229,7 +231,7 @@ class _Subject:
         outputs = self.forward()
         generator = torch.Generator(device=outputs[0].device).manual_seed(1)
         self.upstream = [
-            torch.ones_like(o) if o.ndim == 0 else torch.randn(o.shape, generator=generator, device=o.device).to(o.dtype)
+            torch.ones_like(o) if not o.ndim else torch.randn(o.shape, generator=generator, device=o.device).to(o.dtype)
             for o in outputs
         ]
 
@@ -281,7 +283,8 @@ class _CudaClock:
         action()
         end.record()
         torch.cuda.synchronize(self._device)
-        return start.elapsed_time(end)
+        elapsed: float = start.elapsed_time(end)
+        return elapsed
 
     def peak_memory_mib(self, subject: _Subject) -> float | None:
         """Allocated at the worst moment of a forward and backward pass, beyond inputs and arriving gradients."""

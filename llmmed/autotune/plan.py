@@ -1,7 +1,7 @@
 """The kernel plan, `kernels.json`: what was chosen for every op, the evidence, and where it was measured.
 
-Frozen and validated: what reads a plan needs neither a GPU nor this machine. Times are those of one micro-batch, all its
-calls of the op together, unless a field says otherwise.
+Frozen and validated: what reads a plan needs neither a GPU nor this machine. Times are those of one micro-batch, all
+its calls of the op together, unless a field says otherwise.
 """
 
 from __future__ import annotations
@@ -14,8 +14,6 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from llmmed.errors import UserError
 from llmmed.files import write_json
-
-SCHEMA_VERSION = 1
 
 Mode = Literal["eager", "compiled"]
 Status = Literal[
@@ -98,7 +96,7 @@ class Hardware(_Frozen):
 class KernelPlan(_Frozen):
     """The whole plan, immutable once training starts."""
 
-    schema_version: Literal[1] = SCHEMA_VERSION
+    schema_version: Literal[1] = 1
     policy: Literal["auto", "triton", "pytorch"]
     mode: Mode
     ops: dict[str, OpPlan]
@@ -134,7 +132,7 @@ class KernelPlan(_Frozen):
         try:
             return cls.model_validate_json(path.read_text(encoding="utf-8"))
         except (OSError, UnicodeDecodeError) as error:
-            raise UserError(f"the kernel plan {path} cannot be read: {error}; give the path of a kernels.json") from None
+            raise UserError(f"the kernel plan {path} cannot be read: {error}; give a run's kernels.json") from None
         except ValidationError as error:
             raise UserError(f"{path} is not a kernel plan: {first_problem(error)}; give a run's kernels.json") from None
 

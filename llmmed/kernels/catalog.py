@@ -96,7 +96,7 @@ def load_function(op: str, implementation: Implementation) -> Callable[..., Any]
     function = implementation.load()
     if not implementation.uses:
         return function
-    table = load_kernels({name: DEFAULT for name in _with_uses(implementation.uses)})
+    table = load_kernels(dict.fromkeys(_with_uses(implementation.uses), DEFAULT))
     return functools.partial(function, kernels=table)
 
 
