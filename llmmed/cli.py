@@ -1,0 +1,151 @@
+"""The command behind `scripts/train.py`: one run, or with `-m` a sweep whose jobs each run in a process of their own.
+
+A mistake is one line and exit code 1. What is not the user's mistake leaves its traceback in the run's `train.log`.
+"""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from dataclasses import dataclass
+from pathlib import Path
+
+import hydra
+import omegaconf
+from hydra._internal.utils import get_args_parser
+from hydra.conf import HydraConf
+from hydra.core.hydra_config import HydraConfig
+from hydra.errors import HydraException
+from hydra.types import RunMode
+from omegaconf import DictConfig, OmegaConf
+
+from llmmed import compose, run_folder
+from llmmed.errors import UserError
+from llmmed.files import write_atomically
+
+_STARTED = time.perf_counter()
+_INTERRUPTED = 130  # the shell's exit code after Ctrl-C
+
+
+@dataclass(frozen=True)
+class _Job:
+    name: str
+    folder: Path
+    outcome: str  # finished, skipped, or why it failed
+    failed: bool
+
+
+_jobs: list[_Job] = []  # of this process's sweep, in the order they ran
+
+
+def main() -> None:
+    """Composes, validates and runs what `sys.argv` asks for; exits with 1 if anything failed."""
+    os.environ["HYDRA_FULL_ERROR"] = "1"  # exceptions reach this function, which tells them in one line
+    try:
+        compose.register()
+        _validate_early()
+        hydra.main(version_base="1.3", config_path=str(compose.config_folder()), config_name=compose.CONFIG_NAME)(
+            _task
+        )()
+    except UserError as error:
+        _exit(str(error))
+    except (HydraException, omegaconf.errors.OmegaConfBaseException) as error:
+        _exit(compose.explain(error))
+    except OSError as error:
+        _exit(f"{error.strerror or error}: {error.filename}" if error.filename else str(error))
+    except KeyboardInterrupt:
+        print("interrupted", file=sys.stderr)
+        sys.exit(_INTERRUPTED)
+    if _jobs:
+        _tell_sweep()
+
+
+def _validate_early() -> None:
+    """Refuses a mistaken single run before Hydra makes its folder, and sends a resumed run to the folder it had."""
+    arguments = get_args_parser().parse_args()
+    others = ("multirun", "help", "hydra_help", "cfg", "info", "shell_completion", "config_dir", "config_name")
+    if any(getattr(arguments, name, None) for name in others):
+        return
+    composed = compose.compose_yaml(arguments.overrides)
+    config = compose.validate(composed, arguments.overrides)
+    folder = run_folder.to_resume(config, Path("outputs"))
+    if folder is not None:
+        sys.argv.append(f"hydra.run.dir={_quoted(folder)}")
+
+
+def _task(composed: DictConfig) -> None:
+    hydra_config = HydraConfig.get()
+    folder = Path(hydra_config.runtime.output_dir)
+    if hydra_config.mode == RunMode.MULTIRUN:
+        _jobs.append(_run_job(composed, folder, hydra_config))
+        return
+    config = compose.validate(composed, hydra_config.overrides.task)
+    write_atomically(folder / ".hydra" / "config.yaml", OmegaConf.to_yaml(composed, resolve=True))
+    from llmmed.run import run  # torch comes with it, and is not needed to refuse a mistake
+
+    sys.exit(run(config, folder, started=_STARTED))
+
+
+def _run_job(composed: DictConfig, folder: Path, hydra_config: HydraConf) -> _Job:
+    """Runs one job of a sweep in a child process, unless it is finished already. Never raises for what it does."""
+    overrides = list(hydra_config.overrides.task)
+    name = hydra_config.job.override_dirname or "no overrides"
+    if run_folder.read_status(folder).state == "finished":
+        print(f"\njob {hydra_config.job.num}: {name}: finished before, skipped", flush=True)
+        return _Job(name, folder, "skipped", failed=False)
+    print(f"\njob {hydra_config.job.num}: {name}", flush=True)
+    try:
+        compose.validate(composed, overrides)
+    except UserError as error:
+        run_folder.write_status(folder, "failed", reason=str(error))
+        return _Job(name, folder, str(error), failed=True)
+    own = [o for o in hydra_config.overrides.hydra if not o.startswith(("hydra.mode", "hydra.sweep", "hydra/launcher"))]
+    command = [sys.executable, "-m", "llmmed.cli", *overrides, *own, f"hydra.run.dir={_quoted(folder)}"]
+    code = _wait(subprocess.Popen(command))
+    if code == 0:
+        return _Job(name, folder, "finished", failed=False)
+    status = run_folder.read_status(folder)
+    if status.state not in ("failed", "interrupted"):
+        reason = f"killed by {signal.Signals(-code).name}" if code < 0 else f"ended with exit code {code}"
+        run_folder.write_status(folder, "failed", reason=reason)
+        status = run_folder.read_status(folder)
+    if code == _INTERRUPTED:
+        raise KeyboardInterrupt
+    return _Job(name, folder, status.reason or status.state, failed=True)
+
+
+def _wait(child: subprocess.Popen[bytes]) -> int:
+    """Ctrl-C reaches the child too; it is given the time to write its checkpoint."""
+    while True:
+        try:
+            return child.wait()
+        except KeyboardInterrupt:
+            continue
+
+
+def _tell_sweep() -> None:
+    """One line a job; exit code 1 if any failed."""
+    failed = [job for job in _jobs if job.failed]
+    print(f"\nsweep: {len(_jobs) - len(failed)} of {len(_jobs)} jobs finished")
+    for job in _jobs:
+        print(f"  {'FAILED' if job.failed else 'ok':6} {job.name}: {job.outcome} ({run_folder.shown(job.folder)})")
+    if failed:
+        _exit("; ".join(f"{job.name} failed: {job.outcome}" for job in failed))
+
+
+def _quoted(folder: Path) -> str:
+    """A path as a value of Hydra's override grammar, whatever characters are in it."""
+    escaped = str(folder).replace("\\", "\\\\").replace("'", "\\'")
+    return f"'{escaped}'"
+
+
+def _exit(message: str) -> None:
+    print(f"error: {message}", file=sys.stderr)
+    sys.exit(1)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,225 @@
+"""From command-line overrides to a validated `Config`, and from a mistake in them to one line.
+
+Nothing here imports torch, so that a mistake is told within a second or two.
+"""
+
+from __future__ import annotations
+
+import difflib
+import importlib.util
+import json
+import os
+import re
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import hydra
+import omegaconf
+from hydra.core.config_store import ConfigStore
+from hydra.core.global_hydra import GlobalHydra
+from hydra.errors import ConfigCompositionException, HydraException, MissingConfigException, OverrideParseException
+from omegaconf import DictConfig, OmegaConf
+from pydantic import TypeAdapter, ValidationError
+
+from llmmed import data
+from llmmed.config import Config, TrainConfig
+from llmmed.errors import UserError
+from llmmed.kernels import catalog
+
+CONFIG_NAME = "train"
+_ADAPTER = TypeAdapter(Config)
+
+
+def compose(overrides: Sequence[str] = ()) -> Config:
+    """Composes `configs/train.yaml` with overrides as on the command line. Raises `UserError`."""
+    return validate(compose_yaml(overrides), overrides)
+
+
+def compose_yaml(overrides: Sequence[str] = (), *, with_hydra: bool = False) -> DictConfig:
+    """What the YAML files and the overrides give, not yet validated; with `with_hydra`, Hydra's own part too."""
+    register()
+    GlobalHydra.instance().clear()
+    try:
+        with hydra.initialize_config_dir(str(config_folder()), version_base="1.3"):
+            return hydra.compose(CONFIG_NAME, list(overrides), return_hydra_config=with_hydra)
+    except (HydraException, omegaconf.errors.OmegaConfBaseException) as error:
+        raise UserError(explain(error)) from error
+
+
+def validate(composed: DictConfig, overrides: Sequence[str] = ()) -> Config:
+    """Types, ranges and missing keys, then what only several keys together can tell. Raises `UserError`.
+
+    Args:
+        composed: The composed YAML without Hydra's own part.
+        overrides: What the user wrote. Of several problems, one that they wrote is named first.
+    """
+    try:
+        values = OmegaConf.to_container(composed, resolve=True, throw_on_missing=True)
+    except omegaconf.errors.OmegaConfBaseException as error:
+        raise UserError(explain(error)) from error
+    try:
+        # Through JSON, where strict typing still lets a list be a tuple.
+        config = _ADAPTER.validate_json(json.dumps(values), strict=True)
+    except ValidationError as error:
+        raise UserError(_explain_validation(error, overrides)) from error
+    _check_together(config)
+    data.check(config)
+    return config
+
+
+def as_dict(config: Config) -> dict[str, Any]:
+    """The whole configuration, resolved, as plain JSON types."""
+    values: dict[str, Any] = _ADAPTER.dump_python(config, mode="json")
+    return values
+
+
+def config_folder() -> Path:
+    """The YAML files: beside the package in a checkout, inside it where it was installed as a library."""
+    package = Path(__file__).parent
+    return next(folder for folder in (package.parent / "configs", package / "configs") if folder.is_dir())
+
+
+def register() -> None:
+    """Makes the resolvers and the discovered keys of `kernels.pin` known to Hydra. May be called again."""
+    OmegaConf.register_new_resolver("detect_device", detect_device, replace=True)
+    OmegaConf.register_new_resolver("gpu_or_cpu", _gpu_or_cpu, replace=True)
+    OmegaConf.register_new_resolver("mul", lambda a, b: a * b, replace=True)
+    pins = dict.fromkeys(catalog.op_names())
+    ConfigStore.instance().store(name="discovered", group="kernels/pin", node=pins, package="kernels.pin")
+
+
+def detect_device() -> str:
+    """`cuda` where this machine has an NVIDIA GPU that a CUDA build of torch may see, else `cpu`. Imports no torch."""
+    if os.environ.get("CUDA_VISIBLE_DEVICES", "unset").strip() in ("", "-1", "NoDevFiles"):
+        return "cpu"
+    present = (
+        Path("/dev/nvidiactl").exists() or Path("/proc/driver/nvidia/version").exists() or Path("/dev/dxg").exists()
+    )
+    return "cuda" if present and _torch_is_cuda_build() else "cpu"
+
+
+def accumulation_steps(train: TrainConfig) -> int:
+    """Micro-batches an optimizer step. Raises `UserError` if they do not make up the global batch."""
+    micro_batch_tokens = train.micro_batch_size * train.seq_len
+    steps, rest = divmod(train.global_batch_tokens, micro_batch_tokens)
+    if rest or not steps:
+        near = sorted({max(1, steps) * micro_batch_tokens, (steps + 1) * micro_batch_tokens})
+        raise UserError(
+            f"train.global_batch_tokens={train.global_batch_tokens} is not a multiple of train.micro_batch_size x "
+            f"train.seq_len = {train.micro_batch_size} x {train.seq_len} = {micro_batch_tokens}; "
+            f"the nearest that are: {' and '.join(map(str, near))}"
+        )
+    return steps
+
+
+def explain(error: Exception) -> str:
+    """One line for an exception of Hydra or OmegaConf: what was wrong, where, what is allowed."""
+    text = str(error)
+    if isinstance(error, MissingConfigException):
+        found = re.search(r"Could not find '([^']+)'", text)
+        if found and "/" in found[1]:
+            group, _, option = found[1].rpartition("/")
+            return f"{group}={option}: no such option; {group} can be {_options(group)}"
+    if isinstance(error, OverrideParseException):
+        return f"'{error.override}' is not an override; write key=value, for instance train.max_steps=200"
+    if isinstance(error, ConfigCompositionException):
+        if found := re.search(r"Could not override '([^']+)'\. No match in the defaults list", text):
+            return f"'{found[1]}' is no group; the groups are {', '.join(_groups())}"
+        if found := re.search(
+            r"Could not (?:override|delete|append to config\. An item is already at) '([^']+)'", text
+        ):
+            return _explain_key(found[1])
+    if isinstance(error, omegaconf.errors.MissingMandatoryValue):
+        return f"{getattr(error, 'full_key', None) or 'a key'} has no value; give it one"
+    return " ".join(text.split()) or type(error).__name__
+
+
+def _explain_key(key: str) -> str:
+    """Why a key cannot be overridden: it does not exist. Names what does."""
+    if key in _groups():
+        return f"'{key}' is a group; it can be {_options(key)}"
+    known = sorted(_keys(OmegaConf.to_container(compose_yaml(), resolve=False)))
+    parent = key.rpartition(".")[0]
+    siblings = [name.rpartition(".")[2] for name in known if name.rpartition(".")[0] == parent]
+    near = difflib.get_close_matches(key, known, n=1, cutoff=0.75)
+    hint = f"did you mean {near[0]}?" if near else "see --help for all keys"
+    where = f"; {parent} has {', '.join(siblings)}" if parent and siblings else ""
+    return f"there is no key '{key}': {hint}{where}"
+
+
+def _explain_validation(error: ValidationError, overrides: Sequence[str]) -> str:
+    written = {override.lstrip("+~").partition("=")[0] for override in overrides}
+    problems = error.errors()
+    problem = next((p for p in problems if ".".join(map(str, p["loc"])) in written), problems[0])
+    key = ".".join(str(part) for part in problem["loc"])
+    if problem["type"] == "missing":
+        return f"{key} is missing; every key of the configuration is needed, so it cannot be removed with ~{key}"
+    if problem["type"] in ("unexpected_keyword_argument", "extra_forbidden"):
+        return f"{key}: there is no such key, and none can be added with +{key}"
+    message = problem["msg"].removeprefix("Input ").removeprefix("Value ")
+    return f"{key}={json.dumps(problem['input'])}: {message}"
+
+
+def _check_together(config: Config) -> None:
+    model = config.model
+    if model.d_model % (2 * model.n_heads):
+        width = 2 * model.n_heads * max(1, round(model.d_model / (2 * model.n_heads)))
+        raise UserError(
+            f"model.d_model={model.d_model} does not divide into model.n_heads={model.n_heads} heads of an even size; "
+            f"try model.d_model={width}"
+        )
+    if model.n_heads % model.n_kv_heads:
+        divisors = [n for n in range(1, model.n_heads + 1) if model.n_heads % n == 0]
+        raise UserError(
+            f"model.n_kv_heads={model.n_kv_heads} does not divide model.n_heads={model.n_heads}; "
+            f"allowed: {', '.join(map(str, divisors))}"
+        )
+    accumulation_steps(config.train)
+    if config.device == "cuda" and detect_device() != "cuda":
+        raise UserError(
+            "device=cuda: there is no CUDA GPU here, or torch is a CPU build; leave it out or use device=cpu"
+        )
+    if config.data.name != "synthetic" and config.model.vocab_size < config.tokenizer.vocab_size:
+        raise UserError(
+            f"model.vocab_size={config.model.vocab_size} is smaller than tokenizer.vocab_size="
+            f"{config.tokenizer.vocab_size}; make it at least as large"
+        )
+    _check_pins(config)
+
+
+def _check_pins(config: Config) -> None:
+    for op, name in config.kernels.pin.items():
+        if op not in catalog.op_names():
+            raise UserError(f"kernels.pin.{op}: there is no op '{op}'; the ops are {', '.join(catalog.op_names())}")
+        if name is not None and name not in catalog.implementation_names(op):
+            known = ", ".join(catalog.implementation_names(op))
+            raise UserError(f"kernels.pin.{op}={name}: op '{op}' has no such implementation; it has {known}")
+
+
+def _gpu_or_cpu(on_gpu: Any, on_cpu: Any, *, _root_: DictConfig) -> Any:
+    return on_gpu if _root_.device == "cuda" else on_cpu
+
+
+def _torch_is_cuda_build() -> bool:
+    spec = importlib.util.find_spec("torch")
+    if spec is None or spec.origin is None:
+        return False
+    version = Path(spec.origin).parent / "version.py"
+    return bool(re.search(r"^cuda[^=\n]*= *['\"]", version.read_text(encoding="utf-8"), re.MULTILINE))
+
+
+def _groups() -> list[str]:
+    return sorted(p.name for p in config_folder().iterdir() if p.is_dir() and p.name != "hydra")
+
+
+def _options(group: str) -> str:
+    folder = config_folder() / group
+    return ", ".join(sorted(p.stem for p in folder.glob("*.yaml") if not p.stem.startswith("_"))) or "nothing"
+
+
+def _keys(values: Any, prefix: str = "") -> Iterator[str]:
+    for name, value in values.items():
+        yield f"{prefix}{name}"
+        if isinstance(value, dict):
+            yield from _keys(value, f"{prefix}{name}.")

@@ -1,0 +1,73 @@
+"""Batches of windows over packed tokens, each a pure function of seed and index: resuming needs no state."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from llmmed.errors import UserError
+
+if TYPE_CHECKING:
+    import numpy.typing as npt
+    import torch
+
+
+class Batches:
+    """Windows of `seq_len + 1` tokens, the last of one being the first of the next: inputs and targets in one.
+
+    Args:
+        tokens: [n] packed token ids.
+        seq_len: Inputs of a window, in tokens.
+        batch_size: Windows a batch.
+        seed: Of the order.
+        shuffle: Each epoch visits every window once, in an order of its own; without it, in the order of the text.
+        name: What to call the tokens in a message.
+
+    Raises:
+        UserError: there is not one window.
+    """
+
+    def __init__(
+        self,
+        tokens: npt.NDArray[np.integer],
+        seq_len: int,
+        batch_size: int,
+        seed: int,
+        shuffle: bool,
+        name: str = "data",
+    ) -> None:
+        self.n_windows = (len(tokens) - 1) // seq_len
+        if self.n_windows < 1:
+            raise UserError(
+                f"train.seq_len={seq_len} is longer than the data: {name} has {len(tokens)} tokens; "
+                f"use train.seq_len={max(2, len(tokens) - 1)} or less, or more text"
+            )
+        self._tokens, self._seq_len, self._batch_size = tokens, seq_len, batch_size
+        self._seed, self._shuffle = seed, shuffle
+        self._order: tuple[int, npt.NDArray[np.integer]] | None = None  # of the epoch asked for last
+
+    @property
+    def batches_per_epoch(self) -> int:
+        """Whole batches in one pass; the rest of an epoch shares a batch with the beginning of the next."""
+        return max(1, self.n_windows // self._batch_size)
+
+    def get(self, index: int) -> torch.Tensor:
+        """Batch `index`, counted from 0 without end: [batch_size, seq_len + 1] int64 on the CPU."""
+        import torch
+
+        first = index * self._batch_size
+        rows = np.empty((self._batch_size, self._seq_len + 1), dtype=np.int64)
+        for row in range(self._batch_size):
+            epoch, position = divmod(first + row, self.n_windows)
+            start = int(self._epoch_order(epoch)[position]) * self._seq_len
+            rows[row] = self._tokens[start : start + self._seq_len + 1]
+        return torch.from_numpy(rows)
+
+    def _epoch_order(self, epoch: int) -> npt.NDArray[np.integer]:
+        if self._order is None or self._order[0] != epoch:
+            order = np.arange(self.n_windows)
+            if self._shuffle:
+                np.random.default_rng((self._seed, epoch)).shuffle(order)
+            self._order = (epoch, order)
+        return self._order[1]

@@ -1,0 +1,273 @@
+"""`cross_entropy` in Triton: loss and gradient with one read and one write of device memory, at any vocabulary.
+
+A program walks a row twice: once for the maximum and the sum of exponentials, once, backwards, for the gradient. Few
+rows are under way at a time, so that the second walk finds the row in the L2 cache. Backward has nothing left to do
+where the upstream gradient is one, and sees that on the device.
+"""
+
+# Annotations must be real objects: torch infers the operator's schema from them. So no `from __future__` here.
+import functools
+from collections.abc import Callable
+from typing import Any
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from llmmed.kernels.base import Implementation
+from llmmed.kernels.operator import TRITON_DEVICES, as_rows, make_operator, require_triton, sm_count
+
+
+@triton.jit
+def cross_entropy_triton_factor_kernel(
+    targets_ptr, scale_ptr, factor_ptr, targets_stride, n_rows, ignore_index, BLOCK: tl.constexpr,
+):  # fmt: skip
+    # factor = scale / rows that count, zero if none does, in float64: it is rounded once, together with the upstream
+    # gradient. One program: the targets are few.
+    counts = tl.zeros((BLOCK,), dtype=tl.int32)
+    for start in range(0, n_rows, BLOCK):
+        rows = start + tl.arange(0, BLOCK)
+        targets = tl.load(targets_ptr + rows.to(tl.int64) * targets_stride, mask=rows < n_rows, other=ignore_index)
+        counts += (targets != ignore_index).to(tl.int32)
+    count = tl.sum(counts, axis=0)
+    scale = tl.full((), 1.0, dtype=tl.float64)
+    if scale_ptr is not None:
+        scale = tl.load(scale_ptr).to(tl.float64)
+    mean = scale / tl.maximum(count, 1).to(tl.float64)
+    tl.store(factor_ptr, tl.where(count > 0, mean, 0.0))
+
+
+@triton.jit
+def _write_gradient(
+    logits, gradient, target, row_max, row_sum, factor,
+    V: tl.constexpr, BLOCK: tl.constexpr, STAGES: tl.constexpr,
+):  # fmt: skip
+    # The last blocks first: they were read last, and are the likeliest to be in the cache.
+    last = (V - 1) // BLOCK
+    inverse_sum = tl.div_rn(tl.full((), 1.0, dtype=tl.float32), row_sum)
+    for i in tl.range(0, last + 1, num_stages=STAGES):
+        cols = (last - i) * BLOCK + tl.arange(0, BLOCK)
+        mask = cols < V
+        x = tl.load(logits + cols, mask=mask, other=0.0).to(tl.float32)
+        softmax = tl.exp(x - row_max) * inverse_sum
+        dx = (softmax - tl.where(cols == target, 1.0, 0.0)) * factor
+        tl.store(gradient + cols, dx.to(gradient.dtype.element_ty), mask=mask, cache_modifier=".cs")
+
+
+@triton.jit
+def _write_zeros(gradient, V: tl.constexpr, BLOCK: tl.constexpr):
+    for start in range(0, V, BLOCK):
+        cols = start + tl.arange(0, BLOCK)
+        zeros = tl.zeros((BLOCK,), dtype=gradient.dtype.element_ty)
+        tl.store(gradient + cols, zeros, mask=cols < V, cache_modifier=".cs")
+
+
+@triton.jit
+def cross_entropy_triton_fwd_kernel(
+    logits_ptr, targets_ptr, factor_ptr, losses_ptr, statistics_ptr, gradient_ptr,
+    logits_stride, targets_stride, n_rows, ignore_index,
+    V: tl.constexpr, BLOCK: tl.constexpr, STAGES: tl.constexpr, GRADIENT: tl.constexpr,
+):  # fmt: skip
+    factor = tl.load(factor_ptr).to(tl.float32)
+    for row in tl.range(tl.program_id(0).to(tl.int64), n_rows, tl.num_programs(0)):
+        logits = logits_ptr + row * logits_stride
+        gradient = gradient_ptr + row * V
+        target = tl.load(targets_ptr + row * targets_stride)
+        if target == ignore_index:
+            tl.store(losses_ptr + row, 0.0)
+            tl.store(statistics_ptr + row, 0.0)
+            tl.store(statistics_ptr + n_rows + row, 1.0)
+            if GRADIENT:
+                _write_zeros(gradient, V, BLOCK)
+        else:
+            # Each lane keeps a maximum and a sum of its own. One exponential an element: whichever of the new value
+            # and the maximum so far is smaller is taken relative to the other.
+            lane_max = tl.full((BLOCK,), -3.0e38, dtype=tl.float32)
+            lane_sum = tl.zeros((BLOCK,), dtype=tl.float32)
+            for start in tl.range(0, V, BLOCK, num_stages=STAGES):
+                cols = start + tl.arange(0, BLOCK)
+                x = tl.load(logits + cols, mask=cols < V, other=float("-inf")).to(tl.float32)
+                ratio = tl.exp(-tl.abs(x - lane_max))
+                lane_sum = tl.where(x > lane_max, lane_sum * ratio + 1.0, lane_sum + ratio)
+                lane_max = tl.maximum(lane_max, x)
+            row_max = tl.max(lane_max, axis=0)
+            row_sum = tl.sum(lane_sum * tl.exp(lane_max - row_max), axis=0)
+            # A target that is no class must not read foreign memory: its loss is NaN, which nobody overlooks.
+            is_class = (target >= 0) & (target < V)
+            chosen = tl.load(logits + target, mask=is_class, other=float("nan")).to(tl.float32)
+            tl.store(losses_ptr + row, ((row_max - chosen) + tl.log(row_sum)) * factor)
+            tl.store(statistics_ptr + row, row_max)
+            tl.store(statistics_ptr + n_rows + row, row_sum)
+            if GRADIENT:
+                _write_gradient(logits, gradient, target, row_max, row_sum, factor, V, BLOCK, STAGES)
+
+
+@triton.jit
+def cross_entropy_triton_bwd_kernel(
+    upstream_ptr, logits_ptr, targets_ptr, factor_ptr, statistics_ptr, gradient_ptr,
+    logits_stride, targets_stride, n_rows, ignore_index,
+    V: tl.constexpr, BLOCK: tl.constexpr, WRITTEN: tl.constexpr,
+):  # fmt: skip
+    upstream = tl.load(upstream_ptr)
+    end = n_rows
+    if WRITTEN:
+        # The gradient is there already, for an upstream gradient of one. For another it is computed anew rather than
+        # multiplied: what was rounded to float16 would not come back.
+        end = tl.where(upstream == 1.0, 0, n_rows)
+    factor = (tl.load(factor_ptr) * upstream).to(tl.float32)
+    for row in tl.range(tl.program_id(0).to(tl.int64), end, tl.num_programs(0)):
+        gradient = gradient_ptr + row * V
+        target = tl.load(targets_ptr + row * targets_stride)
+        if target == ignore_index:
+            _write_zeros(gradient, V, BLOCK)
+        else:
+            row_max = tl.load(statistics_ptr + row)
+            row_sum = tl.load(statistics_ptr + n_rows + row)
+            logits = logits_ptr + row * logits_stride
+            _write_gradient(logits, gradient, target, row_max, row_sum, factor, V, BLOCK, 1)
+
+
+def _launch(vocab: int, itemsize: int, n_rows: int, device: torch.device) -> tuple[int, int, int, int]:
+    """BLOCK, STAGES, num_warps and the number of programs.
+
+    Sixteen elements a lane. As many programs as fit the multiprocessors, but no more than keep half of the L2 cache
+    busy with their rows: a row is half read, half finished on average, and its gradient passes through as well.
+    """
+    block = min(8192, max(128, triton.next_power_of_2(vocab)))
+    num_warps = max(4, block // 512)
+    fitting = 64 // num_warps // 2  # 64 registers a lane
+    cached = _l2_bytes(device) // 2 // (vocab * itemsize) // sm_count(device)
+    per_sm = max(1, min(fitting, cached))
+    stages = 3 if per_sm > 1 else 5  # what is on its way hides the latency: with one program it must be more
+    return block, stages, num_warps, max(1, min(n_rows, per_sm * sm_count(device)))
+
+
+@functools.cache
+def _l2_bytes(device: torch.device) -> int:
+    return torch.cuda.get_device_properties(device).L2_cache_size if device.type == "cuda" else 2**20
+
+
+def _compute(
+    logits: Tensor, targets: Tensor, ignore_index: int, scale: Tensor | None, with_gradient: bool
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Loss; row maxima and sums of exponentials [2, rows]; scale / rows that count; the gradient, or nothing."""
+    rows = as_rows(logits)
+    n_rows, vocab = rows.shape
+    factor = torch.empty((), dtype=torch.float64, device=logits.device)
+    cross_entropy_triton_factor_kernel[(1,)](
+        targets, scale, factor, targets.stride(0), n_rows, ignore_index, BLOCK=4096, num_warps=8
+    )
+    losses = torch.empty(n_rows, dtype=torch.float32, device=logits.device)
+    statistics = torch.empty((2, n_rows), dtype=torch.float32, device=logits.device)
+    gradient = torch.empty((n_rows, vocab) if with_gradient else (0,), dtype=logits.dtype, device=logits.device)
+    block, stages, num_warps, programs = _launch(vocab, logits.element_size(), n_rows, logits.device)
+    cross_entropy_triton_fwd_kernel[(programs,)](
+        rows, targets, factor, losses, statistics, gradient, rows.stride(0), targets.stride(0), n_rows, ignore_index,
+        V=vocab, BLOCK=block, STAGES=stages, GRADIENT=with_gradient, num_warps=num_warps,
+    )  # fmt: skip
+    return losses.sum(), statistics, factor, gradient
+
+
+def _write(
+    gradient: Tensor, upstream: Tensor, logits: Tensor, targets: Tensor, statistics: Tensor, factor: Tensor,
+    ignore_index: int, written: bool,
+) -> Tensor:  # fmt: skip
+    """Fills `gradient` for an upstream gradient; `written` if it already holds the one for one."""
+    rows = as_rows(logits)
+    n_rows, vocab = rows.shape
+    block, _, num_warps, _ = _launch(vocab, logits.element_size(), n_rows, logits.device)
+    programs = max(1, min(n_rows, 64 // num_warps * sm_count(logits.device)))  # nothing is read twice: all that fit
+    cross_entropy_triton_bwd_kernel[(programs,)](
+        upstream, rows, targets, factor, statistics, gradient, rows.stride(0), targets.stride(0), n_rows, ignore_index,
+        V=vocab, BLOCK=block, WRITTEN=written, num_warps=num_warps,
+    )  # fmt: skip
+    return gradient
+
+
+class _Direct(torch.autograd.Function):
+    """Eager mode: the gradient is written beside the loss, into a buffer that the first backward pass gives away."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, logits: Tensor, targets: Tensor, ignore_index: int, scale: Tensor | None, with_gradient: bool
+    ) -> Tensor:
+        loss, statistics, factor, gradient = _compute(logits, targets, ignore_index, scale, with_gradient)
+        if with_gradient:
+            ctx.save_for_backward(logits, targets, statistics, factor)
+            ctx.ignore_index, ctx.gradient = ignore_index, gradient
+        return loss
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, upstream: Tensor) -> tuple[Tensor | None, ...]:
+        gradient, ctx.gradient = ctx.gradient, None  # a second pass over a retained graph must not write into it
+        written = gradient is not None
+        logits, targets, statistics, factor = ctx.saved_tensors
+        if gradient is None:
+            gradient = torch.empty(logits.shape, dtype=logits.dtype, device=logits.device)
+        _write(gradient, upstream, logits, targets, statistics, factor, ctx.ignore_index, written)
+        return gradient, None, None, None, None
+
+
+def _forward(
+    logits: Tensor, targets: Tensor, ignore_index: int, scale: Tensor | None = None
+) -> tuple[Tensor, Tensor, Tensor]:
+    return _compute(logits, targets, ignore_index, scale, with_gradient=False)[:3]
+
+
+def _fake_forward(
+    logits: Tensor, targets: Tensor, ignore_index: int, scale: Tensor | None = None
+) -> tuple[Tensor, Tensor, Tensor]:
+    loss, statistics = (logits.new_empty(shape, dtype=torch.float32) for shape in ((), (2, logits.shape[0])))
+    return loss, statistics, logits.new_empty((), dtype=torch.float64)
+
+
+def _backward(
+    upstream: Tensor, logits: Tensor, targets: Tensor, statistics: Tensor, factor: Tensor, ignore_index: int
+) -> tuple[Tensor]:
+    gradient = torch.empty(logits.shape, dtype=logits.dtype, device=logits.device)
+    return (_write(gradient, upstream, logits, targets, statistics, factor, ignore_index, written=False),)
+
+
+def _fake_backward(
+    upstream: Tensor, logits: Tensor, targets: Tensor, statistics: Tensor, factor: Tensor, ignore_index: int
+) -> tuple[Tensor]:
+    return (logits.new_empty(logits.shape),)
+
+
+# Compiled graphs are functional: a gradient that backward finishes in place would be copied first. There backward reads
+# the logits again, three passes over memory instead of two.
+_operator = make_operator(
+    "llmmed::cross_entropy_triton",
+    forward=_forward,
+    fake_forward=_fake_forward,
+    backward=_backward,
+    fake_backward=_fake_backward,
+    save=lambda arguments, results: (arguments[0], arguments[1], results[1], results[2], arguments[2]),
+    gradients=("logits",),
+)
+
+
+def cross_entropy(logits: Tensor, targets: Tensor, ignore_index: int, scale: Tensor | None = None) -> Tensor:
+    """See `reference.cross_entropy`. The loss is NaN if a target is neither a class nor ignored."""
+    if torch.compiler.is_compiling():
+        loss: Tensor = _operator(logits, targets, ignore_index, scale)
+        return loss
+    with_gradient = logits.requires_grad and torch.is_grad_enabled()
+    loss = _Direct.apply(logits, targets, ignore_index, scale, with_gradient)
+    return loss
+
+
+def _load() -> Callable[..., Any]:
+    require_triton()
+    return cross_entropy
+
+
+IMPL = Implementation(
+    "triton",
+    load=_load,
+    devices=TRITON_DEVICES,
+    kernel_names=("cross_entropy_triton_fwd_kernel", "cross_entropy_triton_bwd_kernel"),
+)

@@ -1,0 +1,22 @@
+"""AdamW (Loshchilov and Hutter 2019), fused where PyTorch can, with weight decay for matrices only."""
+
+from __future__ import annotations
+
+import torch
+from torch import nn
+
+from llmmed.config import OptimizerConfig
+
+
+def build_adamw(model: nn.Module, config: OptimizerConfig, device: torch.device) -> torch.optim.AdamW:
+    """Norm weights are not decayed: they are scales, and zero is no natural value for them.
+
+    The learning rate is a 0-d tensor, so that a schedule neither recompiles nor synchronises.
+    """
+    named = dict(model.named_parameters())
+    groups = [
+        {"params": [p for p in named.values() if p.ndim >= 2], "weight_decay": config.weight_decay},
+        {"params": [p for p in named.values() if p.ndim < 2], "weight_decay": 0.0},
+    ]
+    lr = torch.tensor(config.lr, dtype=torch.float32, device=device)
+    return torch.optim.AdamW(groups, lr=lr, betas=config.betas, eps=config.eps, fused=True)

@@ -1,0 +1,22 @@
+"""The learning rate as a pure function of the step."""
+
+from __future__ import annotations
+
+import math
+
+from llmmed.config import OptimizerConfig
+
+
+def learning_rate(step: int, config: OptimizerConfig, max_steps: int) -> float:
+    """The rate of step `step` (from 0): linear warm-up to `lr`, then `schedule` down to `min_lr_ratio * lr`.
+
+    Cosine as in SGDR (Loshchilov and Hutter 2017) without restarts. The first step is not 0 and the last is the floor.
+    """
+    if step < config.warmup_steps:
+        return config.lr * (step + 1) / config.warmup_steps
+    if config.schedule == "constant":
+        return config.lr
+    after = max(1, max_steps - 1 - config.warmup_steps)
+    progress = min(1.0, (step - config.warmup_steps) / after)
+    remaining = 0.5 * (1 + math.cos(math.pi * progress)) if config.schedule == "cosine" else 1 - progress
+    return config.lr * (config.min_lr_ratio + (1 - config.min_lr_ratio) * remaining)

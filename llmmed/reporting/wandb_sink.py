@@ -1,0 +1,125 @@
+"""Weights & Biases as a sink: offline by default, never in the way. What fails is one warning, and the run goes on.
+
+Every call to W&B runs in a thread of its own with a time limit: a server that does not answer holds up nothing.
+"""
+
+from __future__ import annotations
+
+import logging
+import queue
+import threading
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+from llmmed.config import Config
+from llmmed.files import read_json, write_json
+
+logger = logging.getLogger(__name__)
+
+_START_SECONDS, _FINISH_SECONDS = 60.0, 60.0
+_MOST_WAITING = 10_000  # log entries; beyond it W&B is stuck, and they are dropped
+
+
+class WandbSink:
+    """Metrics and summary of one run. Use `open_wandb`."""
+
+    def __init__(self, run: Any) -> None:
+        self._run = run
+        self._waiting: queue.Queue[Callable[[], object] | None] = queue.Queue(maxsize=_MOST_WAITING)
+        self._failed = False
+        self._thread = threading.Thread(target=self._work, name="wandb", daemon=True)
+        self._thread.start()
+
+    def log(self, metrics: Mapping[str, float], step: int) -> None:
+        values = dict(metrics)
+        self._put(lambda: self._run.log(values, step=step))
+
+    def finish(self, summary: Mapping[str, object], status: str) -> None:
+        """Writes the summary and ends the W&B run; waits a minute at most."""
+        values = {**summary, "status": status}
+        self._put(lambda: self._run.summary.update(values))
+        self._put(lambda: self._run.finish(exit_code=0 if status == "finished" else 1, quiet=True))
+        self._put(None)
+        self._thread.join(_FINISH_SECONDS)
+        if self._thread.is_alive():
+            logger.warning("W&B did not finish within %.0f s; the run folder has everything", _FINISH_SECONDS)
+
+    def _put(self, action: Callable[[], object] | None) -> None:
+        try:
+            self._waiting.put_nowait(action)
+        except queue.Full:
+            self._give_up("it takes no more entries")
+
+    def _work(self) -> None:
+        while (action := self._waiting.get()) is not None:
+            if self._failed:
+                continue
+            try:
+                action()
+            except Exception as error:  # noqa: BLE001 - W&B is a sink: whatever it raises must not end the run
+                self._give_up(f"{type(error).__name__}: {error}")
+
+    def _give_up(self, reason: str) -> None:
+        if not self._failed:
+            self._failed = True
+            logger.warning("W&B failed (%s); the run goes on without it, and the run folder has everything", reason)
+
+
+def open_wandb(config: Config, folder: Path, values: dict[str, Any]) -> WandbSink | None:
+    """Starts a W&B run with files under `folder/wandb`, or returns None: switched off, not installed, or not to be had.
+
+    Args:
+        config: The run's.
+        folder: The run folder. A resumed run continues under the W&B id that it had.
+        values: The whole configuration, for W&B to show.
+    """
+    wanted = config.logger
+    if wanted.mode == "disabled":
+        return None
+    try:
+        import wandb
+    except ImportError as error:
+        logger.warning("W&B is not used: %s (pip install wandb, or logger=none)", error)
+        return None
+    identity = folder / "wandb" / "id.json"
+    settings = wandb.Settings(silent=True, console="off", init_timeout=_START_SECONDS, x_disable_stats=True)
+    found: list[Any] = []
+
+    def start() -> None:
+        try:
+            found.append(
+                wandb.init(
+                    project=wanted.project,
+                    entity=wanted.entity,
+                    group=wanted.group,
+                    tags=wanted.tags,
+                    mode=wanted.mode,
+                    dir=str(folder),
+                    config=values,
+                    name=folder.name,
+                    settings=settings,
+                    id=_known_id(identity),
+                    resume="allow" if config.train.resume and wanted.mode == "online" else None,
+                )
+            )
+        except Exception as error:  # noqa: BLE001 - W&B is a sink: whatever it raises must not end the run
+            found.append(error)
+
+    thread = threading.Thread(target=start, daemon=True)
+    thread.start()
+    thread.join(_START_SECONDS)
+    outcome = found[0] if found else TimeoutError(f"no answer within {_START_SECONDS:.0f} s")
+    if isinstance(outcome, Exception):
+        logger.warning("W&B is not used: %s; the run folder has everything", " ".join(str(outcome).split()))
+        return None
+    write_json(identity, {"id": outcome.id})
+    return WandbSink(outcome)
+
+
+def _known_id(path: Path) -> str | None:
+    try:
+        identity = read_json(path)["id"]
+    except (OSError, ValueError, KeyError, TypeError):
+        return None
+    return identity if isinstance(identity, str) else None

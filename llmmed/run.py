@@ -1,0 +1,129 @@
+"""One run: compose -> validate -> workload -> verify -> measure -> choose -> build -> train -> record.
+
+`cli` composes and validates. `tune` verifies, measures and chooses, in a process of its own. Read this file first.
+"""
+
+from __future__ import annotations
+
+import logging
+import traceback
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+
+from llmmed import data, run_folder
+from llmmed.autotune.plan import KernelPlan
+from llmmed.autotune.tuner import tune
+from llmmed.autotune.workload import record_workload
+from llmmed.compose import as_dict
+from llmmed.config import Config
+from llmmed.errors import UserError
+from llmmed.files import write_json
+from llmmed.kernels.catalog import load_kernels
+from llmmed.model import Transformer, compute_dtype
+from llmmed.reporting.kernel_table import print_kernel_table
+from llmmed.reporting.terminal import print_closing, print_header
+from llmmed.reporting.wandb_sink import open_wandb
+from llmmed.training import Interrupted, Result, prepare_backend, resolve_compile, train
+
+logger = logging.getLogger(__name__)
+
+
+def run(config: Config, folder: Path, *, started: float) -> int:
+    """Runs everything and writes the run folder of the design; whatever happens, `status.json` tells it.
+
+    Args:
+        config: Validated.
+        folder: The run folder, existing. A checkpoint in it is continued if `train.resume` is set.
+        started: `time.perf_counter()` when the process began.
+
+    Returns:
+        The process's exit code: 0 finished, 1 failed, 130 interrupted.
+    """
+    console = Console(highlight=False)
+    errors = Console(stderr=True, highlight=False, soft_wrap=True)
+    run_folder.write_status(folder, "running")
+    write_json(folder / "env.json", run_folder.describe_environment())
+    try:
+        _run(config, folder, console, started)
+    except Interrupted as interruption:
+        run_folder.write_status(folder, "interrupted", reason=str(interruption))
+        errors.print(f"interrupted: {interruption}; go on with train.resume={run_folder.shown(folder)}", markup=False)
+        return 130
+    except KeyboardInterrupt:
+        run_folder.write_status(folder, "interrupted", reason="Ctrl-C before training")
+        errors.print("interrupted before training began", markup=False)
+        return 130
+    except UserError as error:
+        run_folder.write_status(folder, "failed", reason=str(error))
+        errors.print(f"error: {error}", markup=False)
+        return 1
+    except Exception as error:  # noqa: BLE001 - a run that fails must say so in its folder, whatever the reason
+        reason = f"{type(error).__name__}: {' '.join(str(error).split())[:300]}"
+        run_folder.write_status(folder, "failed", reason=reason)
+        logger.debug("%s", traceback.format_exc())
+        (folder / "traceback.txt").write_text(traceback.format_exc(), encoding="utf-8")
+        errors.print(f"error: {reason} (traceback in {run_folder.shown(folder / 'traceback.txt')})", markup=False)
+        return 1
+    run_folder.write_status(folder, "finished")
+    return 0
+
+
+def _run(config: Config, folder: Path, console: Console, started: float) -> None:
+    prepare_backend(config)
+    mode = resolve_compile(config)
+    dataset = data.prepare(config, report=lambda message: console.print(f"[dim]{message}[/]"))
+    print_header(config, dataset, mode, folder, console)
+
+    workload = record_workload(config)
+    with console.status("tuning") as status:
+        plan = tune(config, workload, mode=mode, report=lambda progress: status.update(str(progress)))
+    plan.write(folder / "kernels.json")
+    print_kernel_table(plan, console)
+    if config.train.dry_run:
+        console.print(
+            f"train.dry_run=true: nothing was trained. The plan is in {run_folder.shown(folder / 'kernels.json')}"
+        )
+        return
+
+    model = build(config, plan)
+    sink = open_wandb(config, folder, as_dict(config))
+    status_word = "failed"
+    summary: dict[str, Any] = plan.summary()
+    try:
+        result = train(
+            config, model, dataset, folder, plan=plan.to_json(), sinks=[sink] if sink else [],
+            console=console, started=started, resume=config.train.resume is not None,
+        )  # fmt: skip
+        status_word = "finished"
+        summary |= _summary(result, model)
+        write_json(folder / "summary.json", summary)
+    finally:
+        if sink is not None:
+            sink.finish(summary, status_word)
+    print_closing(summary, plan, folder, console)
+
+
+def build(config: Config, plan: KernelPlan) -> Transformer:
+    """The model with the plan's kernels, on the run's device. Parameters are the same under every plan."""
+    kernels = load_kernels(plan.choice)
+    dtype = compute_dtype(config.train.precision)
+    seq_len = config.train.seq_len
+    return Transformer(config.model, kernels, dtype, max_seq_len=seq_len, seed=config.seed, device=config.device)
+
+
+def _summary(result: Result, model: Transformer) -> dict[str, Any]:
+    values: Mapping[str, float | None] = {
+        "tokens_per_second": result.tokens_per_second,
+        "mfu": result.mfu,
+        "peak_memory_gib": result.peak_memory_gib,
+        "final/train_loss": result.train_loss,
+        "final/val_loss": result.val_loss,
+        "total_parameters": sum(parameter.numel() for parameter in model.parameters()),
+        "training_time_seconds": result.training_time_seconds,
+        "time_to_first_step_seconds": result.time_to_first_step_seconds,
+        "skipped_steps": result.skipped_steps,
+    }
+    return dict(values)

@@ -1,0 +1,120 @@
+"""The run folder: its status, what it ran on, and which unfinished run a new one continues."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import os
+import platform
+import subprocess
+import sys
+from dataclasses import asdict, dataclass
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any, Literal
+
+from omegaconf import OmegaConf
+
+from llmmed.compose import as_dict
+from llmmed.config import Config
+from llmmed.errors import UserError
+from llmmed.files import read_json, write_json
+
+State = Literal["none", "running", "finished", "failed", "interrupted"]
+
+
+@dataclass(frozen=True)
+class Status:
+    """`status.json`. `none`: nothing has run in this folder yet."""
+
+    state: State
+    reason: str | None = None
+    pid: int | None = None
+    updated: str | None = None  # UTC, ISO 8601
+
+
+def write_status(folder: Path, state: State, reason: str | None = None) -> None:
+    now = datetime.now(UTC).isoformat(timespec="seconds")
+    write_json(folder / "status.json", asdict(Status(state, reason, os.getpid(), now)))
+
+
+def read_status(folder: Path) -> Status:
+    """The folder's status; `none` where there is no file, or one that cannot be read."""
+    try:
+        return Status(**read_json(folder / "status.json"))
+    except (OSError, ValueError, TypeError):
+        return Status("none")
+
+
+def to_resume(config: Config, outputs: Path) -> Path | None:
+    """The folder that `train.resume` names, or None to go on in the run's own folder.
+
+    `latest` is the newest run under `outputs` of the same configuration that has not finished. Raises `UserError` if
+    there is none, or if a folder is named that is no run folder.
+    """
+    resume = config.train.resume
+    if resume is None or resume == "auto":
+        return None
+    if resume != "latest":
+        folder = Path(resume)
+        if not (folder / ".hydra" / "config.yaml").exists():
+            raise UserError(f"train.resume={resume}: that is no run folder; give one, or auto, latest or null")
+        return folder.absolute()
+    wanted = _comparable(as_dict(config))
+    folders = [path.parent.parent for path in outputs.glob("*/*/.hydra/config.yaml")]
+    for folder in sorted(folders, key=lambda path: path.stat().st_mtime, reverse=True):
+        if read_status(folder).state in ("none", "finished"):
+            continue
+        stored = OmegaConf.to_container(OmegaConf.load(folder / ".hydra" / "config.yaml"))
+        if isinstance(stored, dict) and _comparable({str(k): v for k, v in stored.items()}) == wanted:
+            return folder.absolute()
+    raise UserError(f"train.resume=latest: no unfinished run of this configuration under {outputs}/; leave it out")
+
+
+def describe_environment() -> dict[str, Any]:
+    """What `env.json` holds: the command, versions, the source's commit. The hardware stands in `kernels.json`."""
+    packages = ("torch", "triton", "hydra-core", "omegaconf", "wandb", "datasets", "tokenizers", "llmmed")
+    return {
+        "command": [sys.executable, *sys.argv],
+        "working_folder": str(Path.cwd()),
+        "started": datetime.now(UTC).isoformat(timespec="seconds"),
+        "python": platform.python_version(),
+        "platform": platform.platform(),
+        "host": platform.node(),
+        "packages": {name: _version(name) for name in packages},
+        "git": {
+            "commit": _git("rev-parse", "HEAD"),
+            "changed_files": (_git("status", "--porcelain") or "").splitlines(),
+        },
+    }
+
+
+def shown(folder: Path) -> str:
+    """A path as people want to read it: relative where it lies below the working folder."""
+    try:
+        return str(folder.resolve().relative_to(Path.cwd()))
+    except ValueError:
+        return str(folder)
+
+
+def _comparable(values: dict[str, Any]) -> dict[str, Any]:
+    """A configuration without what may differ between a run and its continuation."""
+    train = {key: value for key, value in values["train"].items() if key != "resume"}
+    return {**values, "train": train}
+
+
+def _version(package: str) -> str | None:
+    try:
+        return importlib.metadata.version(package)
+    except importlib.metadata.PackageNotFoundError:
+        return None
+
+
+def _git(*arguments: str) -> str | None:
+    """What git says of the package's own checkout, or None where it is none."""
+    try:
+        done = subprocess.run(
+            ["git", *arguments], cwd=Path(__file__).parent, capture_output=True, text=True, timeout=10, check=True
+        )
+    except (OSError, subprocess.SubprocessError):
+        return None
+    return done.stdout.rstrip()

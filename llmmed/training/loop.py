@@ -1,0 +1,306 @@
+"""The training loop: steps, evaluation, checkpoints, and what is told on the way."""
+
+from __future__ import annotations
+
+import logging
+import queue
+import statistics
+import threading
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from rich.console import Console
+from torch import Tensor
+
+from llmmed.compose import accumulation_steps, as_dict
+from llmmed.config import Config
+from llmmed.data import Batches, Dataset
+from llmmed.errors import UserError
+from llmmed.model import Transformer, flops_per_token
+from llmmed.optim import learning_rate
+from llmmed.training import checkpoint
+from llmmed.training.evaluate import Evaluator
+from llmmed.training.execution import resolve_compile
+from llmmed.training.metrics import MetricsFile, Sink, draw_loss, peak_tflops, read_metrics
+from llmmed.training.progress import TrainingProgress
+from llmmed.training.signals import Interrupted, StopRequest
+from llmmed.training.step import Stepper
+
+logger = logging.getLogger(__name__)
+
+_MOST_SKIPPED_IN_A_ROW = 50  # more, and the loss is not overflowing but broken
+
+
+@dataclass(frozen=True)
+class Result:
+    """What a finished run reports. Losses in nats a token; memory as the allocator's peak."""
+
+    steps: int
+    train_loss: float
+    val_loss: float
+    tokens_per_second: float
+    mfu: float | None
+    peak_memory_gib: float | None
+    training_time_seconds: float
+    time_to_first_step_seconds: float
+    skipped_steps: int
+
+
+def train(
+    config: Config,
+    model: Transformer,
+    dataset: Dataset,
+    folder: Path,
+    *,
+    plan: Mapping[str, Any],
+    sinks: Sequence[Sink],
+    console: Console,
+    started: float,
+    resume: bool,
+) -> Result:
+    """Trains to `train.max_steps`.
+
+    Args:
+        config: The run's.
+        model: On its device.
+        dataset: Prepared.
+        folder: The run folder: checkpoints, metrics.jsonl and loss.png go there.
+        plan: The kernel plan as JSON, kept in every checkpoint.
+        sinks: Take the metrics as well.
+        console: For progress.
+        started: `time.perf_counter()` at the start of the process.
+        resume: Whether to go on from the newest checkpoint in `folder`, if there is one.
+
+    Raises:
+        Interrupted: SIGTERM or SIGINT came; a checkpoint is written.
+        UserError: out of memory; or the gradients are not finite any more.
+    """
+    run = _Run(config, model, dataset, folder, plan, sinks, started)
+    first = run.restore() if resume else 0
+    progress = TrainingProgress(console, first, config.train.max_steps)
+    if first:
+        progress.note(f"going on from the checkpoint of step {first}")
+    try:
+        with StopRequest() as stop, progress:
+            run.loop(first, stop, progress)
+    except torch.cuda.OutOfMemoryError as error:
+        smaller = max(1, config.train.micro_batch_size // 2)
+        raise UserError(
+            f"out of GPU memory in training with train.micro_batch_size={config.train.micro_batch_size}; try "
+            f"train.micro_batch_size={smaller} train.global_batch_tokens={config.train.global_batch_tokens}"
+        ) from error
+    finally:
+        run.close()
+    return run.result()
+
+
+class _Run:
+    """The state of one training run."""
+
+    def __init__(
+        self, config: Config, model: Transformer, dataset: Dataset, folder: Path, plan: Mapping[str, Any],
+        sinks: Sequence[Sink], started: float,
+    ) -> None:  # fmt: skip
+        self.config, self.model, self.dataset, self.folder = config, model, dataset, folder
+        self.plan, self.sinks, self.started = plan, sinks, started
+        self.device = next(model.parameters()).device
+        loss: Callable[[Tensor, Tensor], Tensor] = model
+        if resolve_compile(config) == "compiled":
+            loss = torch.compile(model, fullgraph=True, dynamic=False)
+        self.stepper = Stepper(model, loss, config)
+        self.evaluator = Evaluator(loss, dataset, config.train, self.device)
+        self.count = accumulation_steps(config.train)
+        self.batches = Batches(
+            dataset.train, config.train.seq_len, config.train.micro_batch_size, config.seed, shuffle=True,
+            name=f"the training part of data={dataset.name}",
+        )  # fmt: skip
+        self.peak = peak_tflops(self.device, config.train.precision)
+        self.flops = flops_per_token(config.model, config.train.seq_len)
+        self.file: MetricsFile | None = None
+        self.seconds_before = 0.0
+        self.first_step_seconds = 0.0
+        self.speeds: list[float] = []  # tokens a second, of each log interval after the first
+        self.last: dict[str, float] = {}
+        self.training_seconds = 0.0
+
+    def restore(self) -> int:
+        """Loads the newest valid checkpoint. Returns the number of steps it has behind it, 0 if there is none."""
+        found = checkpoint.load_latest(self.folder / "checkpoints")
+        if found is None:
+            return 0
+        self.model.load_state_dict(found.model)
+        self.stepper.restore(found.optimizer)
+        self.seconds_before = found.state["training_seconds"]
+        self.last = found.state["last_metrics"]
+        return found.step
+
+    def loop(self, first: int, stop: StopRequest, progress: TrainingProgress) -> None:
+        train = self.config.train
+        self.file = MetricsFile(self.folder / "metrics.jsonl", from_step=first)
+        begun = interval_begun = time.perf_counter()
+        interval_first = first
+        losses: list[Tensor] = []
+        with _Prefetcher(self.batches, first * self.count, train.max_steps * self.count, self.device) as source:
+            for step in range(first, train.max_steps):
+                loss, norm = self.stepper.run(step, (source.next() for _ in range(self.count)), self.count)
+                losses.append(loss)
+                done = step + 1
+                progress.advance(done)
+                if step == first:
+                    self._synchronize()
+                    self.first_step_seconds = time.perf_counter() - self.started
+                    interval_begun, interval_first = time.perf_counter(), done
+                last = done == train.max_steps or stop.name is not None
+                if done % train.log_every == 0 or last or done == 1:
+                    metrics = self._read(losses, norm, step)
+                    now = time.perf_counter()
+                    if done > interval_first:
+                        speed = (done - interval_first) * train.global_batch_tokens / (now - interval_begun)
+                        self.speeds.append(speed)
+                    self._log(done, metrics, progress)
+                    losses.clear()
+                    interval_begun, interval_first = time.perf_counter(), done
+                evaluated = (train.eval_every and done % train.eval_every == 0) or done == train.max_steps
+                if evaluated:
+                    found = self.evaluator.run()
+                    self.last |= found
+                    self._write(done, found)
+                    progress.note(f"step {done}: validation loss {found['val/loss']:.4f}")
+                self.training_seconds = self.seconds_before + time.perf_counter() - begun
+                saved = (train.checkpoint_every and done % train.checkpoint_every == 0) or last
+                if saved:
+                    self._save(done)
+                if evaluated or saved:
+                    interval_begun, interval_first = time.perf_counter(), done
+                if stop.name is not None:
+                    raise Interrupted(f"{stop.name} after step {done}; its checkpoint is written")
+
+    def close(self) -> None:
+        if self.file is not None:
+            self.file.close()
+            metrics = read_metrics(self.folder / "metrics.jsonl")
+            if metrics:
+                draw_loss(metrics, self.folder / "loss.png")
+
+    def result(self) -> Result:
+        speed = statistics.median(self.speeds) if self.speeds else self.last.get("tokens_per_second", 0.0)
+        return Result(
+            steps=self.config.train.max_steps,
+            train_loss=self.last.get("loss", float("nan")),
+            val_loss=self.last.get("val/loss", float("nan")),
+            tokens_per_second=speed,
+            mfu=self._mfu(speed),
+            peak_memory_gib=self._memory_gib(),
+            training_time_seconds=self.training_seconds,
+            time_to_first_step_seconds=self.first_step_seconds,
+            skipped_steps=int(self.stepper.skipped),
+        )
+
+    def _read(self, losses: list[Tensor], norm: Tensor, step: int) -> dict[str, float]:
+        """The one place where the host waits for the device."""
+        values = torch.stack([torch.stack(losses).mean(), norm, *(x.float() for x in self._counters())]).tolist()
+        loss, norm_value, skipped, in_a_row, scale = values
+        if in_a_row >= _MOST_SKIPPED_IN_A_ROW:
+            raise UserError(
+                f"training broke down at step {step + 1}: the gradients of {in_a_row:.0f} steps in a row were not "
+                f"finite; lower optimizer.lr={self.config.optimizer.lr:g}, or use train.precision=bf16 or fp32"
+            )
+        metrics = {
+            "loss": loss,
+            "grad_norm": norm_value,
+            "lr": learning_rate(step, self.config.optimizer, self.config.train.max_steps),
+            "tokens": float((step + 1) * self.config.train.global_batch_tokens),
+            "skipped_steps": skipped,
+        }
+        return metrics | ({"loss_scale": scale} if self.config.train.precision == "fp16" else {})
+
+    def _counters(self) -> tuple[Tensor, Tensor, Tensor]:
+        return self.stepper.skipped, self.stepper.skipped_in_a_row, self.stepper.scale
+
+    def _log(self, done: int, metrics: dict[str, float], progress: TrainingProgress) -> None:
+        speed = self.speeds[-1] if self.speeds else 0.0
+        metrics["tokens_per_second"] = speed
+        if (mfu := self._mfu(speed)) is not None:
+            metrics["mfu"] = mfu
+        if (memory := self._memory_gib()) is not None:
+            metrics["memory_gib"] = memory
+        self.last |= metrics
+        self._write(done, metrics)
+        progress.show(done, metrics)
+
+    def _write(self, step: int, metrics: Mapping[str, float]) -> None:
+        assert self.file is not None
+        self.file.write(step, metrics)
+        for sink in self.sinks:
+            sink.log(metrics, step)
+
+    def _save(self, step: int) -> None:
+        state = {
+            "config": as_dict(self.config),
+            "plan": self.plan,
+            "data": self.dataset.fingerprint,
+            "training_seconds": self.training_seconds,
+            "last_metrics": self.last,
+        }
+        model = self.model.state_dict()
+        keep = self.config.train.keep_last
+        checkpoint.save(self.folder / "checkpoints", step, model, self.stepper.tensors(), state, keep)
+
+    def _mfu(self, tokens_per_second: float) -> float | None:
+        return None if self.peak is None else tokens_per_second * self.flops / (self.peak * 1e12)
+
+    def _memory_gib(self) -> float | None:
+        return torch.cuda.max_memory_allocated(self.device) / 2**30 if self.device.type == "cuda" else None
+
+    def _synchronize(self) -> None:
+        if self.device.type == "cuda":
+            torch.cuda.synchronize(self.device)
+
+
+class _Prefetcher:
+    """Cuts the next batches in a thread and sends them to the device while it computes. Their order is the index's."""
+
+    def __init__(self, batches: Batches, start: int, stop: int, device: torch.device) -> None:
+        self._device = device
+        self._queue: queue.Queue[Tensor | BaseException] = queue.Queue(maxsize=4)
+        self._stopping = threading.Event()
+        self._thread = threading.Thread(target=self._fill, args=(batches, start, stop), daemon=True)
+
+    def __enter__(self) -> _Prefetcher:
+        self._thread.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._stopping.set()
+        while self._thread.is_alive():
+            _drain(self._queue)
+            self._thread.join(timeout=0.01)
+
+    def next(self) -> Tensor:
+        """The next batch on the device. Raises what cutting it raised."""
+        found = self._queue.get()
+        if isinstance(found, BaseException):
+            raise found
+        return found.to(self._device, non_blocking=True)
+
+    def _fill(self, batches: Batches, start: int, stop: int) -> None:
+        try:
+            for index in range(start, stop):
+                batch = batches.get(index)
+                self._queue.put(batch.pin_memory() if self._device.type == "cuda" else batch)
+                if self._stopping.is_set():
+                    return
+        except BaseException as error:  # noqa: BLE001 - whatever it is, the training thread must learn of it
+            self._queue.put(error)
+
+
+def _drain(waiting: queue.Queue[Any]) -> None:
+    try:
+        while True:
+            waiting.get_nowait()
+    except queue.Empty:
+        return

@@ -1,0 +1,99 @@
+"""What is measured while training: `metrics.jsonl`, throughput, MFU, memory, and the picture of the loss."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Protocol
+
+import torch
+
+from llmmed.files import write_atomically
+
+# Dense peak in TFLOP/s for bf16 and fp16 products, from the vendors' data sheets, by a part of the GPU's name.
+_PEAK_TFLOPS = {
+    "B200": 2250.0,
+    "B100": 1750.0,
+    "GH200": 989.0,
+    "H200": 989.0,
+    "H100 PCIe": 756.0,
+    "H100 NVL": 835.0,
+    "H100": 989.0,
+    "A100": 312.0,
+    "A800": 312.0,
+    "A40": 149.7,
+    "A10G": 70.0,
+    "A10": 125.0,
+    "L40S": 362.0,
+    "L40": 181.0,
+    "L4": 121.0,
+    "RTX 5090": 209.5,
+    "RTX 4090": 165.2,
+    "RTX 3090": 71.0,
+}
+
+
+class Sink(Protocol):
+    """Something that takes metrics beside the files: W&B."""
+
+    def log(self, metrics: Mapping[str, float], step: int) -> None: ...
+
+    def finish(self, summary: Mapping[str, object], status: str) -> None: ...
+
+
+class MetricsFile:
+    """`metrics.jsonl`: one line an entry. Lines after `from_step` belong to a run that was cut off and are removed."""
+
+    def __init__(self, path: Path, from_step: int) -> None:
+        self._path = path
+        kept = [entry for entry in read_metrics(path) if entry["step"] <= from_step]
+        write_atomically(path, "".join(json.dumps(entry) + "\n" for entry in kept))
+        self._file = path.open("a", encoding="utf-8", buffering=1)
+
+    def write(self, step: int, metrics: Mapping[str, float]) -> None:
+        self._file.write(json.dumps({"step": step, **metrics}) + "\n")
+
+    def close(self) -> None:
+        self._file.close()
+
+
+def read_metrics(path: Path) -> list[dict[str, float]]:
+    """All whole lines of a metrics file; none if there is no file."""
+    if not path.exists():
+        return []
+    found = []
+    for line in path.read_text(encoding="utf-8").splitlines():
+        try:
+            found.append(json.loads(line))
+        except ValueError:  # the last line of a run that was killed
+            break
+    return found
+
+
+def peak_tflops(device: torch.device, precision: str) -> float | None:
+    """The GPU's dense peak for the precision, or None where it is not known or not the precision of the table."""
+    if device.type != "cuda" or precision == "fp32":
+        return None
+    name = torch.cuda.get_device_name(device)
+    return next((peak for part, peak in _PEAK_TFLOPS.items() if part in name), None)
+
+
+def draw_loss(metrics: list[dict[str, float]], path: Path) -> None:
+    """`loss.png`: training and validation loss against the step."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    figure, axes = pyplot.subplots(figsize=(7, 4), layout="constrained")
+    for key, label, style in (("loss", "training", "-"), ("val/loss", "validation", "o-")):
+        points = [(entry["step"], entry[key]) for entry in metrics if key in entry]
+        if points:
+            axes.plot(*zip(*points, strict=True), style, label=label, markersize=4)
+    axes.set_xlabel("optimizer step")
+    axes.set_ylabel("loss (nats a token)")
+    axes.grid(alpha=0.3)
+    axes.legend()
+    figure.savefig(path, dpi=120)
+    pyplot.close(figure)

@@ -1,0 +1,90 @@
+"""One optimizer step: micro-batches forward and backward, clipping, and an update that overflow skips on the device.
+
+Nothing here waits for the device. Losses, norms and the count of skipped steps stay there until they are read.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+
+import torch
+from torch import Tensor, nn
+
+from llmmed.config import Config
+from llmmed.optim import build_adamw, learning_rate
+
+_FIRST_SCALE, _GROWTH, _BACKOFF, _GROWTH_INTERVAL = 2.0**15, 2.0, 0.5, 1000
+
+
+class Stepper:
+    """The optimizer with loss scaling and clipping.
+
+    Args:
+        model: Its parameters are updated.
+        loss: `(tokens, targets) -> mean loss`, the model itself or its compiled form.
+        config: The run's.
+    """
+
+    def __init__(self, model: nn.Module, loss: Callable[[Tensor, Tensor], Tensor], config: Config) -> None:
+        device = next(model.parameters()).device
+        self.optimizer = build_adamw(model, config.optimizer, device)
+        self._parameters = list(model.parameters())
+        self._loss, self._config = loss, config
+        self._scaled = config.train.precision == "fp16"
+        self.scale = torch.full((), _FIRST_SCALE if self._scaled else 1.0, device=device)
+        self.growth_tracker = torch.zeros((), dtype=torch.int32, device=device)
+        self.skipped = torch.zeros((), dtype=torch.int32, device=device)
+        self.skipped_in_a_row = torch.zeros((), dtype=torch.int32, device=device)
+
+    def run(self, step: int, micro_batches: Iterable[Tensor], count: int) -> tuple[Tensor, Tensor]:
+        """Step `step` over `count` micro-batches [batch, seq + 1]. Returns the mean loss and the gradient norm, 0-d."""
+        total = torch.zeros((), device=self.scale.device)
+        for batch in micro_batches:
+            loss = self._loss(batch[:, :-1].contiguous(), batch[:, 1:].contiguous())
+            (loss * (self.scale / count)).backward()  # type: ignore[no-untyped-call]
+            total += loss.detach()
+        norm = self._update(learning_rate(step, self._config.optimizer, self._config.train.max_steps))
+        self.optimizer.zero_grad(set_to_none=True)
+        return total / count, norm
+
+    @torch.no_grad()
+    def _update(self, lr: float) -> Tensor:
+        gradients = [p.grad for p in self._parameters if p.grad is not None]
+        norm: Tensor = torch.linalg.vector_norm(torch.stack(torch._foreach_norm(gradients))) / self.scale
+        found_inf = (~norm.isfinite()).float()
+        divisor = self.scale
+        if self._config.train.grad_clip > 0:
+            # What `clip_grad_norm_` multiplies by, folded into the update's own division.
+            divisor = divisor * (norm / self._config.train.grad_clip).nan_to_num(posinf=1.0).clamp(min=1.0)
+        for group in self.optimizer.param_groups:
+            group["lr"].fill_(lr)
+        self.optimizer.grad_scale, self.optimizer.found_inf = divisor, found_inf  # type: ignore[attr-defined]
+        self.optimizer.step()
+        self.skipped += found_inf.int()
+        self.skipped_in_a_row.add_(1).mul_(found_inf.int())
+        if self._scaled:
+            torch._amp_update_scale_(self.scale, self.growth_tracker, found_inf, _GROWTH, _BACKOFF, _GROWTH_INTERVAL)
+        return norm
+
+    def tensors(self) -> dict[str, Tensor]:
+        """All of its state, by stable names; `restore` takes it back."""
+        names = {id(p): i for i, p in enumerate(self._parameters)}
+        found = {
+            f"{names[id(p)]:04d}.{key}": value
+            for p, state in self.optimizer.state.items()
+            for key, value in state.items()
+        }
+        return {**found, **{name: getattr(self, name) for name in _OWN}}
+
+    def restore(self, tensors: dict[str, Tensor]) -> None:
+        """Continues where `tensors` was taken, bit for bit."""
+        for name, tensor in tensors.items():
+            if name in _OWN:
+                getattr(self, name).copy_(tensor)
+                continue
+            index, _, key = name.partition(".")
+            parameter = self._parameters[int(index)]
+            self.optimizer.state[parameter][key] = tensor.to(parameter.device)
+
+
+_OWN = ("scale", "growth_tracker", "skipped", "skipped_in_a_row")
