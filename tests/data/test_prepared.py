@@ -1,0 +1,140 @@
+"""Preparing data: nothing leaks into validation, a second run takes the cache, what is damaged is made again."""
+
+from __future__ import annotations
+
+import json
+import time
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+from tokenizers import Tokenizer
+
+from llmmed import data
+from llmmed.compose import compose
+from llmmed.config import Config
+from llmmed.data import biomed, prepared, text
+from llmmed.errors import UserError
+from llmmed.files import cache_folder
+
+
+def text_config(path: Path, *overrides: str) -> Config:
+    return compose(["data=text", f"data.path='{path}'", "tokenizer.vocab_size=400", "train.seq_len=16", *overrides])
+
+
+def write_documents(path: Path, count: int = 400) -> list[str]:
+    documents = [f"Term {i}. The organ number {i} lies beside organ {i * 7 % count}." for i in range(count)]
+    path.write_text("\n\n".join(documents), encoding="utf-8")
+    return documents
+
+
+def decode(dataset: data.Dataset, tokens: np.ndarray) -> list[str]:
+    assert dataset.tokenizer_file is not None
+    tokenizer = Tokenizer.from_file(str(dataset.tokenizer_file))
+    ends = np.flatnonzero(tokens == dataset.end_token)
+    starts = [0, *(ends[:-1] + 1)]
+    return [tokenizer.decode(tokens[a:b].tolist()) for a, b in zip(starts, ends, strict=True)]
+
+
+def test_every_document_is_in_one_part_and_only_there(tmp_path: Path) -> None:
+    documents = write_documents(tmp_path / "terms.txt")
+    dataset = data.prepare(text_config(tmp_path / "terms.txt", "data.validation_fraction=0.1"))
+    train, validation = decode(dataset, dataset.train), decode(dataset, dataset.validation)
+    assert sorted(train + validation) == sorted(documents)
+    assert not set(train) & set(validation)
+    assert (dataset.train_documents, dataset.validation_documents) == (360, 40)
+
+
+def test_terms_of_one_name_stay_together() -> None:
+    documents = [f"Term {i // 4}. Version {i % 4}." for i in range(400)]
+    train, validation = prepared._split(documents, 0.1)
+    assert validation
+    assert not {prepared._head(d) for d in train} & {prepared._head(d) for d in validation}
+
+
+def test_a_single_document_is_split_by_position(tmp_path: Path) -> None:
+    (tmp_path / "one.txt").write_text("\n".join(f"Line {i} of a long story." for i in range(200)))
+    dataset = data.prepare(text_config(tmp_path / "one.txt", "data.validation_fraction=0.2"))
+    train, validation = decode(dataset, dataset.train)[0], decode(dataset, dataset.validation)[0]
+    assert train.startswith("Line 0 ")
+    assert validation.rstrip().endswith("Line 199 of a long story.")
+    assert validation.startswith("Line 1")
+    assert len(validation) < len(train)
+
+
+def test_the_second_run_takes_the_cache_and_a_damaged_one_is_made_again(tmp_path: Path) -> None:
+    write_documents(tmp_path / "terms.txt")
+    config = text_config(tmp_path / "terms.txt", "seed=11")
+    first = data.prepare(config)
+    train = first.train.copy()
+    started = time.perf_counter()
+    second = data.prepare(config)
+    assert time.perf_counter() - started < 1
+    assert (first.from_cache, second.from_cache) == (False, True)
+    assert np.array_equal(train, second.train)
+
+    folder = cache_folder("data") / first.fingerprint[:32]
+    (folder / "train.npy").unlink()
+    np.save(folder / "train.npy", np.zeros(3, dtype=np.uint16))
+    told: list[str] = []
+    third = data.prepare(config, told.append)
+    assert any("damaged" in message for message in told)
+    assert np.array_equal(train, third.train)
+
+
+def test_changed_text_is_prepared_anew(tmp_path: Path) -> None:
+    write_documents(tmp_path / "terms.txt")
+    config = text_config(tmp_path / "terms.txt")
+    before = data.prepare(config)
+    write_documents(tmp_path / "terms.txt", count=500)
+    assert data.prepare(config).fingerprint != before.fingerprint
+
+
+def test_folders_of_all_formats_are_read(tmp_path: Path) -> None:
+    import pyarrow
+    import pyarrow.parquet
+
+    (tmp_path / "a.txt").write_text("first paragraph\n\nsecond paragraph\n\n\n")
+    (tmp_path / "b.jsonl").write_text(json.dumps({"text": "third"}) + "\n\n" + json.dumps({"text": "fourth"}) + "\n")
+    pyarrow.parquet.write_table(pyarrow.table({"text": ["fifth", None, "sixth"]}), tmp_path / "c.parquet")
+    source = text_config(tmp_path).data
+    found = list(text.documents(source))
+    assert found == ["first paragraph", "second paragraph", "third", "fourth", "fifth", "sixth"]
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "words"),
+    [
+        ("a.txt", b"fine\nbad \xff byte", ["a.txt", "byte 9", "0xff"]),
+        ("a.jsonl", b'{"text": "x"}\n{"body": "y"}\n', ["a.jsonl:2", "'text'", "body"]),
+        ("a.jsonl", b'{"text": "x"\n', ["a.jsonl:1", "JSON"]),
+        ("a.parquet", b"no parquet", ["a.parquet", "Parquet"]),
+        ("a.txt", b" \n \n\n   \n" * 20, ["no text"]),
+    ],
+)
+def test_bad_files_are_named(tmp_path: Path, name: str, content: bytes, words: list[str]) -> None:
+    (tmp_path / name).write_bytes(content)
+    with pytest.raises(UserError) as caught:
+        data.prepare(text_config(tmp_path / name, "train.seq_len=4"))
+    for word in words:
+        assert word in str(caught.value)
+
+
+def test_synthetic_needs_no_text_and_uses_the_whole_vocabulary() -> None:
+    config = compose(["data=synthetic", "model.vocab_size=1000"])
+    dataset, again = data.prepare(config), data.prepare(replace(config, seed=1))
+    assert dataset.train.max() == 999
+    assert dataset.vocab_size == 1000
+    assert not np.array_equal(dataset.train[:100], again.train[:100])
+
+
+def test_biomed_reads_well() -> None:
+    documents = biomed.documents()
+    assert 25_000 < len(documents) < 40_000
+    assert len(set(documents)) == len(documents)
+    heart = next(d for d in documents if d.startswith("Heart. "))
+    assert "pump" in heart or "muscular" in heart
+    assert "Broader terms: " in heart
+    for document in documents:
+        assert not any(mark in document for mark in ("[http", "http://", "obsolete", "  "))
