@@ -1,0 +1,140 @@
+"""Training: it learns, resumes bit for bit, stops when told to, and its files say what happened."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import signal
+import subprocess
+import sys
+import time
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from llmmed.errors import UserError
+from llmmed.training import checkpoint
+from llmmed.training.metrics import read_metrics
+from tests.training.tiny import run, tiny_config
+
+ARGUMENTS = ["experiment=smoke", "data=synthetic", "kernels=pytorch", "model.vocab_size=64", "train.seq_len=16",
+             "train.micro_batch_size=4", "train.eval_every=0", "train.log_every=5", "hydra.run.dir=run"]  # fmt: skip
+
+
+def start(folder: Path, repository: Path, *arguments: str) -> subprocess.Popen[str]:
+    command = [sys.executable, str(repository / "scripts" / "train.py"), *ARGUMENTS, *arguments]
+    return subprocess.Popen(command, cwd=folder, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+
+
+def wait_for_step(folder: Path, step: int, process: subprocess.Popen[str]) -> None:
+    deadline = time.monotonic() + 120
+    while time.monotonic() < deadline and process.poll() is None:
+        if any(entry["step"] >= step for entry in read_metrics(folder / "run" / "metrics.jsonl")):
+            return
+        time.sleep(0.02)
+    raise AssertionError(f"step {step} was not reached: {process.communicate()}")
+
+
+def test_it_learns_a_certain_pattern(tmp_path: Path) -> None:
+    _, result = run(tiny_config("train.max_steps=60", "optimizer.lr=1e-2", "train.eval_every=20"), tmp_path)
+    entries = read_metrics(tmp_path / "metrics.jsonl")
+    assert entries[0]["loss"] == pytest.approx(math.log(64), abs=0.3)
+    assert result.train_loss < 0.5
+    assert result.val_loss < 0.5
+    evaluations = [entry for entry in entries if "val/loss" in entry]
+    assert [entry["step"] for entry in evaluations] == [20, 40, 60]
+    last = evaluations[-1]
+    assert last["val/perplexity"] == pytest.approx(math.exp(last["val/loss"]))
+    assert last["val/bits_per_byte"] == pytest.approx(last["val/loss"] / math.log(2) / 2.0)
+    assert (tmp_path / "loss.png").stat().st_size > 1000
+
+
+def test_resuming_is_bit_identical(tmp_path: Path) -> None:
+    config = tiny_config("train.checkpoint_every=6")
+    whole, _ = run(config, tmp_path / "whole")
+    part = tmp_path / "part"
+    run(config, part)
+    # As if killed after step 8: the checkpoint of step 12 was never written, metrics of steps 7 and 8 were.
+    for later in (part / "checkpoints").glob("step_00000012*"):
+        for file in later.iterdir():
+            file.unlink()
+        later.rmdir()
+    resumed, _ = run(config, part, resume=True)
+    for (name, expected), (_, found) in zip(whole.state_dict().items(), resumed.state_dict().items(), strict=True):
+        assert torch.equal(expected, found), name
+    losses = [
+        {entry["step"]: entry["loss"] for entry in read_metrics(folder / "metrics.jsonl") if "loss" in entry}
+        for folder in (tmp_path / "whole", part)
+    ]
+    assert losses[0] == losses[1]
+    assert list(losses[1]) == list(range(1, 13))
+
+
+@pytest.mark.slow
+def test_killed_at_a_random_moment_and_resumed(tmp_path: Path, repository: Path) -> None:
+    more = ("train.max_steps=60", "train.checkpoint_every=5")
+    assert start(tmp_path, repository, *more, "hydra.run.dir=whole").wait() == 0
+    process = start(tmp_path, repository, *more)
+    wait_for_step(tmp_path, 20, process)
+    time.sleep(int.from_bytes(os.urandom(1), "big") / 1000)
+    process.kill()
+    process.wait()
+    done = start(tmp_path, repository, *more, "train.resume=auto")
+    assert done.wait() == 0, done.communicate()
+    last = Path("checkpoints/step_00000060")
+    for name in ("model.safetensors", "optimizer.safetensors"):
+        whole, resumed = (load_file(tmp_path / folder / last / name) for folder in ("whole", "run"))
+        assert all(torch.equal(whole[key], resumed[key]) for key in whole)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_a_signal_ends_it_after_the_step_with_a_checkpoint(
+    tmp_path: Path, repository: Path, number: signal.Signals
+) -> None:
+    process = start(tmp_path, repository, "train.max_steps=100000", "train.checkpoint_every=0")
+    wait_for_step(tmp_path, 5, process)
+    process.send_signal(number)
+    _, errors = process.communicate(timeout=60)
+    assert process.returncode == 130
+    assert number.name in errors
+    assert "train.resume=run" in errors
+    status = json.loads((tmp_path / "run" / "status.json").read_text())
+    assert status["state"] == "interrupted"
+    assert checkpoint.load_latest(tmp_path / "run" / "checkpoints") is not None
+
+
+def test_accumulated_micro_batches_equal_one_batch(tmp_path: Path) -> None:
+    whole = tiny_config("train.max_steps=4", "train.micro_batch_size=4")
+    parts = tiny_config("train.max_steps=4", "train.micro_batch_size=1", "train.global_batch_tokens=64")
+    first, _ = run(whole, tmp_path / "whole")
+    second, _ = run(parts, tmp_path / "parts")
+    for (name, expected), (_, found) in zip(first.named_parameters(), second.named_parameters(), strict=True):
+        torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-5, msg=name)
+
+
+def test_a_broken_run_ends_with_one_line(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match=r"optimizer\.lr"):
+        run(tiny_config("optimizer.lr=1e30", "train.max_steps=200", "train.grad_clip=0"), tmp_path)
+
+
+@pytest.mark.parametrize("precision", ["bf16", "fp16"])
+def test_low_precision_learns_too(tmp_path: Path, precision: str) -> None:
+    config = tiny_config(f"train.precision={precision}", "train.max_steps=40", "optimizer.lr=1e-2")
+    _, result = run(config, tmp_path)
+    assert result.train_loss < 2.0
+    entries = read_metrics(tmp_path / "metrics.jsonl")
+    assert ("loss_scale" in entries[0]) == (precision == "fp16")
+
+
+def test_only_the_last_checkpoints_are_kept(tmp_path: Path) -> None:
+    run(replace_train(tiny_config(), checkpoint_every=3, keep_last=2), tmp_path)
+    assert sorted(p.name for p in (tmp_path / "checkpoints").iterdir()) == ["step_00000009", "step_00000012"]
+
+
+def replace_train(config, **changes):  # type: ignore[no-untyped-def]
+    return replace(config, train=replace(config.train, **changes))

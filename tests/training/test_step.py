@@ -1,0 +1,90 @@
+"""One optimizer step: clipping, loss scaling, and steps that overflow skips for good."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from llmmed.training.step import Stepper
+from tests.training.tiny import build, tiny_config
+
+TOKENS = torch.arange(17).repeat(4, 1)
+
+
+def test_clipping_is_that_of_torch() -> None:
+    config = tiny_config("train.grad_clip=0.05", "optimizer.weight_decay=0", "optimizer.warmup_steps=0")
+    ours, theirs = build(config), build(config)
+    stepper = Stepper(ours, ours, config)
+    reference = torch.optim.AdamW(theirs.parameters(), lr=config.optimizer.lr, betas=(0.9, 0.95), weight_decay=0)
+    for step in range(3):
+        _, norm = stepper.run(step, [TOKENS], 1)
+        theirs(TOKENS[:, :-1], TOKENS[:, 1:]).backward()
+        expected = torch.nn.utils.clip_grad_norm_(theirs.parameters(), 0.05)
+        assert expected > 0.05
+        reference.param_groups[0]["lr"] = stepper.optimizer.param_groups[0]["lr"].item()
+        reference.step()
+        reference.zero_grad()
+        torch.testing.assert_close(norm, expected)
+    for mine, other in zip(ours.parameters(), theirs.parameters(), strict=True):
+        torch.testing.assert_close(mine, other, rtol=1e-5, atol=1e-6)
+
+
+def test_an_overflow_skips_the_step_and_halves_the_scale() -> None:
+    config = tiny_config("train.precision=fp16")
+    model = build(config)
+    factor = torch.ones(())
+
+    def loss(tokens: Tensor, targets: Tensor) -> Tensor:
+        result: Tensor = model(tokens, targets) * factor
+        return result
+
+    stepper = Stepper(model, loss, config)
+    stepper.run(0, [TOKENS], 1)
+    scale, before = float(stepper.scale), [p.detach().clone() for p in model.parameters()]
+    state = {name: tensor.clone() for name, tensor in stepper.tensors().items() if "exp_avg" in name}
+    factor.fill_(float("inf"))
+    stepper.run(1, [TOKENS], 1)
+    assert all(torch.equal(p, old) for p, old in zip(model.parameters(), before, strict=True))
+    assert all(torch.equal(stepper.tensors()[name], old) for name, old in state.items())
+    assert float(stepper.scale) == scale / 2
+    assert (int(stepper.skipped), int(stepper.skipped_in_a_row)) == (1, 1)
+    factor.fill_(1.0)
+    stepper.run(2, [TOKENS], 1)
+    assert (int(stepper.skipped), int(stepper.skipped_in_a_row)) == (1, 0)
+    assert not torch.equal(next(iter(model.parameters())), before[0])
+
+
+def test_the_scale_does_not_change_the_update() -> None:
+    config = tiny_config("train.precision=fp32")
+    plain, scaled = build(config), build(config)
+    first, second = Stepper(plain, plain, config), Stepper(scaled, scaled, config)
+    second.scale.fill_(1024.0)
+    for step in range(2):
+        first.run(step, [TOKENS], 1)
+        second.run(step, [TOKENS], 1)
+    for mine, other in zip(plain.parameters(), scaled.parameters(), strict=True):
+        torch.testing.assert_close(mine, other, rtol=1e-5, atol=1e-7)
+
+
+def test_norms_are_not_decayed() -> None:
+    config = tiny_config("optimizer.weight_decay=0.3")
+    model = build(config)
+    groups = Stepper(model, model, config).optimizer.param_groups
+    decayed = {id(p) for group in groups if group["weight_decay"] > 0 for p in group["params"]}
+    for name, parameter in model.named_parameters():
+        assert (id(parameter) in decayed) == (parameter.ndim == 2), name
+
+
+def test_state_survives_a_round_trip() -> None:
+    config = tiny_config()
+    model = build(config)
+    stepper = Stepper(model, model, config)
+    stepper.run(0, [TOKENS], 1)
+    copy = build(config)
+    copy.load_state_dict(model.state_dict())
+    other = Stepper(copy, copy, config)
+    other.restore({name: tensor.clone() for name, tensor in stepper.tensors().items()})
+    for a, b in ((stepper, model), (other, copy)):
+        a.run(1, [TOKENS], 1)
+    for mine, theirs in zip(model.parameters(), copy.parameters(), strict=True):
+        assert torch.equal(mine, theirs)

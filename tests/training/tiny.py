@@ -1,0 +1,64 @@
+"""A run small enough for any test: a tiny model on a pattern that it can learn by heart."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pytest
+from rich.console import Console
+
+from llmmed.compose import compose
+from llmmed.config import Config
+from llmmed.data import Dataset
+from llmmed.kernels.catalog import load_kernels
+from llmmed.model import Transformer, compute_dtype
+from llmmed.training.loop import Result, train
+
+TINY = [
+    "experiment=smoke", "data=synthetic", "model.vocab_size=64", "train.seq_len=16", "train.micro_batch_size=4",
+    "train.max_steps=12", "train.eval_every=0", "train.checkpoint_every=0", "train.log_every=1", "optimizer.warmup_steps=2",
+    "device=cpu",
+]  # fmt: skip
+
+
+def tiny_config(*overrides: str) -> Config:
+    return compose([*TINY, *overrides])
+
+
+def pattern() -> Dataset:
+    """Counting up, again and again: the next token is certain."""
+    tokens = np.tile(np.arange(64, dtype=np.uint16), 40)
+    return Dataset(
+        name="pattern",
+        train=tokens,
+        validation=tokens[:400],
+        vocab_size=64,
+        tokenizer_file=None,
+        end_token=0,
+        bytes_per_token=2.0,
+        train_documents=1,
+        validation_documents=1,
+        fingerprint="pattern",
+        from_cache=False,
+    )
+
+
+def build(config: Config) -> Transformer:
+    kernels = load_kernels({"rms_norm": "pytorch", "rotary": "pytorch"})
+    dtype = compute_dtype(config.train.precision)
+    return Transformer(config.model, kernels, dtype, max_seq_len=config.train.seq_len, seed=config.seed)
+
+
+def run(config: Config, folder: Path, *, resume: bool = False) -> tuple[Transformer, Result]:
+    folder.mkdir(exist_ok=True, parents=True)
+    model = build(config)
+    quiet = Console(file=(folder / "console.txt").open("a"))
+    result = train(config, model, pattern(), folder, plan={}, sinks=[], console=quiet, started=0.0, resume=resume)
+    return model, result
+
+
+@pytest.fixture
+def small_run() -> Callable[..., tuple[Transformer, Result]]:
+    return run
