@@ -1,4 +1,4 @@
-"""Muon: the steps of `torch.optim.Muon`, fused parameters as the matrices they are made of, skipped and scaled steps."""
+"""Muon: the steps of `torch.optim.Muon`, fused parameters as the matrices they are, skipped and scaled steps."""
 
 from __future__ import annotations
 
@@ -91,7 +91,8 @@ def test_a_whole_model_takes_a_handful_of_calls() -> None:
 
     layers = 3
     parameters = matrices(*[(48, 16), (16, 16), (64, 16), (16, 32)] * layers)
-    splits = {p: (16, 16, 16) for p in parameters[::4]} | {p: (32, 32) for p in parameters[2::4]}
+    splits: dict[nn.Parameter, tuple[int, ...]] = dict.fromkeys(parameters[::4], (16, 16, 16))
+    splits |= dict.fromkeys(parameters[2::4], (32, 32))
     muon = Muon(parameters, counting, splits=splits)
     set_gradients(parameters, 0)
     muon.step()

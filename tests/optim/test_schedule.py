@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 
 import pytest
@@ -24,7 +25,7 @@ def test_warm_up_is_linear_and_reaches_the_rate(schedule: str) -> None:
 def test_decay_ends_at_the_floor(schedule: str) -> None:
     found = rates(schedule)
     assert found[-1] == pytest.approx(0.1)
-    assert all(a >= b for a, b in zip(found[10:], found[11:], strict=False))
+    assert all(a >= b for a, b in itertools.pairwise(found[10:]))
 
 
 def test_shapes() -> None:

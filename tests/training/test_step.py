@@ -84,7 +84,7 @@ def test_state_survives_a_round_trip() -> None:
     copy.load_state_dict(model.state_dict())
     other = Stepper(copy, copy, config)
     other.restore({name: tensor.clone() for name, tensor in stepper.tensors().items()})
-    for a, b in ((stepper, model), (other, copy)):
-        a.run(1, [TOKENS], 1)
+    for one in (stepper, other):
+        one.run(1, [TOKENS], 1)
     for mine, theirs in zip(model.parameters(), copy.parameters(), strict=True):
         assert torch.equal(mine, theirs)

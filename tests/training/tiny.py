@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
-import pytest
 from rich.console import Console
 
 from llmmed.compose import compose
@@ -17,10 +15,18 @@ from llmmed.model import Transformer, compute_dtype
 from llmmed.training.loop import Result, train
 
 TINY = [
-    "experiment=smoke", "data=synthetic", "model.vocab_size=64", "train.seq_len=16", "train.micro_batch_size=4",
-    "train.max_steps=12", "train.eval_every=0", "train.checkpoint_every=0", "train.log_every=1", "optimizer.warmup_steps=2",
+    "experiment=smoke",
+    "data=synthetic",
+    "model.vocab_size=64",
+    "train.seq_len=16",
+    "train.micro_batch_size=4",
+    "train.max_steps=12",
+    "train.eval_every=0",
+    "train.checkpoint_every=0",
+    "train.log_every=1",
+    "optimizer.warmup_steps=2",
     "device=cpu",
-]  # fmt: skip
+]
 
 
 def tiny_config(*overrides: str) -> Config:
@@ -57,8 +63,3 @@ def run(config: Config, folder: Path, *, resume: bool = False) -> tuple[Transfor
     quiet = Console(file=(folder / "console.txt").open("a"))
     result = train(config, model, pattern(), folder, plan={}, sinks=[], console=quiet, started=0.0, resume=resume)
     return model, result
-
-
-@pytest.fixture
-def small_run() -> Callable[..., tuple[Transformer, Result]]:
-    return run
