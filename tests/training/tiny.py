@@ -17,6 +17,7 @@ from llmmed.training.loop import Result, train
 TINY = [
     "experiment=smoke",
     "data=synthetic",
+    "device=cpu",
     "model.vocab_size=64",
     "train.seq_len=16",
     "train.micro_batch_size=4",
@@ -25,7 +26,6 @@ TINY = [
     "train.checkpoint_every=0",
     "train.log_every=1",
     "optimizer.warmup_steps=2",
-    "device=cpu",
 ]
 
 
