@@ -26,7 +26,7 @@ class Transformer(nn.Module):
 
     Args:
         config: The architecture.
-        kernels: The table whose `rms_norm` and `rotary` the forward pass calls.
+        kernels: The table that the forward pass calls for everything but its matrix products.
         compute_dtype: The dtype of activations, and of weights inside matrix products.
         max_seq_len: The longest sequence that `forward` accepts, in tokens. It sizes the rotary tables and nothing
             else: a checkpoint loads into a model of any length.
@@ -151,7 +151,7 @@ class Block(nn.Module):
         qkv = F.linear(x, self.qkv_projection.to(x.dtype)).view(*x.shape[:2], -1, self.d_head)
         q, k, v = qkv.split(self.heads, dim=2)  # views [batch, seq, heads, d_head] of one projection
         q, k = kernels.rotary(q, k, cos, sin)
-        return F.linear(_causal_attention(q, k, v).flatten(2), self.output_projection.to(x.dtype))
+        return F.linear(kernels.attention(q, k, v).flatten(2), self.output_projection.to(x.dtype))
 
     def _feed_forward(self, x: Tensor) -> Tensor:
         gate, up = F.linear(x, self.gate_up_projection.to(x.dtype)).chunk(2, dim=-1)  # views [batch, seq, d_ff]
@@ -175,13 +175,6 @@ def _add_rms_norm(
     """Adds a branch to the residual stream and norms the sum: `(normed, new residual)`."""
     residual = x if residual is None else residual + x
     return kernels.rms_norm(residual, weight, eps), residual
-
-
-def _causal_attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-    """Grouped-query attention over [batch, seq, heads, d_head], in that layout."""
-    q, k, v = q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)
-    grouped = q.shape[1] != k.shape[1]
-    return F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=grouped).transpose(1, 2)
 
 
 def _parameter(*shape: int, device: torch.device | str) -> nn.Parameter:

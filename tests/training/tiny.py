@@ -10,7 +10,7 @@ from rich.console import Console
 from llmmed.compose import compose
 from llmmed.config import Config
 from llmmed.data import Dataset
-from llmmed.kernels.catalog import load_kernels
+from llmmed.kernels.catalog import default_choice, load_kernels
 from llmmed.model import Transformer, compute_dtype
 from llmmed.training.loop import Result, train
 
@@ -52,7 +52,7 @@ def pattern() -> Dataset:
 
 
 def build(config: Config) -> Transformer:
-    kernels = load_kernels({"rms_norm": "pytorch", "rotary": "pytorch"})
+    kernels = load_kernels(default_choice())
     dtype = compute_dtype(config.train.precision)
     return Transformer(config.model, kernels, dtype, max_seq_len=config.train.seq_len, seed=config.seed)
 
