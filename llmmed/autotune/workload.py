@@ -58,7 +58,7 @@ def record_workload(config: Config) -> Workload:
         dtype = compute_dtype(train.precision)
         model = Transformer(config.model, kernels, dtype, max_seq_len=train.seq_len, device="meta")
         tokens = torch.zeros(train.micro_batch_size, train.seq_len, dtype=torch.int64, device="meta")
-        model(tokens, tokens).backward()
+        model(tokens, tokens, torch.ones((), device="meta")).backward()
 
     return record_calls(micro_batch, load_kernels(default_choice()))
 

@@ -84,16 +84,17 @@ class Transformer(nn.Module):
         """Takes another plan from the next call on. Parameters stay what they are; a compiled model compiles again."""
         self.kernels = kernels
 
-    def forward(self, tokens: Tensor, targets: Tensor | None = None) -> Tensor:
+    def forward(self, tokens: Tensor, targets: Tensor | None = None, scale: Tensor | None = None) -> Tensor:
         """Logits, or the loss if targets are given.
 
         Args:
             tokens: [batch, seq] int64.
             targets: [batch, seq] int64, the token that follows each of `tokens`, or `IGNORE_INDEX`.
+            scale: A 0-d float32 tensor that the loss is multiplied by before anything is rounded; None for one.
 
         Returns:
             Without targets, the logits [batch, seq, vocab] in the compute dtype. With targets, the mean cross-entropy
-            over those not ignored, in nats, a 0-d float32 tensor.
+            over those not ignored, in nats, times `scale`, a 0-d float32 tensor; zero if all are ignored.
 
         Raises:
             UserError: the sequence is longer than `max_seq_len`.
@@ -110,10 +111,11 @@ class Transformer(nn.Module):
             update, residual = layer(update, residual, cos, sin, self.kernels)
         hidden_states, _ = _add_rms_norm(self.kernels, update, residual, self.final_norm, self.config.norm_eps)
         head = self.token_embedding if self.lm_head is None else self.lm_head
-        logits = F.linear(hidden_states, head.to(self.compute_dtype))  # [batch, seq, vocab]
         if targets is None:
-            return logits
-        return F.cross_entropy(logits.flatten(0, 1).float(), targets.flatten(), ignore_index=IGNORE_INDEX)
+            return F.linear(hidden_states, head.to(self.compute_dtype))
+        rows, wanted = hidden_states.flatten(0, 1), targets.flatten()
+        loss: Tensor = self.kernels.linear_cross_entropy(rows, head, wanted, IGNORE_INDEX, scale)
+        return loss
 
 
 class Block(nn.Module):

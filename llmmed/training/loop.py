@@ -108,7 +108,7 @@ class _Run:
         self.config, self.model, self.dataset, self.folder = config, model, dataset, folder
         self.plan, self.sinks, self.started = plan, sinks, started
         self.device = next(model.parameters()).device
-        loss: Callable[[Tensor, Tensor], Tensor] = model
+        loss: Callable[..., Tensor] = model
         if resolve_compile(config) == "compiled":
             loss = torch.compile(model, fullgraph=True, dynamic=False)
         self.stepper = Stepper(model, loss, config)

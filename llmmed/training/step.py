@@ -16,16 +16,19 @@ from llmmed.optim import build_adamw, learning_rate
 _FIRST_SCALE, _GROWTH, _BACKOFF, _GROWTH_INTERVAL = 2.0**15, 2.0, 0.5, 1000
 
 
+Loss = Callable[[Tensor, Tensor, Tensor], Tensor]
+
+
 class Stepper:
     """The optimizer with loss scaling and clipping.
 
     Args:
         model: Its parameters are updated.
-        loss: `(tokens, targets) -> mean loss`, the model itself or its compiled form.
+        loss: `(tokens, targets, scale) -> scale * mean loss`, the model itself or its compiled form.
         config: The run's.
     """
 
-    def __init__(self, model: nn.Module, loss: Callable[[Tensor, Tensor], Tensor], config: Config) -> None:
+    def __init__(self, model: nn.Module, loss: Loss, config: Config) -> None:
         device = next(model.parameters()).device
         self.optimizer = build_adamw(model, config.optimizer, device)
         self._parameters = list(model.parameters())
@@ -38,14 +41,15 @@ class Stepper:
 
     def run(self, step: int, micro_batches: Iterable[Tensor], count: int) -> tuple[Tensor, Tensor]:
         """Step `step` over `count` micro-batches [batch, seq + 1]. Returns the mean loss and the gradient norm, 0-d."""
-        total = torch.zeros((), device=self.scale.device)
+        total, scale = torch.zeros((), device=self.scale.device), self.scale / count
         for batch in micro_batches:
-            loss = self._loss(batch[:, :-1].contiguous(), batch[:, 1:].contiguous())
-            (loss * (self.scale / count)).backward()  # type: ignore[no-untyped-call]
+            loss = self._loss(batch[:, :-1].contiguous(), batch[:, 1:].contiguous(), scale)
+            loss.backward()  # type: ignore[no-untyped-call]
             total += loss.detach()
+        total /= self.scale  # before the update changes it
         norm = self._update(learning_rate(step, self._config.optimizer, self._config.train.max_steps))
         self.optimizer.zero_grad(set_to_none=True)
-        return total / count, norm
+        return total, norm
 
     @torch.no_grad()
     def _update(self, lr: float) -> Tensor:

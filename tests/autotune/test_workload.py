@@ -122,7 +122,7 @@ def test_a_real_step_calls_what_was_recorded(config: Config, precision: str, dev
     def step(kernels: Kernels) -> None:
         model = Transformer(config.model, kernels, compute_dtype(precision), max_seq_len=SEQ, device=device)
         tokens = torch.randint(config.model.vocab_size, (BATCH, SEQ), device=device)
-        model(tokens, tokens).backward()
+        model(tokens, tokens, torch.ones((), device=device)).backward()
         assert all(parameter.grad is not None for parameter in model.parameters())
 
     assert record_calls(step, load_kernels(default_choice())) == record_workload(config)

@@ -34,8 +34,8 @@ def test_an_overflow_skips_the_step_and_halves_the_scale() -> None:
     model = build(config)
     factor = torch.ones(())
 
-    def loss(tokens: Tensor, targets: Tensor) -> Tensor:
-        result: Tensor = model(tokens, targets) * factor
+    def loss(tokens: Tensor, targets: Tensor, scale: Tensor) -> Tensor:
+        result: Tensor = model(tokens, targets, scale) * factor
         return result
 
     stepper = Stepper(model, loss, config)

@@ -50,7 +50,7 @@ def _write_gradient(
     for i in tl.range(0, last + 1, num_stages=STAGES):
         cols = (last - i) * BLOCK + tl.arange(0, BLOCK)
         mask = cols < V
-        x = tl.load(logits + cols, mask=mask, other=0.0).to(tl.float32)
+        x = tl.load(logits + cols, mask=mask, other=float("-inf")).to(tl.float32)
         softmax = tl.exp(x - row_max) * inverse_sum
         dx = (softmax - tl.where(cols == target, 1.0, 0.0)) * factor
         tl.store(gradient + cols, dx.to(gradient.dtype.element_ty), mask=mask, cache_modifier=".cs")
@@ -129,18 +129,19 @@ def cross_entropy_triton_bwd_kernel(
             _write_gradient(logits, gradient, target, row_max, row_sum, factor, V, BLOCK, 1)
 
 
-def _launch(vocab: int, itemsize: int, n_rows: int, device: torch.device) -> tuple[int, int, int, int]:
+def launch(vocab: int, itemsize: int, n_rows: int, device: torch.device) -> tuple[int, int, int, int]:
     """BLOCK, STAGES, num_warps and the number of programs.
 
     Sixteen elements a lane. As many programs as fit the multiprocessors, but no more than keep half of the L2 cache
-    busy with their rows: a row is half read, half finished on average, and its gradient passes through as well.
+    busy with their rows, since their gradients pass through it as well.
     """
     block = min(8192, max(128, triton.next_power_of_2(vocab)))
     num_warps = max(4, block // 512)
     fitting = 64 // num_warps // 2  # 64 registers a lane
     cached = _l2_bytes(device) // 2 // (vocab * itemsize) // sm_count(device)
     per_sm = max(1, min(fitting, cached))
-    stages = 3 if per_sm > 1 else 5  # what is on its way hides the latency: with one program it must be more
+    # What is on its way hides the latency: a single program needs more of it. At most 64 KiB of shared memory.
+    stages = 3 if per_sm > 1 else 1 + 8 // itemsize
     return block, stages, num_warps, max(1, min(n_rows, per_sm * sm_count(device)))
 
 
@@ -162,7 +163,7 @@ def _compute(
     losses = torch.empty(n_rows, dtype=torch.float32, device=logits.device)
     statistics = torch.empty((2, n_rows), dtype=torch.float32, device=logits.device)
     gradient = torch.empty((n_rows, vocab) if with_gradient else (0,), dtype=logits.dtype, device=logits.device)
-    block, stages, num_warps, programs = _launch(vocab, logits.element_size(), n_rows, logits.device)
+    block, stages, num_warps, programs = launch(vocab, logits.element_size(), n_rows, logits.device)
     cross_entropy_triton_fwd_kernel[(programs,)](
         rows, targets, factor, losses, statistics, gradient, rows.stride(0), targets.stride(0), n_rows, ignore_index,
         V=vocab, BLOCK=block, STAGES=stages, GRADIENT=with_gradient, num_warps=num_warps,
@@ -177,7 +178,7 @@ def _write(
     """Fills `gradient` for an upstream gradient; `written` if it already holds the one for one."""
     rows = as_rows(logits)
     n_rows, vocab = rows.shape
-    block, _, num_warps, _ = _launch(vocab, logits.element_size(), n_rows, logits.device)
+    block, _, num_warps, _ = launch(vocab, logits.element_size(), n_rows, logits.device)
     programs = max(1, min(n_rows, 64 // num_warps * sm_count(logits.device)))  # nothing is read twice: all that fit
     cross_entropy_triton_bwd_kernel[(programs,)](
         upstream, rows, targets, factor, statistics, gradient, rows.stride(0), targets.stride(0), n_rows, ignore_index,

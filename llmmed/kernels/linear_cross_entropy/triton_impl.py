@@ -1,0 +1,281 @@
+"""`linear_cross_entropy` in chunks of rows: cuBLAS for the products, Triton for what lies between them.
+
+The logits of a chunk are turned into their gradient in place, which the other two products take up at once; the
+weight's gradient is summed over the chunks in float32. Nothing waits for the host, so a CUDA graph can hold it.
+"""
+
+# Annotations must be real objects: torch infers the operator's schema from them. So no `from __future__` here.
+from collections.abc import Callable
+from typing import Any
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from llmmed.kernels.base import Implementation
+from llmmed.kernels.cross_entropy.triton_impl import launch
+from llmmed.kernels.operator import TRITON_DEVICES, as_rows, make_operator, require_triton
+
+_CHUNKS = 8  # the logits of a chunk take an eighth of what all would
+_CHUNK_BYTES = 2**30  # and no more than this
+
+
+@triton.jit
+def linear_cross_entropy_triton_factor_kernel(
+    targets_ptr, scale_ptr, factor_ptr, targets_stride, n_rows, ignore_index, BLOCK: tl.constexpr,
+):  # fmt: skip
+    # factor = scale / rows that count, zero if none does, in float64: it is rounded once, together with the upstream
+    # gradient. One program: the targets are few.
+    counts = tl.zeros((BLOCK,), dtype=tl.int32)
+    for start in range(0, n_rows, BLOCK):
+        rows = start + tl.arange(0, BLOCK)
+        targets = tl.load(targets_ptr + rows.to(tl.int64) * targets_stride, mask=rows < n_rows, other=ignore_index)
+        counts += (targets != ignore_index).to(tl.int32)
+    count = tl.sum(counts, axis=0)
+    scale = tl.full((), 1.0, dtype=tl.float64)
+    if scale_ptr is not None:
+        scale = tl.load(scale_ptr).to(tl.float64)
+    mean = scale / tl.maximum(count, 1).to(tl.float64)
+    tl.store(factor_ptr, tl.where(count > 0, mean, 0.0))
+
+
+@triton.jit
+def linear_cross_entropy_triton_fwd_kernel(
+    logits_ptr, targets_ptr, losses_ptr, targets_stride, n_rows, ignore_index,
+    V: tl.constexpr, BLOCK: tl.constexpr, STAGES: tl.constexpr, GRADIENT: tl.constexpr, GAIN: tl.constexpr,
+):  # fmt: skip
+    # Losses of a chunk's rows; the logits become GAIN * (softmax - one_hot). As in `cross_entropy`, a row is walked
+    # twice, the second time backwards and out of the cache.
+    last = (V - 1) // BLOCK
+    for row in tl.range(tl.program_id(0).to(tl.int64), n_rows, tl.num_programs(0)):
+        logits = logits_ptr + row * V
+        target = tl.load(targets_ptr + row * targets_stride)
+        if target == ignore_index:
+            tl.store(losses_ptr + row, 0.0)
+            if GRADIENT:
+                for start in range(0, V, BLOCK):
+                    cols = start + tl.arange(0, BLOCK)
+                    tl.store(logits + cols, tl.zeros((BLOCK,), dtype=logits.dtype.element_ty), mask=cols < V)
+        else:
+            # Each lane keeps a maximum and a sum of its own, with one exponential an element.
+            lane_max = tl.full((BLOCK,), -3.0e38, dtype=tl.float32)
+            lane_sum = tl.zeros((BLOCK,), dtype=tl.float32)
+            for start in tl.range(0, V, BLOCK, num_stages=STAGES):
+                cols = start + tl.arange(0, BLOCK)
+                x = tl.load(logits + cols, mask=cols < V, other=float("-inf")).to(tl.float32)
+                ratio = tl.exp(-tl.abs(x - lane_max))
+                lane_sum = tl.where(x > lane_max, lane_sum * ratio + 1.0, lane_sum + ratio)
+                lane_max = tl.maximum(lane_max, x)
+            row_max = tl.max(lane_max, axis=0)
+            row_sum = tl.sum(lane_sum * tl.exp(lane_max - row_max), axis=0)
+            # A target that is no class must not read foreign memory: its loss is NaN, which nobody overlooks.
+            is_class = (target >= 0) & (target < V)
+            chosen = tl.load(logits + target, mask=is_class, other=float("nan")).to(tl.float32)
+            tl.store(losses_ptr + row, (row_max - chosen) + tl.log(row_sum))
+            if GRADIENT:
+                inverse_sum = tl.div_rn(tl.full((), GAIN, dtype=tl.float32), row_sum)
+                for i in tl.range(0, last + 1, num_stages=STAGES):
+                    cols = (last - i) * BLOCK + tl.arange(0, BLOCK)
+                    mask = cols < V
+                    x = tl.load(logits + cols, mask=mask, other=float("-inf")).to(tl.float32)
+                    dx = tl.exp(x - row_max) * inverse_sum - tl.where(cols == target, GAIN, 0.0)
+                    tl.store(logits + cols, dx.to(logits.dtype.element_ty), mask=mask)
+
+
+@triton.jit
+def linear_cross_entropy_triton_bwd_kernel(
+    raw_ptr, out_ptr, upstream_ptr, factor_ptr, n, BLOCK: tl.constexpr, GAIN: tl.constexpr
+):
+    factor = (tl.load(factor_ptr) * tl.load(upstream_ptr) / GAIN).to(tl.float32)
+    index = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
+    raw = tl.load(raw_ptr + index, mask=index < n, other=0.0).to(tl.float32)
+    tl.store(out_ptr + index, (raw * factor).to(out_ptr.dtype.element_ty), mask=index < n)
+
+
+def mean_factor(targets: Tensor, ignore_index: int, scale: Tensor | None) -> Tensor:
+    """scale / rows that count, 0-d float64 on the device; zero if no row counts."""
+    factor = torch.empty((), dtype=torch.float64, device=targets.device)
+    linear_cross_entropy_triton_factor_kernel[(1,)](
+        targets, scale, factor, targets.stride(0), targets.shape[0], ignore_index, BLOCK=4096, num_warps=8
+    )
+    return factor
+
+
+def losses_and_raw_gradients(
+    hidden_states: Tensor,
+    weight: Tensor,
+    targets: Tensor,
+    ignore_index: int,
+    hidden_gradient: bool,
+    weight_gradient: bool,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Each row's loss, and the gradients of their sum, chunk by chunk.
+
+    Returns:
+        Losses [rows] float32; the gradient of the hidden states in their dtype and of the weight in float32, both times
+        `_gain`, each empty if it is not asked for. Divided by the rows that count, they might underflow in float16.
+    """
+    hidden_states, weight = as_rows(hidden_states), weight.to(hidden_states.dtype)
+    n_rows, vocab = hidden_states.shape[0], weight.shape[0]
+    losses = torch.empty(n_rows, dtype=torch.float32, device=weight.device)
+    raw_hidden = torch.empty(hidden_states.shape if hidden_gradient else (0,), dtype=weight.dtype, device=weight.device)
+    raw_weight = torch.empty(weight.shape if weight_gradient else (0,), dtype=torch.float32, device=weight.device)
+    chunk_rows = _chunk_rows(n_rows, vocab * weight.element_size())
+    buffer = torch.empty((chunk_rows, vocab), dtype=weight.dtype, device=weight.device)
+    for start in range(0, n_rows, chunk_rows):
+        rows = slice(start, min(start + chunk_rows, n_rows))
+        logits = buffer[: rows.stop - start]
+        torch.mm(hidden_states[rows], weight.T, out=logits)
+        _differentiate(logits, targets[rows], losses[rows], ignore_index, hidden_gradient or weight_gradient)
+        if hidden_gradient:
+            torch.mm(logits, weight, out=raw_hidden[rows])
+        if weight_gradient:
+            _add_product(raw_weight, logits.T, hidden_states[rows], first=start == 0)
+    return losses, raw_hidden, raw_weight if n_rows else raw_weight.zero_()
+
+
+def finish(raw: Tensor, out: Tensor, upstream: Tensor, factor: Tensor, compute_dtype: torch.dtype) -> Tensor:
+    """Writes `raw` times the upstream gradient and the factor of the mean to `out`, which may be `raw` itself."""
+    if raw.numel():
+        linear_cross_entropy_triton_bwd_kernel[(triton.cdiv(raw.numel(), 4096),)](
+            raw, out, upstream, factor, raw.numel(), BLOCK=4096, GAIN=_gain(compute_dtype), num_warps=8
+        )
+    return out
+
+
+def _gain(compute_dtype: torch.dtype) -> float:
+    """A probability of 1 / vocab is among float16's subnormal numbers; times 256 it is not."""
+    return 256.0 if compute_dtype == torch.float16 else 1.0
+
+
+def _chunk_rows(n_rows: int, row_bytes: int) -> int:
+    """Rows a chunk: an eighth of all, within the memory budget, in whole tiles of the products."""
+    wanted = max(1, min(-(-n_rows // _CHUNKS), _CHUNK_BYTES // row_bytes))
+    tile = 128 if wanted > 128 else 16
+    return max(1, min(n_rows, -(-wanted // tile) * tile))
+
+
+def _differentiate(logits: Tensor, targets: Tensor, losses: Tensor, ignore_index: int, with_gradient: bool) -> None:
+    """Fills `losses` and turns `logits` into their gradient, in place."""
+    n_rows, vocab = logits.shape
+    block, stages, num_warps, programs = launch(vocab, logits.element_size(), n_rows, logits.device)
+    linear_cross_entropy_triton_fwd_kernel[(programs,)](
+        logits, targets, losses, targets.stride(0), n_rows, ignore_index,
+        V=vocab, BLOCK=block, STAGES=stages, GRADIENT=with_gradient, GAIN=_gain(logits.dtype), num_warps=num_warps,
+    )  # fmt: skip
+
+
+def _add_product(total: Tensor, left: Tensor, right: Tensor, first: bool) -> None:
+    """total += left @ right, in float32 whatever the factors are; the first product overwrites what was there."""
+    beta = 0 if first else 1
+    if left.dtype == torch.float32:
+        torch.addmm(total, left, right, beta=beta, out=total)
+    else:
+        torch.addmm(total, left, right, out_dtype=torch.float32, beta=beta, out=total)
+
+
+class _Direct(torch.autograd.Function):
+    """Eager mode: forward computes the gradients but for a factor; the first backward pass finishes them in place."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, hidden_states: Tensor, weight: Tensor, targets: Tensor, ignore_index: int, scale: Tensor | None,
+        hidden_gradient: bool, weight_gradient: bool,
+    ) -> Tensor:  # fmt: skip
+        loss, factor, *raw = _forward(
+            hidden_states, weight, targets, ignore_index, scale, hidden_gradient, weight_gradient
+        )
+        ctx.save_for_backward(hidden_states, weight, targets, factor)
+        ctx.ignore_index, ctx.raw = ignore_index, raw
+        return loss
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, upstream: Tensor) -> tuple[Tensor | None, ...]:
+        hidden_states, weight, targets, factor = ctx.saved_tensors
+        wanted = ctx.needs_input_grad[:2]
+        raw, ctx.raw = ctx.raw, None
+        if raw is None:  # a second pass over a retained graph: the first gave the buffers away
+            _, *raw = losses_and_raw_gradients(hidden_states, weight, targets, ctx.ignore_index, *wanted)
+        raw_hidden, raw_weight = raw
+        out_weight = raw_weight if weight.dtype == torch.float32 else torch.empty_like(raw_weight, dtype=weight.dtype)
+        dtype = hidden_states.dtype
+        gradients = (
+            finish(raw_hidden, raw_hidden, upstream, factor, dtype) if wanted[0] else None,
+            finish(raw_weight, out_weight, upstream, factor, dtype) if wanted[1] else None,
+        )
+        return *gradients, None, None, None, None, None
+
+
+def _forward(
+    hidden_states: Tensor, weight: Tensor, targets: Tensor, ignore_index: int, scale: Tensor | None,
+    hidden_gradient: bool, weight_gradient: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
+    factor = mean_factor(targets, ignore_index, scale)
+    losses, raw_hidden, raw_weight = losses_and_raw_gradients(
+        hidden_states, weight, targets, ignore_index, hidden_gradient, weight_gradient
+    )
+    return (losses.sum() * factor).float(), factor, raw_hidden, raw_weight
+
+
+def _fake_forward(
+    hidden_states: Tensor, weight: Tensor, targets: Tensor, ignore_index: int, scale: Tensor | None,
+    hidden_gradient: bool, weight_gradient: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
+    return (
+        weight.new_empty((), dtype=torch.float32),
+        weight.new_empty((), dtype=torch.float64),
+        hidden_states.new_empty(hidden_states.shape if hidden_gradient else (0,)),
+        weight.new_empty(weight.shape if weight_gradient else (0,), dtype=torch.float32),
+    )
+
+
+def _backward(
+    upstream: Tensor, raw_hidden: Tensor, raw_weight: Tensor, factor: Tensor, weight_dtype: torch.dtype
+) -> tuple[Tensor, Tensor]:
+    out_hidden, out_weight = torch.empty_like(raw_hidden), torch.empty_like(raw_weight, dtype=weight_dtype)
+    finish(raw_hidden, out_hidden, upstream, factor, raw_hidden.dtype)
+    return out_hidden, finish(raw_weight, out_weight, upstream, factor, raw_hidden.dtype)
+
+
+def _fake_backward(
+    upstream: Tensor, raw_hidden: Tensor, raw_weight: Tensor, factor: Tensor, weight_dtype: torch.dtype
+) -> tuple[Tensor, Tensor]:
+    return torch.empty_like(raw_hidden), torch.empty_like(raw_weight, dtype=weight_dtype)
+
+
+# Compiled graphs are functional: there backward writes the finished gradients to memory of their own.
+_operator = make_operator(
+    "llmmed::linear_cross_entropy_triton",
+    forward=_forward,
+    fake_forward=_fake_forward,
+    backward=_backward,
+    fake_backward=_fake_backward,
+    save=lambda arguments, results: (results[2], results[3], results[1], arguments[1].dtype),
+    gradients=("hidden_states", "weight"),
+)
+
+
+def linear_cross_entropy(
+    hidden_states: Tensor, weight: Tensor, targets: Tensor, ignore_index: int, scale: Tensor | None = None
+) -> Tensor:
+    """See `reference.linear_cross_entropy`. The loss is NaN if a target is neither a class nor ignored."""
+    wanted = [tensor.requires_grad and torch.is_grad_enabled() for tensor in (hidden_states, weight)]
+    apply = _operator if torch.compiler.is_compiling() else _Direct.apply
+    loss: Tensor = apply(hidden_states, weight, targets, ignore_index, scale, *wanted)
+    return loss
+
+
+def _load() -> Callable[..., Any]:
+    require_triton()
+    return linear_cross_entropy
+
+
+IMPL = Implementation(
+    "triton",
+    load=_load,
+    devices=TRITON_DEVICES,
+    kernel_names=("linear_cross_entropy_triton_fwd_kernel", "linear_cross_entropy_triton_bwd_kernel"),
+)
