@@ -11,10 +11,11 @@ import json
 import logging
 import shutil
 import sys
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from pathlib import Path
 from typing import Literal
 
+import torch
 from pydantic import BaseModel, ConfigDict, ValidationError
 
 from llmmed.autotune.hardware import UNKNOWN_GPU
@@ -25,8 +26,6 @@ from llmmed.kernels import base, catalog, operator
 
 logger = logging.getLogger(__name__)
 
-_JUDGES = ("verify.py", "measure.py", "worker.py")  # beside this file: what they do decides what is found
-
 
 class Evidence(BaseModel):
     """What a tuning process found: per op and implementation, and the ceilings if it measured any."""
@@ -35,11 +34,6 @@ class Evidence(BaseModel):
 
     ops: dict[str, dict[str, Candidate]]
     ceilings: Ceilings | None = None
-
-    @property
-    def complete(self) -> bool:
-        """Whether everything was tried: what the budget cut short is not worth keeping."""
-        return all(c.status != "not_tried" for candidates in self.ops.values() for c in candidates.values())
 
 
 class _Entry(BaseModel):
@@ -54,14 +48,17 @@ def fingerprint(
     *,
     workload: Workload,
     candidates: Mapping[str, list[str]],
-    timed: bool,
+    timed: Collection[str],
     device: str,
     hardware: Hardware,
     mode: Mode,
     deterministic: bool,
     candidate_seconds: float,
 ) -> str:
-    """The hash of everything that evidence depends on: machine, versions, workload, mode, sources, what is tried."""
+    """The hash of everything that evidence depends on: machine, versions, workload, mode, sources, what is tried.
+
+    `candidates` are the implementations to verify, by op; `timed` the ops whose verified ones are measured.
+    """
     facts = {
         "hardware": hardware.model_dump(mode="json"),
         "installed": _installed(),
@@ -70,11 +67,12 @@ def fingerprint(
         "workload": workload.fingerprint(),
         "device": device,
         "candidates": {op: sorted(names) for op, names in sorted(candidates.items())},
-        "timed": timed,
+        "timed": sorted(timed),
         "mode": mode,
         "deterministic": deterministic,
+        "matmul_precision": torch.get_float32_matmul_precision(),
         "candidate_seconds": candidate_seconds,
-        "judges": _hash_files(Path(__file__).parent / name for name in _JUDGES),
+        "judges": _hash_files(sorted(Path(__file__).parent.glob("*.py"))),
         "contract": _hash_files(map(Path, (base.__file__, operator.__file__, catalog.__file__))),
         "sources": {op: source_hash(op) for op in sorted(candidates)},
     }
@@ -102,8 +100,9 @@ def usable(hardware: Hardware) -> bool:
 
 def load(key: str) -> Evidence | None:
     """The entry of a fingerprint, or None. A damaged or foreign one is ignored with one warning."""
-    path = _path(key)
+    path = None
     try:
+        path = _path(key)
         entry = _Entry.model_validate_json(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
         return None
@@ -115,7 +114,7 @@ def load(key: str) -> Evidence | None:
         if entry.fingerprint == key:
             return entry.evidence
         problem = "it belongs to another fingerprint"
-    logger.warning("ignoring the tuning cache's entry %s (%s); it will be written anew", path, problem)
+    logger.warning("ignoring the tuning cache's entry %s (%s); it will be written anew", path or key, problem)
     return None
 
 

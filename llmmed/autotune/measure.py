@@ -110,9 +110,13 @@ def measure_op(
         for name in list(alive):
             subjects[name] = _Subject(alive[name], inputs)
             attempt(name, lambda subject: _warm_up(subject, clock))
-        for name in list(alive):
-            peak = clock.peak_memory_mib(subjects[name])
+
+        def take_memory(subject: _Subject, name: str) -> None:
+            peak = clock.peak_memory_mib(subject)
             memory[name] = peak if peak is None else max(peak, memory[name] or 0.0)
+
+        for name in list(alive):
+            attempt(name, functools.partial(take_memory, name=name))
         for index in range(_rounds(subjects.values(), _SECONDS[device.type])):
             names = list(alive)
             for name in names[index % len(names) :] + names[: index % len(names)] if names else ():

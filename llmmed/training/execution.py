@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import importlib.util
+import os
+import shutil
 
 import torch
 
@@ -16,6 +18,7 @@ def prepare_backend(config: Config) -> None:
     exact = config.train.deterministic or config.device == "cpu"  # on a CPU "high" is emulated, and slow
     torch.set_float32_matmul_precision("highest" if exact else "high")
     if config.train.deterministic:
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # read when cuBLAS starts
         torch.use_deterministic_algorithms(True)
         torch.backends.cudnn.benchmark = False
 
@@ -34,8 +37,6 @@ def resolve_compile(config: Config) -> Mode:
 
 
 def _obstacle(device: str) -> str | None:
-    import shutil
-
     if device == "cuda":
         if importlib.util.find_spec("triton") is None:
             return "torch.compile needs Triton on a GPU (pip install triton)"

@@ -15,11 +15,11 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from llmmed.kernels.base import Implementation
-from llmmed.kernels.cross_entropy.triton_impl import launch
+from llmmed.kernels.cross_entropy.triton_impl import launch, row_statistics, write_gradient
 from llmmed.kernels.operator import TRITON_DEVICES, as_rows, make_operator, require_triton
 
-_CHUNKS = 8  # the logits of a chunk take an eighth of what all would
-_CHUNK_BYTES = 2**30  # and no more than this
+_CHUNKS = 2  # the logits of a chunk take half of what all would
+_CHUNK_BYTES = 9 * 2**26  # and no more than this: each chunk reads and writes the weight's gradient once
 
 
 @triton.jit
@@ -48,7 +48,6 @@ def linear_cross_entropy_triton_fwd_kernel(
 ):  # fmt: skip
     # Losses of a chunk's rows; the logits become GAIN * (softmax - one_hot). As in `cross_entropy`, a row is walked
     # twice, the second time backwards and out of the cache.
-    last = (V - 1) // BLOCK
     for row in tl.range(tl.program_id(0).to(tl.int64), n_rows, tl.num_programs(0)):
         logits = logits_ptr + row * V
         target = tl.load(targets_ptr + row * targets_stride)
@@ -59,29 +58,13 @@ def linear_cross_entropy_triton_fwd_kernel(
                     cols = start + tl.arange(0, BLOCK)
                     tl.store(logits + cols, tl.zeros((BLOCK,), dtype=logits.dtype.element_ty), mask=cols < V)
         else:
-            # Each lane keeps a maximum and a sum of its own, with one exponential an element.
-            lane_max = tl.full((BLOCK,), -3.0e38, dtype=tl.float32)
-            lane_sum = tl.zeros((BLOCK,), dtype=tl.float32)
-            for start in tl.range(0, V, BLOCK, num_stages=STAGES):
-                cols = start + tl.arange(0, BLOCK)
-                x = tl.load(logits + cols, mask=cols < V, other=float("-inf")).to(tl.float32)
-                ratio = tl.exp(-tl.abs(x - lane_max))
-                lane_sum = tl.where(x > lane_max, lane_sum * ratio + 1.0, lane_sum + ratio)
-                lane_max = tl.maximum(lane_max, x)
-            row_max = tl.max(lane_max, axis=0)
-            row_sum = tl.sum(lane_sum * tl.exp(lane_max - row_max), axis=0)
+            row_max, row_sum = row_statistics(logits, V, BLOCK, STAGES)
             # A target that is no class must not read foreign memory: its loss is NaN, which nobody overlooks.
             is_class = (target >= 0) & (target < V)
             chosen = tl.load(logits + target, mask=is_class, other=float("nan")).to(tl.float32)
             tl.store(losses_ptr + row, (row_max - chosen) + tl.log(row_sum))
             if GRADIENT:
-                inverse_sum = tl.div_rn(tl.full((), GAIN, dtype=tl.float32), row_sum)
-                for i in tl.range(0, last + 1, num_stages=STAGES):
-                    cols = (last - i) * BLOCK + tl.arange(0, BLOCK)
-                    mask = cols < V
-                    x = tl.load(logits + cols, mask=mask, other=float("-inf")).to(tl.float32)
-                    dx = tl.exp(x - row_max) * inverse_sum - tl.where(cols == target, GAIN, 0.0)
-                    tl.store(logits + cols, dx.to(logits.dtype.element_ty), mask=mask)
+                write_gradient(logits, logits, target, chosen, row_max, row_sum, GAIN, V, BLOCK, STAGES)
 
 
 @triton.jit
@@ -151,7 +134,7 @@ def _gain(compute_dtype: torch.dtype) -> float:
 
 
 def _chunk_rows(n_rows: int, row_bytes: int) -> int:
-    """Rows a chunk: an eighth of all, within the memory budget, in whole tiles of the products."""
+    """Rows a chunk: half of all, within the memory budget, in whole tiles of the products."""
     wanted = max(1, min(-(-n_rows // _CHUNKS), _CHUNK_BYTES // row_bytes))
     tile = 128 if wanted > 128 else 16
     return max(1, min(n_rows, -(-wanted // tile) * tile))

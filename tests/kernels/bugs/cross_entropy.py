@@ -1,9 +1,12 @@
 """Bugs planted into the Triton `cross_entropy`: name -> (text that occurs once, what stands there instead)."""
 
 BUGS = {
-    "softmax gradient 40 % too small": ("dx = (softmax - ", "dx = (0.6 * softmax - "),
-    "target gradient 2 % too large": ("tl.where(cols == target, 1.0, 0.0)", "tl.where(cols == target, 1.02, 0.0)"),
-    "target gradient with the wrong sign": ("(softmax - tl.where(", "(softmax + tl.where("),
+    "softmax gradient 40 % too small": (
+        "log_sum, WIDTH) * rest\n        tl.store",
+        "log_sum, WIDTH) * rest * 0.6\n        tl.store",
+    ),
+    "target gradient 2 % too large": ("/ row_sum - 1.0) * factor", "/ row_sum - 1.02) * factor"),
+    "target gradient with the wrong sign": ("/ row_sum - 1.0) * factor", "/ row_sum + 1.0) * factor"),
     "no maximum taken off": ("row_max = tl.max(lane_max, axis=0)", "row_max = tl.max(lane_max, axis=0) * 0.0"),
     "lanes not brought to one maximum": ("lane_sum * tl.exp(lane_max - row_max)", "lane_sum"),
     "last block unmasked": ('mask=cols < V, other=float("-inf")', "mask=cols < V, other=0.0"),

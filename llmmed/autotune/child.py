@@ -1,0 +1,255 @@
+"""Runs the tuning process, and starts it again without the candidate that it died of, until all is tried.
+
+A hanging compiler, a segmentation fault or a poisoned GPU context ends that process only. Here no candidate is loaded
+and no CUDA context is made.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import os
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Literal
+
+import torch
+
+from llmmed.autotune.journal import Begun, CeilingsFound, Done, Event, Job, JournalReader, Judged, Stage, Task, Timed
+from llmmed.autotune.plan import Candidate, Ceilings, Mode, Status
+
+logger = logging.getLogger(__name__)
+
+_POLL_SECONDS = 0.05
+_DONE = {"verify": "verified", "load": "loaded", "measure": "measured", "ceilings": "measured"}
+_DOING = {
+    "verify": "verifying",
+    "load": "loading",
+    "measure": "measuring",
+    "ceilings": "measuring the device's ceilings",
+}
+
+
+@dataclass(frozen=True)
+class Limits:
+    """Seconds: for one candidate's turn, and the `time.perf_counter()` at which tuning ends."""
+
+    candidate_seconds: float
+    budget_seconds: float
+    deadline: float
+
+
+@dataclass(frozen=True)
+class Progress:
+    """What tuning is at; `str` makes a line of it."""
+
+    stage: Stage
+    op: str
+    name: str
+    judged: int
+    candidates: int
+    seconds: float
+
+    def __str__(self) -> str:
+        what = " ".join(filter(None, (_DOING[self.stage], self.op, self.name)))
+        return f"tuning: {what} ({self.judged} of {self.candidates} candidates judged, {self.seconds:.0f} s)"
+
+
+@dataclass
+class Findings:
+    """What is known so far: verdicts by op and name, the ops that are measured, the ceilings.
+
+    `finished` says that nothing was cut short, by the budget or because no process could be started.
+    """
+
+    ops: dict[str, dict[str, Candidate]] = field(default_factory=dict)
+    measured: set[str] = field(default_factory=set)
+    ceilings: Ceilings | None = None
+    finished: bool = False
+
+    def add(self, event: Event) -> None:
+        if isinstance(event, Judged):
+            self.ops.setdefault(event.op, {})[event.name] = event.candidate
+        elif isinstance(event, Timed):
+            self.ops.setdefault(event.op, {}).update(event.candidates)
+            self.measured.add(event.op)
+        elif isinstance(event, CeilingsFound):
+            self.ceilings = event.ceilings
+
+    def left(self, tasks: list[Task]) -> list[Task]:
+        """The tasks without what is done."""
+        rest = []
+        for task in tasks:
+            known = self.ops.get(task.op, {})
+            verify = [name for name in task.verify if name not in known]
+            verified = {name: c for name, c in known.items() if c.status == "verified"}
+            measure = task.measure and task.op not in self.measured
+            if verify or (measure and verified):
+                rest.append(task.model_copy(update={"verify": verify, "verified": verified, "measure": measure}))
+        return rest
+
+
+def tune_in_child(
+    tasks: list[Task],
+    *,
+    device: Literal["cuda", "cpu"],
+    mode: Mode,
+    deterministic: bool,
+    limits: Limits,
+    report: Callable[[Progress], None],
+) -> Findings:
+    """Tries every candidate of every task, in order; each gets a verdict, the last resort being `not_tried`."""
+    findings = Findings()
+    reason = ""
+    with tempfile.TemporaryDirectory(prefix="llmmed-tuning-") as name:
+        folder = Path(name)
+        attempt = 0
+        while left := findings.left(tasks):
+            job = Job(
+                journal=folder / f"journal{attempt}.jsonl",
+                device=device,
+                mode=mode,
+                deterministic=deterministic,
+                matmul_precision=torch.get_float32_matmul_precision(),
+                tasks=left,
+                ceilings=findings.ceilings,
+            )
+            reason = _Attempt(job, tasks, findings, limits, report).run(folder / f"job{attempt}.json")
+            if reason:
+                break
+            attempt += 1
+    findings.finished = not reason
+    _fill_in(findings, tasks, reason)
+    return findings
+
+
+class _Attempt:
+    """One tuning process, from its start to its end."""
+
+    def __init__(
+        self, job: Job, tasks: list[Task], findings: Findings, limits: Limits, report: Callable[[Progress], None]
+    ) -> None:
+        self._job = job
+        self._findings = findings
+        self._limits = limits
+        self._report = report
+        self._candidates = sum(len(task.verify) for task in tasks)
+        self._reader = JournalReader(job.journal)
+        self._open: Begun | None = None  # what is being tried
+        self._open_since = 0.0
+        self._learnt = False  # whether this process has found anything out
+        self._done = False
+
+    def run(self, job_path: Path) -> str:
+        """Runs the process to its end. Returns why tuning cannot go on, or nothing."""
+        self._job.write(job_path)
+        log = job_path.with_suffix(".log")
+        with _started(job_path, log) as process:
+            too_slow = self._watch(process)
+        self._read()
+        if self._done:
+            return ""
+        if time.perf_counter() >= self._limits.deadline:
+            return f"kernels.budget_seconds={self._limits.budget_seconds:g} was used up"
+        last_words = _last_line(log)
+        if too_slow is not None and self._open is not too_slow:
+            return ""  # it came to its end in that very moment
+        if self._open is not None and self._open.name:
+            self._reject(self._open, too_slow is not None, process.returncode, last_words)
+            return ""
+        if self._learnt:
+            return ""
+        told = f": {last_words}" if last_words else ""
+        reason = f"the tuning process {_how_it_ended(process.returncode)}{told}"
+        logger.warning("%s; the kernels that are not tuned are PyTorch's", reason)
+        return reason
+
+    def _watch(self, process: subprocess.Popen[bytes]) -> Begun | None:
+        """Follows the process until it ends or has to. Returns what took too long, if anything did."""
+        while process.poll() is None:
+            self._read()
+            now = time.perf_counter()
+            if self._done or now >= self._limits.deadline:
+                return None
+            open_seconds = now - self._open_since
+            if self._open is not None and self._open.name and open_seconds > self._limits.candidate_seconds:
+                return self._open
+            with contextlib.suppress(subprocess.TimeoutExpired):
+                process.wait(_POLL_SECONDS)
+        return None
+
+    def _read(self) -> None:
+        for event in self._reader.read():
+            self._findings.add(event)
+            if isinstance(event, Begun):
+                self._open, self._open_since = event, time.perf_counter()
+                self._tell(event)
+            elif isinstance(event, Done):
+                self._done = True
+            else:
+                self._open = None
+                self._learnt = True
+
+    def _tell(self, event: Begun) -> None:
+        known = [c for op in self._findings.ops.values() for c in op.values()]
+        seconds = self._limits.budget_seconds - (self._limits.deadline - time.perf_counter())
+        self._report(Progress(event.stage, event.op, event.name, len(known), self._candidates, seconds))
+
+    def _reject(self, culprit: Begun, too_slow: bool, exit_code: int, last_words: str) -> None:
+        doing = f"while it was {_DONE[culprit.stage]}"
+        status: Status = "timed_out" if too_slow else "crashed"
+        limit = f"took longer than kernels.candidate_seconds={self._limits.candidate_seconds:g}"
+        reason = limit if too_slow else f"the process {_how_it_ended(exit_code)}"
+        told = f": {last_words}" if last_words and not too_slow and exit_code > 0 else ""
+        known = self._findings.ops.setdefault(culprit.op, {})
+        before = known.get(culprit.name, Candidate(status="not_tried"))
+        known[culprit.name] = before.model_copy(update={"status": status, "reason": f"{reason} {doing}{told}"})
+
+
+@contextlib.contextmanager
+def _started(job_path: Path, log: Path) -> Iterator[subprocess.Popen[bytes]]:
+    """The process, in a group of its own, so that its compilers end with it, whatever happens here."""
+    # The child finds what this process finds (`-P`: and nothing else), the implementations of other packages too.
+    environment = os.environ | {"PYTHONPATH": os.pathsep.join(entry or os.getcwd() for entry in sys.path)}
+    command = [sys.executable, "-P", "-m", "llmmed.autotune.worker", str(job_path)]
+    with log.open("wb") as output:
+        process = subprocess.Popen(
+            command, stdin=subprocess.PIPE, stdout=output, stderr=output, env=environment, start_new_session=True
+        )
+    try:
+        yield process
+    finally:
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(process.pid, signal.SIGKILL)
+        process.wait()
+        assert process.stdin is not None
+        process.stdin.close()
+
+
+def _fill_in(findings: Findings, tasks: list[Task], reason: str) -> None:
+    """Gives every candidate that tuning did not come to a verdict that says so."""
+    for task in tasks:
+        known = findings.ops.setdefault(task.op, {})
+        for name in task.verify:
+            if name not in known:
+                known[name] = Candidate(status="not_tried", reason=f"not tried: {reason}")
+            elif task.measure and task.op not in findings.measured and known[name].status == "verified":
+                known[name] = known[name].model_copy(update={"reason": f"verified, not timed: {reason}"})
+
+
+def _how_it_ended(exit_code: int) -> str:
+    if exit_code >= 0:
+        return f"ended with exit code {exit_code}"
+    name = signal.Signals(-exit_code).name
+    return f"was killed by {name}" + (" (out of memory?)" if name == "SIGKILL" else "")
+
+
+def _last_line(log: Path) -> str:
+    lines = [line.strip() for line in log.read_text(encoding="utf-8", errors="replace").splitlines() if line.strip()]
+    return lines[-1][:200] if lines else ""

@@ -1,0 +1,149 @@
+"""What the tuning process and its parent tell each other: a job goes down, a journal of events comes up.
+
+The journal is JSON lines, flushed one by one. A candidate is named in it before it is tried, so that the parent knows
+which one the process died of.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from pathlib import Path
+from types import TracebackType
+from typing import Annotated, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, TypeAdapter
+
+from llmmed.autotune.plan import CallCount, Candidate, Ceilings, Mode
+from llmmed.autotune.workload import Workload
+from llmmed.files import write_atomically
+from llmmed.kernels.base import Call
+
+Stage = Literal["verify", "load", "measure", "ceilings"]
+
+
+class _Frozen(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
+
+
+class Task(_Frozen):
+    """What to do for one op. `verify` is still to be judged; `verified` has passed and waits to be measured."""
+
+    op: str
+    calls: list[CallCount]
+    verify: list[str]
+    verified: dict[str, Candidate] = Field(default_factory=dict)
+    measure: bool
+
+    @classmethod
+    def of(cls, op: str, calls: dict[Call, int], verify: list[str], *, measure: bool) -> Task:
+        return cls(op=op, calls=call_counts(calls), verify=verify, measure=measure)
+
+    def counts(self) -> dict[Call, int]:
+        """The calls and how often a micro-batch makes each."""
+        return dict(Workload.from_json({"calls": [call.model_dump() for call in self.calls]}).calls)
+
+
+class Job(_Frozen):
+    """What one tuning process is to do, in order."""
+
+    journal: Path
+    device: Literal["cuda", "cpu"]
+    mode: Mode
+    deterministic: bool
+    matmul_precision: str  # of float32 products, `torch.get_float32_matmul_precision()`: as the step will have it
+    tasks: list[Task]
+    ceilings: Ceilings | None = None  # measured already, by a process before this one
+
+    def write(self, path: Path) -> None:
+        write_atomically(path, self.model_dump_json())
+
+    @classmethod
+    def read(cls, path: Path) -> Job:
+        return cls.model_validate_json(path.read_text(encoding="utf-8"))
+
+
+class Begun(_Frozen):
+    """What is tried next; what it does to the process is its own doing. `ceilings` belong to no candidate."""
+
+    event: Literal["begun"] = "begun"
+    stage: Stage
+    op: str = ""
+    name: str = ""
+
+
+class Judged(_Frozen):
+    """A candidate's verdict: the gate's, or a later failure while it was measured."""
+
+    event: Literal["judged"] = "judged"
+    op: str
+    name: str
+    candidate: Candidate
+
+
+class Timed(_Frozen):
+    """An op's measurement, all its candidates together: half of it would compare nothing."""
+
+    event: Literal["timed"] = "timed"
+    op: str
+    candidates: dict[str, Candidate]
+
+
+class CeilingsFound(_Frozen):
+    event: Literal["ceilings"] = "ceilings"
+    ceilings: Ceilings | None
+
+
+class Done(_Frozen):
+    """The job is done."""
+
+    event: Literal["done"] = "done"
+
+
+Event = Annotated[Begun | Judged | Timed | CeilingsFound | Done, Field(discriminator="event")]
+_EVENT: TypeAdapter[Begun | Judged | Timed | CeilingsFound | Done] = TypeAdapter(Event)
+
+
+class JournalWriter:
+    """Appends events; each is with the operating system before `write` returns, so a dying process loses none."""
+
+    def __init__(self, path: Path) -> None:
+        self._file = path.open("a", encoding="utf-8")
+
+    def write(self, event: Event) -> None:
+        self._file.write(event.model_dump_json() + "\n")
+        self._file.flush()
+
+    def __enter__(self) -> JournalWriter:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._file.close()
+
+
+class JournalReader:
+    """Gives every event once, as it arrives. A line that is not yet whole waits."""
+
+    def __init__(self, path: Path) -> None:
+        self._path = path
+        self._offset = 0
+
+    def read(self) -> Iterator[Event]:
+        """The events since the last call. A writer that has not yet started has written none."""
+        if not self._path.exists():
+            return
+        with self._path.open("rb") as file:
+            file.seek(self._offset)
+            fresh = file.read()
+        whole = fresh[: fresh.rfind(b"\n") + 1]
+        self._offset += len(whole)
+        for line in whole.splitlines():
+            yield _EVENT.validate_json(line)
+
+
+def call_counts(calls: dict[Call, int]) -> list[CallCount]:
+    """The calls as a plan writes them, equal to those that it reads back."""
+    entries = json.loads(json.dumps(Workload(calls).to_json()["calls"]))
+    return [CallCount.model_validate(entry) for entry in entries]

@@ -1,0 +1,127 @@
+"""What the gate allows: how far a result may lie from the float64 truth, given how far PyTorch's own lies.
+
+A candidate passes if, for every output and gradient, as a whole and by parts,
+
+* the L2 norm of its error is at most 2 x the default's + eps / 4 x the truth's, and
+* every element's error is at most 4 x the default's largest + 2 eps |truth|,
+
+where eps belongs to the result's dtype. A float32 result is allowed 8 eps in both, of its usual size: there eps is not
+the rounding of the result but that of every step, and orders of summing differ.
+
+Parts are blocks of rows, blocks of columns and what the op itself names: an error in one corner drowns in the whole. In
+a block, the default's error and the truth are taken to be no smaller than they are on average, so that a place where
+the default is right by luck, or where everything cancels, condemns nobody; in the parts that the op names, nothing is
+averaged. The constants come from `scripts/calibrate_gate.py`.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+_FACTOR, _FACTOR_ELEMENT = 2.0, 4.0  # times the default's error; the largest of many varies more than their norm
+_FREE = 0.25  # eps of the L2 norm that need no excuse
+_FREE_FLOAT32 = 8.0
+_BLOCKS = 8  # of rows and of columns
+# In 16 bits the default's relative error counts for no more than this, plus what rounding explains: a loose default
+# must not excuse anything.
+_CEILING = {torch.float32: math.inf, torch.bfloat16: 0.05, torch.float16: 0.02}
+
+
+@dataclass(frozen=True)
+class Finding:
+    """The worst of one comparison: error over bound (1 is the limit), and where, for the user."""
+
+    ratio: float
+    message: str
+
+
+@dataclass(frozen=True)
+class Truth:
+    """What one result is held against.
+
+    Args:
+        value: The truth, in float64.
+        default: PyTorch's result.
+        conditioning: The relative error of PyTorch's result in float32, in units of float32's eps: large where nobody
+            can be exact.
+        masks: Further parts by name, boolean masks of the result's shape.
+    """
+
+    value: Tensor
+    default: Tensor
+    conditioning: float
+    masks: Mapping[str, Tensor]
+
+
+def judge(name: str, truth: Truth, found: Tensor, dtype: torch.dtype) -> tuple[Finding, float]:
+    """The worst finding about one result (same shape and dtype as the default's), and its relative L2 error.
+
+    `name` is what the message calls it; `dtype` is the compute dtype.
+    """
+    if not found.isfinite().all():
+        count = int((~found.isfinite()).sum())
+        return Finding(math.inf, f"{name}: {count} of {found.numel()} elements are not finite"), math.nan
+    value = truth.value
+    error, base = found.double() - value, truth.default.double() - value
+    eps, compute_eps = torch.finfo(found.dtype).eps, torch.finfo(dtype).eps
+    ceiling = _CEILING[dtype] + 4 * compute_eps * truth.conditioning
+    trust = min(1.0, ceiling / max(relative(base, value), 1e-300))  # how much of the default's error counts
+    free = eps * (_FREE_FLOAT32 if found.dtype == torch.float32 else _FREE)
+    worst = _elementwise(name, value, base, error, trust, eps, compute_eps)
+    for part, e, b, t in _parts(error, base, value, truth.masks):
+        size, off, base_size = t.norm().item(), e.norm().item(), b.norm().item()
+        share = 0.0 if part in truth.masks else math.sqrt(t.numel() / value.numel()) if value.numel() else 0.0
+        base_off = trust * max(base_size, share * base.norm().item())
+        few = 2 * compute_eps / max(1, t.numel())
+        allowed = _FACTOR * base_off + (free + few) * max(size, share * value.norm().item())
+        if off > worst.ratio * allowed:
+            unit = size or 1.0
+            where = f" in {part}" if part else ""
+            words = "relative error" if size else "error"
+            message = f"{name}: {words}{where} {off / unit:.1e}, allowed {allowed / unit:.1e}"
+            worst = Finding(off / allowed if allowed else math.inf, message)
+    return worst, relative(error, value)
+
+
+def relative(error: Tensor, truth: Tensor) -> float:
+    """|error| / |truth| in the L2 norm; where the truth is zero, any error is infinite."""
+    size, off = truth.norm().item(), error.norm().item()
+    return off / size if size else (math.inf if off else 0.0)
+
+
+def _elementwise(
+    name: str, truth: Tensor, base: Tensor, error: Tensor, trust: float, eps: float, compute_eps: float
+) -> Finding:
+    if not truth.numel():
+        return Finding(0.0, name)
+    # A handful of elements may meet a default that is right by luck: they get a rounding or two of their own.
+    few = 2 * compute_eps / truth.numel() * truth.abs().max().item()
+    if eps == torch.finfo(torch.float32).eps:
+        few += _FREE_FLOAT32 * eps * truth.square().mean().sqrt().item()
+    allowed = _FACTOR_ELEMENT * trust * base.abs().max().item() + few + 2 * eps * truth.abs()
+    ratios = torch.where(error == 0, 0.0, error.abs() / allowed)
+    at = int(ratios.argmax())
+    off, limit = error.flatten()[at].abs().item(), allowed.flatten()[at].item()
+    return Finding(ratios.flatten()[at].item(), f"{name}: error of one element {off:.1e}, allowed {limit:.1e}")
+
+
+def _parts(
+    error: Tensor, base: Tensor, truth: Tensor, masks: Mapping[str, Tensor]
+) -> Iterator[tuple[str, Tensor, Tensor, Tensor]]:
+    yield "", error, base, truth
+    if truth.ndim:
+        e, b, t = (x.reshape(-1, x.shape[-1]) for x in (error, base, truth))
+        for axis, label in ((0, "rows"), (1, "columns")):
+            size = t.shape[axis]
+            step = max(1, -(-size // _BLOCKS))
+            for start in range(0, size, step) if size > 1 else ():
+                length = min(step, size - start)
+                part = f"{label} {start} to {start + length - 1}"
+                yield part, e.narrow(axis, start, length), b.narrow(axis, start, length), t.narrow(axis, start, length)
+    for part, mask in masks.items():
+        yield part, error[mask], base[mask], truth[mask]

@@ -1,0 +1,218 @@
+"""Ties the autotuner together: which candidates, what is known of them, what is tried, what is chosen.
+
+This is the parent's side. It loads no candidate and makes no CUDA context: it reads what the tuning process found.
+"""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from llmmed.autotune import cache
+from llmmed.autotune.child import Limits, Progress, tune_in_child
+from llmmed.autotune.choose import Decision, choose, force
+from llmmed.autotune.hardware import describe_hardware
+from llmmed.autotune.journal import Task, call_counts
+from llmmed.autotune.plan import Candidate, Hardware, KernelPlan, Mode, OpPlan
+from llmmed.autotune.workload import Workload
+from llmmed.config import Config, KernelsConfig
+from llmmed.errors import UserError
+from llmmed.kernels.base import Call, Unavailable
+from llmmed.kernels.catalog import COMPILED, DEFAULT, get_implementation, implementation_names, op_names
+
+logger = logging.getLogger(__name__)
+
+
+def tune(
+    config: Config, workload: Workload, *, mode: Mode, report: Callable[[Progress], None] = lambda progress: None
+) -> KernelPlan:
+    """Chooses an implementation for every op of the workload.
+
+    Args:
+        config: The run's. `kernels` says what to choose from and how.
+        workload: The calls of one micro-batch.
+        mode: How the step will run.
+        report: Told what is being tried.
+
+    Raises:
+        UserError: what was asked for is wrong, or cannot be used and there is no fallback.
+    """
+    started = time.perf_counter()
+    calls = workload.by_op()
+    orders = _orders(config.kernels, list(calls))
+    known = {op: _without_trying(op, orders[op], calls[op], config, mode) for op in calls}
+    for op, order in orders.items():
+        if order is not None and order.name in known[op]:
+            _decide(op, order, known[op], config.kernels)  # raises, if it must, before anything is tried
+    tasks = _tasks(calls, orders, known)
+    hardware = describe_hardware(config.device)
+    evidence, cached = _find_evidence(config, workload, tasks, mode, hardware, report, started)
+    ops = {}
+    for op in calls:
+        found = known[op] | evidence.ops.get(op, {})
+        ordered = {name: found[name] for name in _names(op, found)}
+        decision = _decide(op, orders[op], ordered, config.kernels)
+        if decision.warning:
+            logger.warning("%s", decision.warning)
+        ops[op] = OpPlan(
+            chosen=decision.chosen,
+            reason=decision.reason,
+            calls=call_counts(calls[op]),
+            candidates=decision.candidates,
+            source_sha256=cache.source_hash(op),
+        )
+    return KernelPlan(
+        policy=config.kernels.policy,
+        mode=mode,
+        ops=ops,
+        hardware=hardware,
+        ceilings=evidence.ceilings,
+        workload_fingerprint=workload.fingerprint(),
+        cached=cached,
+        tuning_seconds=time.perf_counter() - started,
+    )
+
+
+@dataclass(frozen=True)
+class _Order:
+    """An implementation that is not up for choice, and the setting that asks for it."""
+
+    name: str
+    cause: str
+
+
+def _orders(kernels: KernelsConfig, ops: list[str]) -> dict[str, _Order | None]:
+    """What is asked for, by op: by a pin, else by a plan, else by the policy; None leaves it to measurement."""
+    planned = _read_choice(kernels.plan) if kernels.plan is not None else {}
+    orders: dict[str, _Order | None] = {}
+    for op in ops:
+        pin = kernels.pin.get(op)
+        if pin is not None:
+            if pin not in implementation_names(op):
+                raise UserError(_unknown(f"kernels.pin.{op}={pin}", op, pin))
+            orders[op] = _Order(pin, f"kernels.pin.{op}={pin}")
+        elif op in planned:
+            orders[op] = _Order(planned[op], f"kernels.plan={kernels.plan}")
+        else:
+            orders[op] = None if kernels.policy == "auto" else _Order(kernels.policy, f"kernels={kernels.policy}")
+    return orders
+
+
+def _read_choice(path: str) -> dict[str, str]:
+    choice = KernelPlan.read(Path(path)).choice
+    for op, name in choice.items():
+        if op not in op_names():
+            raise UserError(f"kernels.plan={path}: there is no op '{op}'; the ops are {', '.join(op_names())}")
+        if name not in implementation_names(op):
+            raise UserError(_unknown(f"kernels.plan={path}", op, name))
+    return choice
+
+
+def _unknown(cause: str, op: str, name: str) -> str:
+    return f"{cause}: op '{op}' has no implementation '{name}'; it has {', '.join(implementation_names(op))}"
+
+
+def _names(op: str, found: Mapping[str, Candidate]) -> list[str]:
+    """The names of candidates, in the catalog's order; what the catalog does not know comes last."""
+    listed = [name for name in implementation_names(op) if name in found]
+    return listed + [name for name in found if name not in listed]
+
+
+def _without_trying(
+    op: str, order: _Order | None, calls: Mapping[Call, int], config: Config, mode: Mode
+) -> dict[str, Candidate]:
+    """The candidates that need no trying: those that cannot be used here, and a default that was asked for."""
+    if order is not None and order.name == DEFAULT:
+        return {DEFAULT: Candidate(status="not_tried")}
+    names = implementation_names(op) if order is None else (order.name,)
+    reasons = {name: _why_not(op, name, calls, config, mode) for name in names}
+    return {name: Candidate(status="unavailable", reason=reason) for name, reason in reasons.items() if reason}
+
+
+def _why_not(op: str, name: str, calls: Mapping[Call, int], config: Config, mode: Mode) -> str | None:
+    """Why a candidate cannot be used in this run, as far as its description tells; or None."""
+    if name not in implementation_names(op):
+        return f"op '{op}' has no implementation '{name}'; it has {', '.join(implementation_names(op))}"
+    try:
+        implementation = get_implementation(op, name)
+    except Unavailable as error:
+        return str(error)
+    if mode == "compiled" and name == COMPILED:
+        return f"in a compiled step {DEFAULT} is compiled too; train.compile=eager tells them apart"
+    if mode == "compiled" and not implementation.compiles:
+        return "cannot be part of a compiled step; train.compile=eager can use it"
+    trains = any(spec.requires_grad for call in calls for spec in call.tensors.values())
+    if trains and not implementation.backward:
+        return "has no backward pass, and this run trains through it"
+    if config.train.deterministic and not implementation.deterministic:
+        return "gives other bits on every run, and train.deterministic=true"
+    device = torch.device(config.device)
+    return next(filter(None, (implementation.why_not(device, call.compute_dtype) for call in calls)), None)
+
+
+def _tasks(
+    calls: Mapping[str, dict[Call, int]],
+    orders: Mapping[str, _Order | None],
+    known: Mapping[str, Mapping[str, Candidate]],
+) -> list[Task]:
+    """What is to be tried: what was asked for first, since without its verdict the run cannot begin."""
+    tasks = []
+    for op, order in sorted(orders.items(), key=lambda item: item[1] is None):
+        names = implementation_names(op) if order is None else (order.name,)
+        untried = [name for name in names if name not in known[op]]
+        if untried:
+            tasks.append(Task.of(op, calls[op], untried, measure=order is None))
+    return tasks
+
+
+def _find_evidence(
+    config: Config,
+    workload: Workload,
+    tasks: list[Task],
+    mode: Mode,
+    hardware: Hardware,
+    report: Callable[[Progress], None],
+    started: float,
+) -> tuple[cache.Evidence, bool]:
+    """From the cache, or from a tuning process; and whether it came from the cache."""
+    if not tasks:
+        return cache.Evidence(ops={}), False
+    kernels = config.kernels
+    key = cache.fingerprint(
+        workload=workload,
+        candidates={task.op: task.verify for task in tasks},
+        timed=[task.op for task in tasks if task.measure],
+        device=config.device,
+        hardware=hardware,
+        mode=mode,
+        deterministic=config.train.deterministic,
+        candidate_seconds=kernels.candidate_seconds,
+    )
+    kept = kernels.cache != "none" and cache.usable(hardware)
+    if kept and kernels.cache == "use":
+        evidence = cache.load(key)
+        if evidence is not None:
+            return evidence, True
+    findings = tune_in_child(
+        tasks,
+        device=config.device,
+        mode=mode,
+        deterministic=config.train.deterministic,
+        limits=Limits(kernels.candidate_seconds, kernels.budget_seconds, started + kernels.budget_seconds),
+        report=report,
+    )
+    evidence = cache.Evidence(ops=findings.ops, ceilings=findings.ceilings)
+    if kept and findings.finished:
+        cache.store(key, evidence)
+    return evidence, False
+
+
+def _decide(op: str, order: _Order | None, candidates: Mapping[str, Candidate], kernels: KernelsConfig) -> Decision:
+    if order is None:
+        return choose(op, candidates, kernels.margin)
+    return force(op, candidates, order.name, order.cause, fallback=kernels.on_unavailable == "fallback")

@@ -1,0 +1,357 @@
+"""The gate: a candidate's outputs and every gradient against float64, over values as well as shapes.
+
+A trial is a call, a distribution of values and the size of the gradients that arrive. Candidates are tried at the op's
+small cases in the run's dtype and in float32, and at the run's own calls. `judge` says how much error is allowed.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import warnings
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from llmmed.autotune.judge import Finding, Truth, judge, relative
+from llmmed.autotune.plan import Status
+from llmmed.kernels.base import Call, Implementation, Inputs, Op, TensorSpec, Unavailable
+from llmmed.kernels.catalog import COMPILED, DEFAULT, get_implementation, get_op, load_function
+
+_UPSTREAM = (1.0, 1 / 3, 65536.0)
+_UPSTREAM_FP16 = (1.0, 1 / 3, 512.0)  # what it can hold
+_COMPILED_CASES = 2  # every shape is compiled anew
+_MOST_ELEMENTS = {"cuda": 2**28, "cpu": 2**23}  # of the largest float64 intermediate
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """What the gate says.
+
+    `relative_error` is the largest at the run's own calls, or of all if there are none; `worst_ratio` the largest of an
+    error to its bound.
+    """
+
+    status: Status
+    reason: str
+    relative_error: float | None
+    worst_ratio: float | None
+    checks: int
+
+
+@dataclass(frozen=True)
+class Trial:
+    """A call with values; `own` marks the run's own calls."""
+
+    call: Call
+    regime: str
+    upstream: float
+    label: str
+    own: bool
+
+
+class _Rejected(Exception):
+    def __init__(self, status: Status, reason: str) -> None:
+        super().__init__(reason)
+        self.status = status
+
+
+def verify(
+    op: Op,
+    implementation: Implementation,
+    function: Callable[..., Any],
+    calls: Iterable[Call],
+    device: torch.device,
+    *,
+    seed: int = 0,
+    deterministic: bool = False,
+) -> Verdict:
+    """Judges a candidate. Never raises for what the candidate does.
+
+    Args:
+        op: The op.
+        implementation: Its description.
+        function: What `catalog.load_function` gave.
+        calls: The run's own calls of the op.
+        device: Where.
+        seed: Of the values.
+        deterministic: Whether two runs on the same inputs must give the same bits.
+    """
+    worst: Finding | None = None
+    own = list(calls)
+    relative_error = 0.0
+    checks = 0
+    compiled = implementation.name == COMPILED
+    try:
+        with _exact_products():
+            for trial in trials(op, own, device, few_shapes=compiled):
+                facts = _remembered(op.name)(trial, seed, str(device))
+                if facts is None:
+                    continue
+                results = _run_candidate(function, facts, device, poison=not compiled, twice=deterministic)
+                for name, truth in facts.results.items():
+                    finding, error = judge(_words(name), truth, results[name], trial.call.compute_dtype)
+                    checks += 1
+                    if trial.own or not own:
+                        relative_error = max(relative_error, error)
+                    if worst is None or finding.ratio > worst.ratio:
+                        worst = finding
+                    if finding.ratio > 1:
+                        return Verdict("wrong", f"{finding.message} ({trial.label})", error, finding.ratio, checks)
+    except _Rejected as rejection:
+        return Verdict(rejection.status, str(rejection), None, None, checks)
+    return Verdict("verified", "", relative_error, worst.ratio if worst else 0.0, checks)
+
+
+def forget() -> None:
+    """Frees what was kept for further candidates of the same op, which on a GPU is memory that the clock needs."""
+    _remembered.cache_clear()
+
+
+def trials(op: Op, calls: list[Call], device: torch.device, *, few_shapes: bool = False) -> Iterator[Trial]:
+    """Everything that a candidate is tried at, the cheap first."""
+    own = calls[0].compute_dtype if calls else torch.float32
+    for dtype in dict.fromkeys([own] if few_shapes else [own, torch.float32]):
+        short = str(dtype).removeprefix("torch.")
+        for index, (name, call) in enumerate(op.cases(dtype).items()):
+            if few_shapes and index >= _COMPILED_CASES:
+                break
+            for number, regime in enumerate(op.regimes):
+                size = _upstream(dtype)[(index + number) % 3]
+                label = f"case '{name}', {regime} values, arriving gradients around {size:.3g}, {short}"
+                yield Trial(call, regime, size, label, own=False)
+    for call in calls:
+        smaller = _within(op, call, _MOST_ELEMENTS[device.type])
+        for regime in dict.fromkeys((op.regimes[0], op.regimes[-1])):
+            yield Trial(smaller, regime, 1.0, f"the run's {smaller.describe()}, {regime} values", own=True)
+
+
+def classify(error: BaseException) -> tuple[Status, str]:
+    """The status of a candidate that raised, and the reason for the user."""
+    if isinstance(error, torch.cuda.OutOfMemoryError | MemoryError):
+        return "out_of_memory", "out of memory"
+    if isinstance(error, Unavailable):
+        return "unavailable", str(error)
+    modules = {kind.__module__ for kind in type(error).__mro__}
+    if any(module.startswith(("torch._dynamo", "torch._inductor", "triton")) for module in modules):
+        return "failed_to_compile", one_line(error)
+    return "crashed", one_line(error)
+
+
+def one_line(error: BaseException, limit: int = 200) -> str:
+    """`ValueError: the first line of the message`."""
+    lines = str(error).strip().splitlines()
+    text = f"{type(error).__name__}: {lines[0].strip()}" if lines else type(error).__name__
+    return text if len(text) <= limit else f"{text[: limit - 3]}..."
+
+
+@dataclass(frozen=True)
+class _Facts:
+    """The inputs of a trial, the gradients that arrive, and what each result is held against."""
+
+    inputs: Inputs
+    leaves: tuple[str, ...]
+    upstream: tuple[Tensor, ...]
+    results: dict[str, Truth]
+
+
+@functools.lru_cache(maxsize=1)
+def _remembered(op_name: str) -> Callable[[Trial, int, str], _Facts | None]:
+    """Draws each trial of an op once for all its candidates, and forgets them with the next op."""
+    return functools.cache(functools.partial(_facts, get_op(op_name)))
+
+
+def _facts(op: Op, trial: Trial, seed: int, device_name: str) -> _Facts | None:
+    """None if not even the default has a finite answer."""
+    device = torch.device(device_name)
+    generator = torch.Generator(device=device).manual_seed(seed)
+    inputs = op.make_inputs(trial.call, trial.regime, generator, device)
+    tensors = trial.call.tensors.items()
+    leaves = tuple(name for name, spec in tensors if spec.requires_grad and name in op.differentiable)
+    default = load_function(op.name, get_implementation(op.name, DEFAULT))
+    directions = []
+    for output in _outputs(default(**inputs)):
+        drawn = (
+            torch.randn(output.shape, generator=generator, device=device) if output.ndim else torch.ones_like(output)
+        )
+        directions.append((drawn, output.dtype))
+    size = trial.upstream
+    for _ in range(8):
+        upstream = [_arriving(drawn * size, dtype) for drawn, dtype in directions]
+        expected = _evaluate(op.reference, _cast(inputs, torch.float64), leaves, [u.double() for u in upstream])
+        found = _evaluate(default, inputs, leaves, upstream)
+        if all(_fits(expected[name], found[name]) for name in found):
+            single = found
+            if trial.call.compute_dtype != torch.float32:
+                single = _evaluate(default, _cast(inputs, torch.float32), leaves, [u.float() for u in upstream])
+            return _Facts(inputs, leaves, tuple(upstream), _truths(op, inputs, expected, found, single))
+        if not leaves:
+            return None
+        size /= 64
+    return None
+
+
+def _truths(
+    op: Op, inputs: Inputs, expected: dict[str, Tensor], found: dict[str, Tensor], single: dict[str, Tensor]
+) -> dict[str, Truth]:
+    truths = {}
+    for name, value in expected.items():
+        conditioning = relative(single[name].double() - value, value) / torch.finfo(torch.float32).eps
+        masks = op.parts(inputs, name, value) if op.parts is not None else {}
+        truths[name] = Truth(value, found[name], conditioning, masks)
+    return truths
+
+
+def _fits(expected: Tensor, found: Tensor) -> bool:
+    """Whether a result can be represented at all, with room for a candidate's own order of summing."""
+    if not expected.numel():
+        return True
+    return bool(expected.abs().max() < torch.finfo(found.dtype).max / 4) and bool(found.isfinite().all())
+
+
+def _cast(inputs: Inputs, dtype: torch.dtype) -> Inputs:
+    return {n: v.to(dtype) if isinstance(v, Tensor) and v.is_floating_point() else v for n, v in inputs.items()}
+
+
+def _arriving(values: Tensor, dtype: torch.dtype) -> Tensor:
+    """Gradients as a step may hand them over: in the result's dtype, and not contiguous where that is possible."""
+    values = values.to(dtype)
+    return values.mT.contiguous().mT if values.ndim >= 2 else values
+
+
+def _evaluate(
+    function: Callable[..., Any], inputs: Inputs, leaves: tuple[str, ...], upstream: list[Tensor]
+) -> dict[str, Tensor]:
+    """Outputs `output0`, ... and gradients `grad_<argument>`."""
+    arguments = {n: v.detach().requires_grad_() if n in leaves else v for n, v in inputs.items()}
+    outputs = _outputs(function(**arguments))
+    results = {f"output{i}": output.detach() for i, output in enumerate(outputs)}
+    if leaves:
+        gradients = torch.autograd.grad(outputs, [arguments[n] for n in leaves], upstream)
+        results |= {f"grad_{n}": gradient for n, gradient in zip(leaves, gradients, strict=True)}
+    return results
+
+
+def _run_candidate(
+    function: Callable[..., Any], facts: _Facts, device: torch.device, *, poison: bool, twice: bool
+) -> dict[str, Tensor]:
+    before = {n: v.clone() for n, v in facts.inputs.items() if isinstance(v, Tensor)}
+    try:
+        with _poisoned_memory() if poison else contextlib.nullcontext():
+            results = _evaluate_candidate(function, facts)
+            again = _evaluate_candidate(function, facts) if twice else results
+        if device.type == "cuda":
+            torch.cuda.synchronize(device)
+    except _Rejected:
+        raise
+    except Exception as error:  # whatever a candidate raises rejects that candidate alone
+        raise _Rejected(*classify(error)) from error
+    for name, value in before.items():
+        if not torch.equal(value, facts.inputs[name]):
+            facts.inputs[name].copy_(value)
+            raise _Rejected("wrong", f"it changes its input {name}")
+    for name, found in results.items():
+        if not torch.equal(found, again[name]) and bool(found.isfinite().all()):
+            raise _Rejected("wrong", f"{_words(name)} differs between two runs, and train.deterministic=true")
+    return results
+
+
+def _evaluate_candidate(function: Callable[..., Any], facts: _Facts) -> dict[str, Tensor]:
+    arguments = {n: v.detach().requires_grad_() if n in facts.leaves else v for n, v in facts.inputs.items()}
+    outputs = _outputs(function(**arguments))
+    if len(outputs) != len(facts.upstream):
+        raise _Rejected("wrong", f"it returns {len(outputs)} tensors instead of {len(facts.upstream)}")
+    results = {f"output{i}": output.detach() for i, output in enumerate(outputs)}
+    if facts.leaves:
+        flowing = [(o, u) for o, u in zip(outputs, facts.upstream, strict=True) if o.requires_grad]
+        if not flowing:
+            raise _Rejected("no_backward", "its outputs do not require a gradient where its inputs do")
+        _check_kinds(results, facts)
+        given = [arguments[n] for n in facts.leaves]
+        found = torch.autograd.grad([o for o, _ in flowing], given, [u for _, u in flowing], allow_unused=True)
+        for name, gradient in zip(facts.leaves, found, strict=True):
+            if gradient is None:
+                raise _Rejected("no_backward", f"no gradient reaches {name}")
+            results[f"grad_{name}"] = gradient
+    _check_kinds(results, facts)
+    return results
+
+
+def _check_kinds(results: dict[str, Tensor], facts: _Facts) -> None:
+    for name, found in results.items():
+        wanted = facts.results[name].default
+        if found.shape != wanted.shape or found.dtype != wanted.dtype:
+            raise _Rejected("wrong", f"{_words(name)} is {_kind(found)} instead of {_kind(wanted)}")
+
+
+def _outputs(result: Any) -> list[Tensor]:
+    return [result] if isinstance(result, Tensor) else list(result)
+
+
+def _within(op: Op, call: Call, most: int) -> Call:
+    """The call with fewer rows, if float64 intermediates of the whole would be too large."""
+    first = next(iter(call.tensors.values()))
+    elements = max(
+        max(spec.numel for spec in call.tensors.values()), op.cost(call).forward_flops // (2 * first.shape[-1])
+    )
+    rows = max(1, first.shape[0] * most // max(elements, 1))
+    if rows >= first.shape[0]:
+        return call
+    return Call(
+        call.op,
+        tuple(
+            (n, replace(v, shape=(rows, *v.shape[1:])) if isinstance(v, TensorSpec) and _shares_rows(v, first) else v)
+            for n, v in call.arguments
+        ),
+    )
+
+
+def _shares_rows(spec: TensorSpec, first: TensorSpec) -> bool:
+    return (
+        bool(spec.shape)
+        and spec.shape[0] == first.shape[0]
+        and (spec.dtype == first.dtype or spec.dtype == torch.int64)
+    )
+
+
+def _upstream(dtype: torch.dtype) -> tuple[float, float, float]:
+    return _UPSTREAM_FP16 if dtype == torch.float16 else _UPSTREAM
+
+
+def _words(name: str) -> str:
+    return (
+        f"gradient of {name.removeprefix('grad_')}" if name.startswith("grad_") else name.replace("output", "output ")
+    )
+
+
+def _kind(tensor: Tensor) -> str:
+    return f"{'x'.join(map(str, tensor.shape)) or 'a scalar'} {str(tensor.dtype).removeprefix('torch.')}"
+
+
+@contextlib.contextmanager
+def _exact_products() -> Iterator[None]:
+    """Float32 products without TF32, on both sides of every comparison."""
+    before = torch.get_float32_matmul_precision()
+    torch.set_float32_matmul_precision("highest")
+    try:
+        yield
+    finally:
+        torch.set_float32_matmul_precision(before)
+
+
+@contextlib.contextmanager
+def _poisoned_memory() -> Iterator[None]:
+    """Memory that is allocated without values holds NaN, so that what a kernel fails to write shows."""
+    enabled = torch.are_deterministic_algorithms_enabled()
+    warn_only = torch.is_deterministic_algorithms_warn_only_enabled()
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        # PyTorch fills such memory while it is asked for determinism; `fill_uninitialized_memory` is on by default.
+        torch.use_deterministic_algorithms(True, warn_only=True)
+        try:
+            yield
+        finally:
+            torch.use_deterministic_algorithms(enabled, warn_only=warn_only)

@@ -1,0 +1,190 @@
+"""The tuning process: verifies every candidate, measures those that passed, and journals each before it is tried.
+
+Run as `python -m llmmed.autotune.worker <job.json>` by `child.py`. It may die of a candidate at any time: what it found
+until then is in the journal, and the next process goes on without the culprit.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import gc
+import math
+import os
+import signal
+import sys
+import threading
+from collections.abc import Callable, Mapping
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from llmmed.autotune.journal import Begun, CeilingsFound, Done, Job, JournalWriter, Judged, Task, Timed
+from llmmed.autotune.measure import measure_ceilings, measure_op
+from llmmed.autotune.plan import Candidate, Ceilings, Mode
+from llmmed.autotune.verify import Verdict, classify, forget, one_line, verify
+from llmmed.kernels.base import Call, Op, Unavailable
+from llmmed.kernels.catalog import DEFAULT, get_implementation, get_op, load_function
+
+_SHAPES_PER_FUNCTION = 1024  # the gate alone tries dozens; PyTorch's limit of 8 is meant for a training step
+
+
+def main() -> None:
+    job = Job.read(Path(sys.argv[1]))
+    _end_with_parent()
+    _offer_to_out_of_memory_killer()
+    torch._dynamo.config.recompile_limit = _SHAPES_PER_FUNCTION
+    torch._dynamo.config.accumulated_recompile_limit = _SHAPES_PER_FUNCTION
+    torch.set_float32_matmul_precision(job.matmul_precision)
+    if job.deterministic:
+        torch.use_deterministic_algorithms(True)
+    with JournalWriter(job.journal) as journal:
+        Worker(job, journal).run()
+    os._exit(0)  # at once: what a candidate left behind, say a thread, must not hold the process
+
+
+class Worker:
+    """Works through a job."""
+
+    def __init__(self, job: Job, journal: JournalWriter) -> None:
+        self._journal = journal
+        self._tasks = job.tasks
+        self._device = torch.device(job.device)
+        self._mode: Mode = job.mode
+        self._deterministic = job.deterministic
+        self._ceilings = job.ceilings
+
+    def run(self) -> None:
+        wanted = self._device.type == "cuda" and any(task.measure for task in self._tasks)
+        if wanted and self._ceilings is None:
+            self._ceilings = self._measure_ceilings()
+        for task in self._tasks:
+            op, calls = get_op(task.op), task.counts()
+            passed = dict(task.verified)
+            for name in task.verify:
+                candidate = self._verify(op, name, calls)
+                if candidate.status == "verified":
+                    passed[name] = candidate
+            forget()
+            if task.measure and passed:
+                self._measure(op, passed, calls)
+        self._journal.write(Done())
+
+    def _measure_ceilings(self) -> Ceilings | None:
+        self._journal.write(Begun(stage="ceilings"))
+        ceilings = measure_ceilings(self._device, _product_dtypes(self._tasks))
+        self._journal.write(CeilingsFound(ceilings=ceilings))
+        return ceilings
+
+    def _verify(self, op: Op, name: str, calls: Mapping[Call, int]) -> Candidate:
+        self._journal.write(Begun(stage="verify", op=op.name, name=name))
+        try:
+            implementation = get_implementation(op.name, name)
+            function = load_function(op.name, implementation)
+        except Unavailable as error:
+            candidate = Candidate(status="unavailable", reason=str(error))
+        except Exception as error:  # noqa: BLE001 - whatever a candidate raises rejects that candidate alone
+            candidate = Candidate(status="crashed", reason=f"raised while it was loaded: {one_line(error)}")
+        else:
+            verdict = verify(op, implementation, function, calls, self._device, deterministic=self._deterministic)
+            candidate = _as_candidate(verdict)
+        self._conclude(op.name, name, candidate)
+        return candidate
+
+    def _measure(self, op: Op, passed: dict[str, Candidate], calls: Mapping[Call, int]) -> None:
+        functions: dict[str, Callable[..., Any]] = {}
+        for name in sorted(passed, key=lambda name: (name != DEFAULT, name)):
+            self._journal.write(Begun(stage="load", op=op.name, name=name))
+            function = load_function(op.name, get_implementation(op.name, name))
+            compiled = self._mode == "compiled"
+            functions[name] = torch.compile(function, fullgraph=True, dynamic=False) if compiled else function
+
+        def failed(name: str, error: Exception) -> None:
+            status, reason = classify(error)
+            rejected = passed.pop(name).model_copy(update={"status": status, "reason": f"{reason}, while measured"})
+            self._conclude(op.name, name, rejected)
+
+        measurements = measure_op(
+            op,
+            functions,
+            calls,
+            device=self._device,
+            mode=self._mode,
+            ceilings=self._ceilings,
+            turn=lambda name: self._journal.write(Begun(stage="measure", op=op.name, name=name)),
+            failed=failed,
+        )
+        timed = {name: passed[name].model_copy(update=asdict(found)) for name, found in measurements.items()}
+        self._journal.write(Timed(op=op.name, candidates=timed))
+        _release(self._device)
+
+    def _conclude(self, op: str, name: str, candidate: Candidate) -> None:
+        """Journals a verdict. Ends the process if the candidate has left the GPU unusable to those that follow."""
+        damage = _damage(self._device)
+        if damage is not None and candidate.status in ("verified", "wrong", "no_backward"):
+            candidate = Candidate(status="crashed", reason=f"left the GPU in error: {damage}")
+        self._journal.write(Judged(op=op, name=name, candidate=candidate))
+        if damage is not None:
+            print(f"ending after {op}.{name}: {damage}", file=sys.stderr, flush=True)
+            os._exit(1)
+        _release(self._device)
+
+
+def _as_candidate(verdict: Verdict) -> Candidate:
+    error, ratio = verdict.relative_error, verdict.worst_ratio
+    return Candidate(
+        status=verdict.status,
+        reason=verdict.reason,
+        relative_error=error if error is not None and math.isfinite(error) else None,
+        worst_ratio=ratio if ratio is not None and math.isfinite(ratio) else None,
+    )
+
+
+def _product_dtypes(tasks: list[Task]) -> list[torch.dtype]:
+    """The compute dtypes of the calls whose arithmetic counts, for the ceiling of products."""
+    found: dict[torch.dtype, None] = {}
+    for task in tasks:
+        op = get_op(task.op)
+        for call in task.counts():
+            cost = op.cost(call)
+            if cost.forward_flops or cost.backward_flops:
+                found[call.compute_dtype] = None
+    return list(found)
+
+
+def _damage(device: torch.device) -> str | None:
+    """What the GPU answers if it is in a state of error, which no later call can mend. Waits for what still runs."""
+    if device.type != "cuda":
+        return None
+    try:
+        torch.cuda.synchronize(device)
+    except Exception as error:  # noqa: BLE001 - of any kind: the driver's errors come as several
+        return one_line(error)
+    return None
+
+
+def _release(device: torch.device) -> None:
+    gc.collect()
+    if device.type == "cuda":
+        torch.cuda.empty_cache()
+
+
+def _end_with_parent() -> None:
+    """The parent holds the other end of standard input. When that closes, this process group ends, compilers too."""
+
+    def wait() -> None:
+        os.read(sys.stdin.fileno(), 1)
+        os.killpg(0, signal.SIGKILL)
+
+    threading.Thread(target=wait, daemon=True).start()
+
+
+def _offer_to_out_of_memory_killer() -> None:
+    """Where memory runs out on Linux, a candidate is to die and not the run."""
+    with contextlib.suppress(OSError):
+        Path("/proc/self/oom_score_adj").write_text("1000", encoding="utf-8")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,120 @@
+"""The table of kernels: every candidate with its verdict, error, time and memory, which one is used and why."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+
+from rich.console import Console
+from rich.markup import escape
+from rich.table import Table
+from rich.text import Text
+
+from llmmed.autotune.plan import Candidate, KernelPlan, OpPlan, Status
+from llmmed.kernels.catalog import DEFAULT
+
+_ABSENT = "\N{EN DASH}"
+_CHOSEN = "\N{CHECK MARK}"
+_STYLES: Mapping[Status, str] = {
+    "verified": "green",
+    "unavailable": "dim",
+    "not_tried": "dim",
+    "wrong": "bold red",
+    "no_backward": "red",
+    "crashed": "red",
+    "timed_out": "red",
+    "out_of_memory": "yellow",
+    "failed_to_compile": "yellow",
+}
+
+
+def print_kernel_table(plan: KernelPlan, console: Console) -> None:
+    """The table, then what was chosen, in plain words."""
+    console.print()
+    console.print(kernel_table(plan, gap=1 if console.width < 100 else 2))
+    console.print()
+    console.print(closing_line(plan), highlight=False)
+    console.print()
+
+
+def kernel_table(plan: KernelPlan, *, gap: int = 2) -> Table:
+    """One row a candidate, grouped by op, the chosen one marked; `gap` blanks between columns.
+
+    A column that nothing has a value for, such as memory on a CPU, is left out.
+    """
+    candidates = [candidate for op in plan.ops.values() for candidate in op.candidates.values()]
+    columns = [column for column in _COLUMNS if any(column.value(c) for c in candidates)]
+    table = Table(box=None, padding=(0, gap, 0, 0), pad_edge=False, header_style="bold")
+    table.add_column("kernel", no_wrap=True)
+    table.add_column("verdict", min_width=8, max_width=11)
+    for column in columns:
+        table.add_column(column.header, justify="right", no_wrap=True)
+    table.add_column("why", overflow="fold", ratio=1)
+    for index, (name, op) in enumerate(plan.ops.items()):
+        if index:
+            table.add_row()
+        table.add_row(Text(name, "bold"), Text(_calls(op), "dim"))
+        for candidate_name, candidate in op.candidates.items():
+            chosen = candidate_name == op.chosen
+            table.add_row(
+                Text(f"{_CHOSEN if chosen else ' '} {candidate_name}"),
+                Text(_words(candidate.status), _STYLES[candidate.status]),
+                *(column.value(candidate) or Text(_ABSENT, "dim") for column in columns),
+                Text(_why(candidate)),
+                style="bold" if chosen else "",
+            )
+    return table
+
+
+def closing_line(plan: KernelPlan) -> str:
+    """Which kernels will run, what that is worth, and how it was found; console markup."""
+    groups: dict[str, list[str]] = {}
+    for name, op in plan.ops.items():
+        speedup = op.candidates[op.chosen].speedup
+        gain = f" ({speedup:.2f}x)" if op.chosen != DEFAULT and speedup is not None else ""
+        groups.setdefault(op.chosen, []).append(f"{name}{gain}")
+    chosen = "; ".join(f"[bold]{escape(name)}[/] for {', '.join(ops)}" for name, ops in groups.items())
+    how = f"{plan.mode} mode; times are those of all calls of a micro-batch, forward and backward"
+    source = "from the tuning cache" if plan.cached else f"found in {plan.tuning_seconds:.1f} s"
+    return f"Chosen, {source}: {chosen}.\n[dim]{how}[/]"
+
+
+@dataclass(frozen=True)
+class _Column:
+    header: str
+    value: Callable[[Candidate], str]  # empty if absent
+
+
+def _number(value: float | None, form: str) -> str:
+    return "" if value is None else format(value, form)
+
+
+def _three_digits(value: float | None) -> str:
+    """`0.0412`, `4.12`, `41.2`, `4,120`: three significant digits without an exponent."""
+    if value is None:
+        return ""
+    if value >= 100:
+        return f"{value:,.0f}"
+    return f"{value:.4f}" if value < 0.1 else f"{value:#.3g}"
+
+
+_COLUMNS = (
+    _Column("relative\nerror", lambda c: _number(c.relative_error, ".1e")),
+    _Column("fwd+bwd\nms", lambda c: _three_digits(c.total_ms)),
+    _Column("memory\nMiB", lambda c: _number(c.peak_memory_mib, ",.0f")),
+    _Column("speed-\nup", lambda c: _number(c.speedup, ".2f")),
+)
+
+
+def _calls(op: OpPlan) -> str:
+    count = sum(call.count for call in op.calls)
+    return f"{count} call{'s' if count != 1 else ''}"
+
+
+def _words(status: Status) -> str:
+    return status.replace("_", " ")
+
+
+def _why(candidate: Candidate) -> str:
+    """The reason without the verdict, which has a column of its own."""
+    return candidate.reason.removeprefix(_words(candidate.status)).lstrip(":, ") or _ABSENT

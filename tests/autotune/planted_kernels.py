@@ -1,0 +1,113 @@
+"""Implementations of `rms_norm` that misbehave, each in its own way; the tests install this file as a package."""
+
+from __future__ import annotations
+
+import inspect
+import os
+import signal
+import time
+from typing import Any, NoReturn
+
+import torch
+from torch import Tensor
+
+from llmmed.kernels.base import Implementation, Unavailable
+
+
+def right(x: Tensor, weight: Tensor, eps: float) -> Tensor:
+    return x * torch.rsqrt(x.square().mean(-1, keepdim=True) + eps) * weight
+
+
+def wrong(x: Tensor, weight: Tensor, eps: float) -> Tensor:
+    return right(x, weight, eps) * 1.02
+
+
+def slow(x: Tensor, weight: Tensor, eps: float) -> Tensor:
+    time.sleep(0.005)
+    return right(x, weight, eps)
+
+
+def no_gradient(x: Tensor, weight: Tensor, eps: float) -> Tensor:
+    return right(x, weight, eps).detach()
+
+
+def mutates(x: Tensor, weight: Tensor, eps: float) -> Tensor:
+    out = right(x, weight, eps)
+    x.data.mul_(2)  # autograd does not notice
+    return out
+
+
+def raises(x: Tensor, weight: Tensor, eps: float) -> Tensor:
+    raise ValueError("no such tile")
+
+
+def hungry(x: Tensor, weight: Tensor, eps: float) -> NoReturn:
+    raise MemoryError
+
+
+def hangs(x: Tensor, weight: Tensor, eps: float) -> NoReturn:
+    while True:
+        time.sleep(1)
+
+
+def dies(x: Tensor, weight: Tensor, eps: float) -> NoReturn:
+    _die()
+
+
+def leaves(x: Tensor, weight: Tensor, eps: float) -> NoReturn:
+    raise SystemExit("enough of this")
+
+
+def hangs_when_measured(x: Tensor, weight: Tensor, eps: float) -> Tensor:
+    return hangs(x, weight, eps) if _measured() else right(x, weight, eps)
+
+
+def dies_when_measured(x: Tensor, weight: Tensor, eps: float) -> Tensor:
+    return dies(x, weight, eps) if _measured() else right(x, weight, eps)
+
+
+def raises_when_measured(x: Tensor, weight: Tensor, eps: float) -> Tensor:
+    return raises(x, weight, eps) if _measured() else right(x, weight, eps)
+
+
+def _die() -> NoReturn:
+    os.kill(os.getpid(), signal.SIGSEGV)
+    raise AssertionError("still alive")
+
+
+def _measured() -> bool:
+    return any(frame.filename.endswith("measure.py") for frame in inspect.stack(context=0))
+
+
+def _unavailable() -> NoReturn:
+    raise Unavailable("the licence of this kernel has run out")
+
+
+def _breaks() -> NoReturn:
+    raise OSError("libkernel.so: cannot open shared object file")
+
+
+def _implementation(name: str, function: Any) -> Implementation:
+    return Implementation(name, load=lambda: function)
+
+
+RIGHT = _implementation("right", right)
+WRONG = _implementation("wrong", wrong)
+SLOW = _implementation("slow", slow)
+NO_GRADIENT = _implementation("no_gradient", no_gradient)
+MUTATES = _implementation("mutates", mutates)
+RAISES = _implementation("raises", raises)
+HUNGRY = _implementation("hungry", hungry)
+HANGS = _implementation("hangs", hangs)
+DIES = _implementation("dies", dies)
+LEAVES = _implementation("leaves", leaves)
+HANGS_WHEN_MEASURED = _implementation("hangs_when_measured", hangs_when_measured)
+DIES_WHEN_MEASURED = _implementation("dies_when_measured", dies_when_measured)
+RAISES_WHEN_MEASURED = _implementation("raises_when_measured", raises_when_measured)
+UNAVAILABLE = Implementation("unavailable", load=_unavailable)
+BREAKS = Implementation("breaks", load=_breaks)
+GPU_ONLY = Implementation("gpu_only", load=lambda: right, devices=("cuda",))
+HALF_ONLY = Implementation("half_only", load=lambda: right, dtypes=(torch.bfloat16,))
+FORWARD_ONLY = Implementation("forward_only", load=lambda: right, backward=False)
+NOISY = Implementation("noisy", load=lambda: right, deterministic=False)
+EAGER_ONLY = Implementation("eager_only", load=lambda: right, compiles=False)

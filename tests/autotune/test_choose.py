@@ -1,0 +1,89 @@
+"""The choice: the default keeps its seat inside noise and margin, and what was asked for passes the gate or is told."""
+
+from __future__ import annotations
+
+import pytest
+
+from llmmed.autotune.choose import choose, force
+from llmmed.autotune.plan import Candidate, Status
+from llmmed.errors import UserError
+
+
+def timed(ms: float, spread: float = 0.001, status: Status = "verified") -> Candidate:
+    return Candidate(status=status, total_ms=ms, total_ms_low=ms * (1 - spread), total_ms_high=ms * (1 + spread))
+
+
+def test_the_fastest_verified_is_chosen() -> None:
+    decision = choose("op", {"pytorch": timed(3), "liger": timed(2), "triton": timed(1)}, margin=0.02)
+    assert decision.chosen == "triton"
+    assert decision.reason == "fastest: 3x pytorch"
+    assert decision.candidates["liger"].reason == "slower than triton (0.5x); 1.5x pytorch"
+    assert decision.candidates["triton"].speedup == 3
+    assert decision.warning is None
+
+
+def test_a_gain_below_the_margin_does_not_count() -> None:
+    candidates = {"pytorch": timed(1), "triton": timed(0.97)}
+    assert choose("op", candidates, margin=0.05).chosen == "pytorch"
+    assert "kernels.margin=0.05" in choose("op", candidates, margin=0.05).candidates["triton"].reason
+    assert choose("op", candidates, margin=0.02).chosen == "triton"
+
+
+def test_a_gain_within_noise_does_not_count() -> None:
+    decision = choose("op", {"pytorch": timed(1, spread=0.2), "triton": timed(0.8, spread=0.2)}, margin=0)
+    assert decision.chosen == "pytorch"
+    assert decision.candidates["triton"].reason.startswith("within noise of pytorch")
+
+
+@pytest.mark.parametrize("status", ["wrong", "crashed", "timed_out", "out_of_memory", "no_backward"])
+def test_nothing_unverified_is_chosen_however_fast(status: Status) -> None:
+    decision = choose("op", {"pytorch": timed(1), "triton": timed(0.001, status=status)}, margin=0)
+    assert decision.chosen == "pytorch"
+
+
+def test_a_wrong_default_gives_way_with_a_warning() -> None:
+    candidates = {"pytorch": Candidate(status="wrong", reason="2 % off"), "liger": timed(2), "triton": timed(3)}
+    decision = choose("op", candidates, margin=0.02)
+    assert decision.chosen == "liger"
+    assert decision.warning == "op 'op': the default is wrong: 2 % off; using liger, the fastest that is verified"
+
+
+def test_with_nothing_verified_the_default_is_used_with_a_warning() -> None:
+    decision = choose("op", {"pytorch": Candidate(status="crashed", reason="boom")}, margin=0.02)
+    assert decision.chosen == "pytorch"
+    assert "no candidate passed" in (decision.warning or "")
+
+
+def test_with_nothing_tried_the_default_is_used_without_a_warning() -> None:
+    candidates = {name: Candidate(status="not_tried", reason="not tried: no time") for name in ("pytorch", "triton")}
+    decision = choose("op", candidates, margin=0.02)
+    assert (decision.chosen, decision.warning) == ("pytorch", None)
+    assert decision.reason == "the default; not tried: no time"
+
+
+def test_forced_and_verified_is_used_although_slower() -> None:
+    decision = force("op", {"pytorch": timed(1), "triton": timed(2)}, "triton", "kernels=triton", fallback=False)
+    assert (decision.chosen, decision.reason) == ("triton", "asked for by kernels=triton")
+    assert decision.candidates["triton"].speedup == 0.5
+
+
+@pytest.mark.parametrize("fallback", [True, False])
+def test_forced_and_wrong_is_an_error_always(fallback: bool) -> None:
+    candidates = {"triton": Candidate(status="wrong", reason="2 % off")}
+    with pytest.raises(UserError, match=r"kernels=triton: implementation 'triton' of op 'op'.*wrong: 2 % off"):
+        force("op", candidates, "triton", "kernels=triton", fallback=fallback)
+
+
+def test_forced_and_unavailable_is_an_error_or_pytorch() -> None:
+    candidates = {"triton": Candidate(status="unavailable", reason="needs a CUDA GPU")}
+    with pytest.raises(UserError, match=r"needs a CUDA GPU.*kernels.on_unavailable=fallback"):
+        force("op", candidates, "triton", "kernels=triton", fallback=False)
+    decision = force("op", candidates, "triton", "kernels=triton", fallback=True)
+    assert decision.chosen == "pytorch"
+    assert "needs a CUDA GPU" in (decision.warning or "")
+    assert set(decision.candidates) == {"triton", "pytorch"}
+
+
+def test_pytorch_can_always_be_asked_for() -> None:
+    decision = force("op", {"pytorch": Candidate(status="not_tried")}, "pytorch", "kernels=pytorch", fallback=False)
+    assert (decision.chosen, decision.warning) == ("pytorch", None)

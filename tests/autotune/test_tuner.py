@@ -1,0 +1,301 @@
+"""Tuning as a whole: real discovery, a real tuning process on the CPU, and candidates that misbehave.
+
+The candidates come from a package that the tests install into a folder of their own; see `planted_kernels.py`.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from llmmed.autotune import child, tuner
+from llmmed.autotune.child import Progress
+from llmmed.autotune.journal import Event, Job, JournalReader, Task
+from llmmed.autotune.plan import Candidate, KernelPlan
+from llmmed.autotune.tuner import tune
+from llmmed.autotune.workload import Workload, record_workload
+from llmmed.config import Config
+from llmmed.errors import UserError
+from llmmed.kernels import catalog
+
+Plant = Callable[..., None]
+
+
+@pytest.fixture
+def plant(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Plant]:
+    """Installs the planted kernels of these names, and hides the compiler, which would take most of the time."""
+    site = tmp_path / "site"
+
+    def install(*names: str) -> None:
+        information = site / "planted_kernels-1.0.dist-info"
+        information.mkdir(parents=True)
+        (information / "METADATA").write_text("Metadata-Version: 2.1\nName: planted-kernels\nVersion: 1.0\n")
+        points = (f"rms_norm.{name} = planted_kernels:{name.upper()}\n" for name in names)
+        (information / "entry_points.txt").write_text(f"[{catalog.ENTRY_POINT_GROUP}]\n{''.join(points)}")
+        shutil.copy(Path(__file__).with_name("planted_kernels.py"), site)
+        monkeypatch.syspath_prepend(site)
+        catalog._entry_points.cache_clear()
+
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
+    monkeypatch.setenv("PATH", str(tmp_path))
+    yield install
+    monkeypatch.undo()
+    sys.modules.pop("planted_kernels", None)
+    catalog._entry_points.cache_clear()
+
+
+@pytest.fixture(autouse=True)
+def _own_plans(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("LLMMED_CACHE", str(tmp_path / "cache"))
+
+
+@pytest.fixture
+def no_child(monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(*args: object, **kwargs: object) -> None:
+        pytest.fail("a tuning process was started")
+
+    monkeypatch.setattr(tuner, "tune_in_child", refuse)
+
+
+def with_kernels(config: Config, **change: object) -> Config:
+    return replace(config, kernels=replace(config.kernels, **change))
+
+
+def candidates(plan: KernelPlan) -> dict[str, Candidate]:
+    return plan.ops["rms_norm"].candidates
+
+
+def verdicts(plan: KernelPlan) -> dict[str, tuple[str, str]]:
+    return {name: (c.status, c.reason) for name, c in candidates(plan).items()}
+
+
+@pytest.mark.slow
+def test_every_kind_of_failure_has_its_reason_and_the_others_go_on(tiny: Config, norms: Workload, plant: Plant) -> None:
+    planted = ("right", "slow", "wrong", "no_gradient", "mutates", "raises", "hungry", "unavailable", "breaks")
+    killers = ("hangs", "dies", "leaves", "hangs_when_measured", "dies_when_measured", "raises_when_measured")
+    plant(*planted, *killers, "gpu_only", "half_only", "forward_only")
+    seen: list[Progress] = []
+    plan = tune(with_kernels(tiny, candidate_seconds=8.0), norms, mode="eager", report=seen.append)
+    found = verdicts(plan)
+
+    def told(name: str) -> str:
+        return ": ".join(found[name])
+
+    assert plan.ops["rms_norm"].chosen in ("pytorch", "right")
+    assert found["pytorch"][0] == found["right"][0] == found["slow"][0] == "verified"
+    assert candidates(plan)["slow"].total_ms > 5 * 5  # type: ignore[operator]
+    assert "slower than" in told("slow")
+    assert all((c.total_ms is not None) == (c.status == "verified") for c in candidates(plan).values())
+    assert told("compiled") == ("unavailable: unavailable: torch.compile needs a C++ compiler on a CPU; install g++")
+    assert found["wrong"][0] == "wrong"
+    assert candidates(plan)["wrong"].relative_error == pytest.approx(0.02, rel=0.05)
+    assert found["no_gradient"][0] == "no_backward"
+    assert found["mutates"][0] == "wrong"
+    assert found["raises"][0] == "crashed"
+    assert "no such tile" in told("raises")
+    assert found["hungry"][0] == "out_of_memory"
+    assert told("unavailable").endswith("unavailable: the licence of this kernel has run out")
+    assert told("breaks") == (
+        "crashed: raised while it was loaded: OSError: libkernel.so: cannot open shared object file"
+    )
+    assert told("hangs") == "timed_out: took longer than kernels.candidate_seconds=8 while it was verified"
+    assert told("dies") == "crashed: the process was killed by SIGSEGV while it was verified"
+    assert told("leaves") == "crashed: the process ended with exit code 1 while it was verified: enough of this"
+    assert told("hangs_when_measured").endswith("kernels.candidate_seconds=8 while it was measured")
+    assert told("dies_when_measured").endswith("killed by SIGSEGV while it was measured")
+    assert told("raises_when_measured") == "crashed: ValueError: no such tile, while measured"
+    assert told("gpu_only") == "unavailable: unavailable: needs a CUDA GPU; this run is on cpu"
+    assert told("half_only") == "unavailable: unavailable: supports bfloat16, not float32"
+    assert "has no backward pass" in told("forward_only")
+    assert {("verify", "hangs"), ("measure", "pytorch")} <= {(p.stage, p.name) for p in seen}
+    assert "verifying rms_norm hangs" in " ".join(map(str, seen))
+    assert not plan.cached
+
+
+def test_a_real_workload_is_tuned_once_and_then_read_from_the_cache(
+    tiny: Config, plant: Plant, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    plant()
+    config = with_kernels(tiny, cache="use")
+    workload = record_workload(config)
+    first = tune(config, workload, mode="eager")
+    assert set(first.ops) == set(workload.by_op())
+    assert {op.candidates["pytorch"].status for op in first.ops.values()} == {"verified"}
+    assert all(op.candidates["pytorch"].timed for op in first.ops.values())
+    assert not first.cached
+    with monkeypatch.context() as patch:
+        patch.setattr(tuner, "tune_in_child", lambda *args, **kwargs: pytest.fail("a tuning process was started"))
+        second = tune(config, workload, mode="eager")
+    assert second.cached
+    assert (second.ops, second.choice) == (first.ops, first.choice)
+
+
+def test_two_tuning_runs_at_once_leave_a_whole_cache(tiny: Config, norms: Workload, plant: Plant) -> None:
+    plant("right")
+    config = with_kernels(tiny, cache="refresh")
+    plans: list[KernelPlan] = []
+    threads = [threading.Thread(target=lambda: plans.append(tune(config, norms, mode="eager"))) for _ in range(2)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert [plan.cached for plan in plans] == [False, False]
+    cached = tune(with_kernels(config, cache="use"), norms, mode="eager")
+    assert cached.cached
+    assert candidates(cached) in [candidates(plan) for plan in plans]
+
+
+def test_the_budget_ends_tuning_with_what_is_known(tiny: Config, norms: Workload, plant: Plant) -> None:
+    plant("hangs", "right")
+    config = with_kernels(tiny, budget_seconds=6.0, candidate_seconds=60.0, cache="use")
+    started = time.perf_counter()
+    plan = tune(config, norms, mode="eager")
+    assert time.perf_counter() - started < 10
+    assert plan.choice == {"rms_norm": "pytorch"}
+    assert verdicts(plan)["hangs"] == ("not_tried", "not tried: kernels.budget_seconds=6 was used up")
+    assert "kernels.budget_seconds=6 was used up" in verdicts(plan)["pytorch"][1]
+    assert not list((Path(os.environ["LLMMED_CACHE"]) / "plans").glob("*.json"))  # not worth keeping
+
+
+def test_a_tuning_process_that_cannot_start_is_one_warning(
+    tiny: Config, norms: Workload, plant: Plant, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    plant("right")
+    (tmp_path / "site" / "pydantic.py").write_text("raise RuntimeError('a broken installation')\n")
+    with caplog.at_level(logging.WARNING):
+        plan = tune(tiny, norms, mode="eager")
+    assert plan.choice == {"rms_norm": "pytorch"}
+    assert verdicts(plan)["right"][0] == verdicts(plan)["pytorch"][0] == "not_tried"
+    assert len(caplog.records) == 1
+    assert "RuntimeError: a broken installation" in caplog.text
+
+
+def test_pytorch_is_instant(tiny: Config, no_child: None) -> None:
+    workload = record_workload(tiny)
+    started = time.perf_counter()
+    plan = tune(with_kernels(tiny, policy="pytorch"), workload, mode="eager")
+    assert time.perf_counter() - started < 1
+    assert set(plan.choice.values()) == {"pytorch"}
+    assert plan.ops["rms_norm"].reason == "asked for by kernels=pytorch"
+
+
+def test_triton_without_a_gpu_is_an_error_or_pytorch(
+    tiny: Config, norms: Workload, no_child: None, caplog: pytest.LogCaptureFixture
+) -> None:
+    forced = with_kernels(tiny, policy="triton")
+    with pytest.raises(UserError, match=r"kernels=triton: .*'rms_norm'.*needs a CUDA GPU.*on_unavailable=fallback"):
+        tune(forced, norms, mode="eager")
+    plan = tune(with_kernels(forced, on_unavailable="fallback"), norms, mode="eager")
+    assert plan.choice == {"rms_norm": "pytorch"}
+    assert "needs a CUDA GPU" in caplog.text
+
+
+def test_a_pin_is_verified_and_not_timed(tiny: Config, norms: Workload, plant: Plant) -> None:
+    plant("slow", "wrong", "dies")
+    plan = tune(with_kernels(tiny, pin={"rms_norm": "slow", "rotary": None}), norms, mode="eager")
+    assert plan.choice == {"rms_norm": "slow"}
+    assert verdicts(plan) == {"slow": ("verified", "asked for by kernels.pin.rms_norm=slow")}
+    assert not candidates(plan)["slow"].timed
+    assert candidates(plan)["slow"].relative_error is not None
+    with pytest.raises(UserError, match=r"kernels.pin.rms_norm=wrong.*because it is wrong"):
+        tune(with_kernels(tiny, pin={"rms_norm": "wrong"}, on_unavailable="fallback"), norms, mode="eager")
+    with pytest.raises(UserError, match=r"kernels.pin.rms_norm=dies.*killed by SIGSEGV"):
+        tune(with_kernels(tiny, pin={"rms_norm": "dies"}), norms, mode="eager")
+
+
+def test_descriptions_alone_rule_out(tiny: Config, norms: Workload, plant: Plant, no_child: None) -> None:
+    plant("noisy", "eager_only")
+
+    def pinned(name: str) -> Config:
+        return with_kernels(tiny, pin={"rms_norm": name})
+
+    noisy = pinned("noisy")
+    with pytest.raises(UserError, match=r"train.deterministic=true"):
+        tune(replace(noisy, train=replace(noisy.train, deterministic=True)), norms, mode="eager")
+    with pytest.raises(UserError, match=r"cannot be part of a compiled step"):
+        tune(pinned("eager_only"), norms, mode="compiled")
+    with pytest.raises(UserError, match=r"in a compiled step pytorch is compiled too"):
+        tune(pinned("compiled"), norms, mode="compiled")
+    with pytest.raises(
+        UserError, match=r"kernels.pin.rms_norm=nonsense: .*no implementation 'nonsense'; it has pytorch"
+    ):
+        tune(pinned("nonsense"), norms, mode="eager")
+
+
+def test_a_plan_is_followed_after_verification(tiny: Config, norms: Workload, plant: Plant, tmp_path: Path) -> None:
+    plant("slow")
+    path = tmp_path / "kernels.json"
+    tune(with_kernels(tiny, policy="pytorch"), norms, mode="eager").write(path)
+    content = path.read_text()
+    config = with_kernels(tiny, plan=str(path))
+    path.write_text(content.replace('"chosen": "pytorch"', '"chosen": "slow"'))
+    plan = tune(config, norms, mode="eager")
+    assert plan.choice == {"rms_norm": "slow"}
+    assert verdicts(plan) == {"slow": ("verified", f"asked for by kernels.plan={path}")}
+    assert candidates(plan)["slow"].relative_error is not None
+
+    path.write_text(content.replace('"chosen": "pytorch"', '"chosen": "triton"'))
+    with pytest.raises(UserError, match=r"kernels.plan=.*needs a CUDA GPU"):
+        tune(config, norms, mode="eager")
+    path.write_text(content.replace('"chosen": "pytorch"', '"chosen": "gone"'))
+    with pytest.raises(UserError, match=r"op 'rms_norm' has no implementation 'gone'"):
+        tune(config, norms, mode="eager")
+    path.write_text(content.replace('"rms_norm": {', '"layer_norm": {', 1))
+    with pytest.raises(UserError, match=r"there is no op 'layer_norm'"):
+        tune(config, norms, mode="eager")
+
+
+def test_interrupting_ends_the_tuning_process(
+    tiny: Config, norms: Workload, plant: Plant, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    plant("hangs")
+    processes: list[subprocess.Popen[bytes]] = []
+
+    class Recorded(subprocess.Popen[bytes]):
+        def __init__(self, *args: Any, **kwargs: Any) -> None:
+            super().__init__(*args, **kwargs)
+            processes.append(self)
+
+    def interrupt(progress: Progress) -> None:
+        if progress.name == "hangs":
+            assert processes[0].poll() is None
+            raise KeyboardInterrupt
+
+    monkeypatch.setattr(child.subprocess, "Popen", Recorded)
+    with pytest.raises(KeyboardInterrupt):
+        tune(tiny, norms, mode="eager", report=interrupt)
+    assert [process.returncode for process in processes] == [-signal.SIGKILL]
+
+
+def test_the_tuning_process_does_not_outlive_its_parent(norms: Workload, plant: Plant, tmp_path: Path) -> None:
+    plant("hangs")
+    job = Job(
+        journal=tmp_path / "journal",
+        device="cpu",
+        mode="eager",
+        deterministic=False,
+        matmul_precision="highest",
+        tasks=[Task.of("rms_norm", norms.by_op()["rms_norm"], ["hangs"], measure=True)],
+    )
+    job.write(tmp_path / "job.json")
+    with child._started(tmp_path / "job.json", tmp_path / "log") as process:
+        reader, events = JournalReader(job.journal), list[Event]()
+        while not events:
+            assert process.poll() is None, (tmp_path / "log").read_text()
+            events += reader.read()
+            time.sleep(0.05)
+        assert process.stdin is not None
+        process.stdin.close()  # as the end of the parent would, however it ends
+        assert process.wait(timeout=10) == -signal.SIGKILL

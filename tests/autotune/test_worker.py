@@ -1,0 +1,110 @@
+"""The tuning process's parts: the journal survives half a line, errors get their status, what is done stays done."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+
+from llmmed.autotune.child import Findings
+from llmmed.autotune.journal import Begun, Done, Event, Job, JournalReader, JournalWriter, Judged, Task, Timed
+from llmmed.autotune.plan import Candidate, Ceilings, Status
+from llmmed.autotune.verify import classify, one_line
+from llmmed.autotune.workload import Workload
+from llmmed.kernels.base import Unavailable
+
+VERIFIED = Candidate(status="verified", relative_error=1e-7)
+TIMED = VERIFIED.model_copy(update={"total_ms": 1.0})
+
+
+def task(norms: Workload, *names: str, measure: bool = True) -> Task:
+    return Task.of("rms_norm", norms.by_op()["rms_norm"], list(names), measure=measure)
+
+
+def test_the_journal_gives_every_event_once_and_waits_for_whole_lines(tmp_path: Path) -> None:
+    path = tmp_path / "journal.jsonl"
+    reader = JournalReader(path)
+    assert list(reader.read()) == []
+    events: list[Event] = [
+        Begun(stage="verify", op="rms_norm", name="triton"),
+        Judged(op="rms_norm", name="triton", candidate=VERIFIED),
+        Timed(op="rms_norm", candidates={"triton": TIMED}),
+        Done(),
+    ]
+    with JournalWriter(path) as writer:
+        writer.write(events[0])
+        assert list(reader.read()) == events[:1]
+        with path.open("a") as file:
+            file.write(events[1].model_dump_json()[:20])
+        assert list(reader.read()) == []
+        with path.open("a") as file:
+            file.write(events[1].model_dump_json()[20:] + "\n")
+        writer.write(events[2])
+        writer.write(events[3])
+    assert list(reader.read()) == events[1:]
+    assert list(reader.read()) == []
+
+
+def test_a_job_survives_the_disk(tmp_path: Path, norms: Workload) -> None:
+    job = Job(
+        journal=tmp_path / "journal",
+        device="cpu",
+        mode="eager",
+        deterministic=True,
+        matmul_precision="highest",
+        tasks=[task(norms, "pytorch", "triton").model_copy(update={"verified": {"liger": VERIFIED}})],
+        ceilings=Ceilings(copy_gb_per_second=3000),
+    )
+    job.write(tmp_path / "job.json")
+    read = Job.read(tmp_path / "job.json")
+    assert read == job
+    assert read.tasks[0].counts() == norms.calls
+
+
+def test_what_is_done_is_not_done_again(norms: Workload) -> None:
+    tasks = [task(norms, "pytorch", "dies", "triton")]
+    findings = Findings()
+    assert findings.left(tasks) == tasks
+    findings.add(Judged(op="rms_norm", name="pytorch", candidate=VERIFIED))
+    findings.add(Judged(op="rms_norm", name="dies", candidate=Candidate(status="crashed")))
+    (left,) = findings.left(tasks)
+    assert (left.verify, left.verified, left.measure) == (["triton"], {"pytorch": VERIFIED}, True)
+    findings.add(Judged(op="rms_norm", name="triton", candidate=VERIFIED))
+    (left,) = findings.left(tasks)
+    assert (left.verify, set(left.verified)) == ([], {"pytorch", "triton"})
+    findings.add(Timed(op="rms_norm", candidates={"pytorch": TIMED, "triton": TIMED}))
+    assert findings.left(tasks) == []
+
+
+def test_what_is_not_to_be_measured_is_done_once_judged(norms: Workload) -> None:
+    findings = Findings()
+    findings.add(Judged(op="rms_norm", name="triton", candidate=VERIFIED))
+    assert findings.left([task(norms, "triton", measure=False)]) == []
+    assert findings.left([task(norms, "triton", measure=True)]) != []
+
+
+class CompilationError(Exception):
+    __module__ = "triton.compiler.errors"
+
+
+@pytest.mark.parametrize(
+    ("error", "status", "reason"),
+    [
+        (torch.cuda.OutOfMemoryError("CUDA out of memory. Tried to allocate 20 GiB"), "out_of_memory", "out of memory"),
+        (MemoryError(), "out_of_memory", "out of memory"),
+        (Unavailable("no licence"), "unavailable", "no licence"),
+        (CompilationError("at 3:1:\n  bad"), "failed_to_compile", "CompilationError: at 3:1:"),
+        (torch._dynamo.exc.Unsupported("graph break"), "failed_to_compile", "Unsupported: graph break"),
+        (ValueError("boom\nmore"), "crashed", "ValueError: boom"),
+    ],
+)
+def test_an_error_has_its_status(error: Exception, status: Status, reason: str) -> None:
+    found = classify(error)
+    assert found[0] == status
+    assert found[1].startswith(reason)
+
+
+def test_an_error_is_one_short_line() -> None:
+    assert one_line(KeyError()) == "KeyError"
+    assert one_line(ValueError("x" * 500), limit=50) == "ValueError: " + "x" * 35 + "..."

@@ -1,0 +1,69 @@
+"""The gate rejects every planted bug, and accepts the correct kernels whatever the seed."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+
+from llmmed.autotune.verify import verify
+from llmmed.kernels.base import Unavailable
+from llmmed.kernels.catalog import get_implementation, get_op, implementation_names, load_function, op_names
+from tests.kernels.planted import bugs, mutant, ops_with_triton
+
+PLANTED = [(op, bug) for op in ops_with_triton() for bug in bugs(op)]
+TRITON = [(op, name) for op in op_names() for name in implementation_names(op) if name.startswith("triton")]
+SEEDS = 20
+
+
+def test_there_are_enough_bugs() -> None:
+    assert all(len(bugs(op)) >= 8 for op in ops_with_triton())
+
+
+@pytest.mark.interpreter
+@pytest.mark.parametrize(("op", "bug"), PLANTED)
+def test_a_planted_bug_is_rejected_in_float32(op: str, bug: str, tmp_path: Path) -> None:
+    assert_rejected(op, bug, torch.float32, torch.device("cpu"), tmp_path)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize(("op", "bug"), PLANTED)
+def test_a_planted_bug_is_rejected_in_16_bits(op: str, bug: str, dtype: torch.dtype, tmp_path: Path) -> None:
+    assert_rejected(op, bug, dtype, torch.device("cuda"), tmp_path)
+
+
+@pytest.mark.interpreter
+@pytest.mark.parametrize(("op", "name"), TRITON)
+def test_correct_kernels_are_accepted_in_float32(op: str, name: str) -> None:
+    slow = op in ("newton_schulz", "linear_cross_entropy", "cross_entropy", "attention")
+    assert_accepted(op, name, torch.float32, torch.device("cpu"), seeds=1 if slow else 5)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize(("op", "name"), TRITON)
+def test_correct_kernels_are_accepted(op: str, name: str, dtype: torch.dtype) -> None:
+    assert_accepted(op, name, dtype, torch.device("cuda"), seeds=SEEDS)
+
+
+def assert_rejected(op: str, bug: str, dtype: torch.dtype, device: torch.device, folder: Path) -> None:
+    implementation, function = mutant(op, bug, folder)
+    calls = [next(iter(get_op(op).cases(dtype).values()))]
+    verdict = verify(get_op(op), implementation, function, calls, device)
+    assert verdict.status in ("wrong", "no_backward", "crashed"), verdict
+    assert verdict.reason
+
+
+def assert_accepted(op: str, name: str, dtype: torch.dtype, device: torch.device, seeds: int) -> None:
+    implementation = get_implementation(op, name)
+    try:
+        function = load_function(op, implementation)
+    except Unavailable as reason:
+        pytest.skip(str(reason))
+    calls = [next(iter(get_op(op).cases(dtype).values()))]
+    for seed in range(seeds):
+        verdict = verify(get_op(op), implementation, function, calls, device, seed=seed)
+        assert verdict.status == "verified", (seed, verdict)
+        assert verdict.checks > 10

@@ -1,0 +1,108 @@
+"""The table of kernels: nothing essential is cut off at any width, and the choice is told in words."""
+
+from __future__ import annotations
+
+import io
+
+import pytest
+from rich.console import Console
+
+from llmmed.autotune.plan import CallCount, Candidate, Hardware, KernelPlan, OpPlan
+from llmmed.reporting.kernel_table import print_kernel_table
+
+DASH = "\N{EN DASH}"
+WRONG = "gradient of weight: relative error 4.0e-01, allowed 2.1e-06 (case odd width, regime outliers)"
+
+
+def make_plan(memory: float | None = 144.0, *, cached: bool = False) -> KernelPlan:
+    norm = {
+        "pytorch": Candidate(
+            status="verified",
+            reason="slower than triton (0.33x)",
+            relative_error=1.7e-3,
+            total_ms=1234.5,
+            peak_memory_mib=memory,
+            speedup=1.0,
+        ),
+        "liger": Candidate(status="wrong", reason=f"wrong: {WRONG}", relative_error=0.4),
+        "triton": Candidate(
+            status="verified",
+            reason="fastest: 3x pytorch",
+            relative_error=1.6e-3,
+            total_ms=0.0412,
+            peak_memory_mib=memory,
+            speedup=3.0,
+        ),
+    }
+    rotary = {
+        "pytorch": Candidate(status="not_tried", reason="in place of triton, which kernels=triton asks for"),
+        "triton": Candidate(status="unavailable", reason="unavailable: needs a CUDA GPU; this run is on cpu"),
+    }
+    ops = {
+        name: OpPlan(
+            chosen=chosen,
+            reason="",
+            calls=[CallCount(op=name, arguments={}, count=count)],
+            candidates=candidates,
+            source_sha256="",
+        )
+        for name, chosen, count, candidates in (("rms_norm", "triton", 13, norm), ("rotary", "pytorch", 1, rotary))
+    }
+    hardware = Hardware(device="x", driver=None, cuda=None, torch="2", triton=None, python="3", cpu="x", cpu_threads=1)
+    return KernelPlan(
+        policy="auto",
+        mode="eager",
+        ops=ops,
+        hardware=hardware,
+        workload_fingerprint="",
+        cached=cached,
+        tuning_seconds=12.34,
+    )
+
+
+def printed(plan: KernelPlan, width: int, *, terminal: bool = False) -> str:
+    console = Console(file=io.StringIO(), width=width, force_terminal=terminal, highlight=False)
+    print_kernel_table(plan, console)
+    assert isinstance(console.file, io.StringIO)
+    return console.file.getvalue()
+
+
+@pytest.mark.parametrize("width", [80, 100, 140, 400])
+def test_nothing_essential_is_cut_off(width: int) -> None:
+    text = printed(make_plan(), width)
+    assert max(map(len, text.splitlines())) <= width
+    assert "…" not in text
+    for row in (
+        ["rms_norm", "13", "calls"],
+        ["pytorch", "verified", "1.7e-03", "1,234", "144", "1.00"],
+        ["liger", "wrong", "4.0e-01", DASH, DASH, DASH],
+        ["✓", "triton", "verified", "1.6e-03", "0.0412", "144", "3.00"],
+        ["rotary", "1", "call"],
+        ["✓", "pytorch", "not", "tried", DASH, DASH, DASH, DASH],
+        ["triton", "unavailable", DASH, DASH, DASH, DASH],
+    ):
+        assert any(line.split()[: len(row)] == row for line in text.splitlines()), row
+    for words in (WRONG, "needs a CUDA GPU; this run is on cpu", "fwd+bwd ms", "memory MiB"):
+        assert all(word in text for word in words.split()), words
+
+
+def test_reasons_do_not_repeat_the_verdict() -> None:
+    text = printed(make_plan(), 400)
+    assert f"  {WRONG}" in text
+    assert "  needs a CUDA GPU" in text
+
+
+def test_a_log_file_gets_no_control_characters() -> None:
+    assert "\x1b" not in printed(make_plan(), 100)
+    assert "\x1b[1m" in printed(make_plan(), 100, terminal=True)
+
+
+def test_a_column_without_values_is_left_out() -> None:
+    assert "MiB" in printed(make_plan(), 100)
+    assert "MiB" not in printed(make_plan(memory=None), 100)
+
+
+def test_the_choice_is_told_in_words() -> None:
+    text = printed(make_plan(), 200)
+    assert "Chosen, found in 12.3 s: triton for rms_norm (3.00x); pytorch for rotary." in text
+    assert "Chosen, from the tuning cache: " in printed(make_plan(cached=True), 200)
