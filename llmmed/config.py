@@ -58,7 +58,7 @@ class TrainConfig:
     micro_batch_size: Positive
     global_batch_tokens: Positive
     precision: Literal["fp32", "bf16", "fp16"]
-    compile: Literal["auto", "eager", "compiled"]
+    compile: Literal["auto", "eager", "compiled", "graphs"]
     grad_clip: NonNegativeFloat  # 0 switches clipping off
     eval_every: NonNegative  # 0: only at the end
     eval_batches: Positive

@@ -27,8 +27,10 @@ from llmmed.autotune.plan import Candidate, Ceilings, Mode, Status
 logger = logging.getLogger(__name__)
 
 _POLL_SECONDS = 0.05
+_LEAST_WARMING, _MOST_WARMING = 3, 12  # processes; with fewer it is not worth their start
 _DONE = {"verify": "verified", "load": "loaded", "measure": "measured", "ceilings": "measured"}
 _DOING = {
+    "warm": "compiling on all cores",
     "verify": "verifying",
     "load": "loading",
     "measure": "measuring",
@@ -110,16 +112,19 @@ def tune_in_child(
     with tempfile.TemporaryDirectory(prefix="llmmed-tuning-") as name:
         folder = Path(name)
         attempt = 0
+        first = Job(
+            journal=folder / "journal.jsonl",
+            device=device,
+            mode=mode,
+            deterministic=deterministic,
+            matmul_precision=torch.get_float32_matmul_precision(),
+            tasks=tasks,
+        )
+        if device == "cuda":
+            _warm_up(first, folder, limits, report)
         while left := findings.left(tasks):
-            job = Job(
-                journal=folder / f"journal{attempt}.jsonl",
-                device=device,
-                mode=mode,
-                deterministic=deterministic,
-                matmul_precision=torch.get_float32_matmul_precision(),
-                tasks=left,
-                ceilings=findings.ceilings,
-            )
+            journal = folder / f"journal{attempt}.jsonl"
+            job = first.model_copy(update={"journal": journal, "tasks": left, "ceilings": findings.ceilings})
             reason = _Attempt(job, tasks, findings, limits, report).run(folder / f"job{attempt}.json")
             if reason:
                 break
@@ -127,6 +132,26 @@ def tune_in_child(
     findings.finished = not reason
     _fill_in(findings, tasks, reason)
     return findings
+
+
+def _warm_up(job: Job, folder: Path, limits: Limits, report: Callable[[Progress], None]) -> None:
+    """Fills the compilers' caches from several processes, since one compiles on a single core."""
+    candidates = sum(len(task.verify) for task in job.tasks)
+    count = min((os.cpu_count() or 2) - 1, candidates, _MOST_WARMING)
+    if count < _LEAST_WARMING:
+        return
+    path = folder / "warm.json"
+    job.write(path)
+    seconds = limits.budget_seconds - (limits.deadline - time.perf_counter())
+    report(Progress("warm", "", "", 0, candidates, seconds))
+    deadline = min(time.perf_counter() + limits.candidate_seconds, limits.deadline)
+    with contextlib.ExitStack() as stack:
+        arguments = [[str(path), str(share), str(count)] for share in range(count)]
+        log = folder / "warm.log"
+        started = [stack.enter_context(_started("llmmed.autotune.warm", each, log)) for each in arguments]
+        for process in started:
+            with contextlib.suppress(subprocess.TimeoutExpired):
+                process.wait(max(0.0, deadline - time.perf_counter()))
 
 
 class _Attempt:
@@ -150,7 +175,7 @@ class _Attempt:
         """Runs the process to its end. Returns why tuning cannot go on, or nothing."""
         self._job.write(job_path)
         log = job_path.with_suffix(".log")
-        with _started(job_path, log) as process:
+        with _started("llmmed.autotune.worker", [str(job_path)], log) as process:
             too_slow = self._watch(process)
         self._read()
         if self._done:
@@ -213,11 +238,11 @@ class _Attempt:
 
 
 @contextlib.contextmanager
-def _started(job_path: Path, log: Path) -> Iterator[subprocess.Popen[bytes]]:
-    """The process, in a group of its own, so that its compilers end with it, whatever happens here."""
+def _started(module: str, arguments: list[str], log: Path) -> Iterator[subprocess.Popen[bytes]]:
+    """A process, in a group of its own, so that its compilers end with it, whatever happens here."""
     # The child finds what this process finds (`-P`: and nothing else), the implementations of other packages too.
     environment = os.environ | {"PYTHONPATH": os.pathsep.join(entry or os.getcwd() for entry in sys.path)}
-    command = [sys.executable, "-P", "-m", "llmmed.autotune.worker", str(job_path)]
+    command = [sys.executable, "-P", "-m", module, *arguments]
     with log.open("wb") as output:
         process = subprocess.Popen(
             command, stdin=subprocess.PIPE, stdout=output, stderr=output, env=environment, start_new_session=True

@@ -19,7 +19,7 @@ from llmmed.autotune.workload import Workload
 from llmmed.files import write_atomically
 from llmmed.kernels.base import Call
 
-Stage = Literal["verify", "load", "measure", "ceilings"]
+Stage = Literal["warm", "verify", "load", "measure", "ceilings"]
 
 
 class _Frozen(BaseModel):

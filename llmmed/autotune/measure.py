@@ -6,8 +6,8 @@ never waits for the host, and the host's own time to issue them is taken in the 
 mode:
 
 * `eager`: the longer of device and host time, since the step pays whichever is longer;
-* `compiled`: the candidate is compiled by itself (`fullgraph=True`, static shapes) and device time alone counts, since
-  the compiled step issues all its launches in one go. What a compiler could fuse across ops, this cannot see.
+* `compiled`, `graphs`: the candidate is compiled by itself (`fullgraph=True`, static shapes) and device time alone
+  counts, since the step issues all its launches in one go. What a compiler could fuse across ops, this cannot see.
 
 On a CPU it is plain elapsed time with warm caches, without memory and without a ceiling.
 """
@@ -59,7 +59,7 @@ class Pass:
 
     def cost(self, mode: Mode) -> float:
         """What the step pays for it."""
-        if mode == "compiled" or self.host_forward is None or self.host_backward is None:
+        if mode != "eager" or self.host_forward is None or self.host_backward is None:
             return self.forward + self.backward
         return max(self.forward, self.host_forward) + max(self.backward, self.host_backward)
 
@@ -79,7 +79,7 @@ def measure_op(
 
     Args:
         op: The op.
-        functions: The verified candidates by name, in `compiled` mode already compiled.
+        functions: The verified candidates by name, in other modes than `eager` already compiled.
         calls: The workload's calls of this op and how often a micro-batch makes each.
         device: Where.
         mode: What counts; see above.

@@ -15,7 +15,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from llmmed.errors import UserError
 from llmmed.files import write_json
 
-Mode = Literal["eager", "compiled"]
+Mode = Literal["eager", "compiled", "graphs"]
 Status = Literal[
     "verified",
     "unavailable",

@@ -49,7 +49,7 @@ def tune(
     for op, order in orders.items():
         if order is not None and order.name in known[op]:
             _decide(op, order, known[op], config.kernels)  # raises, if it must, before anything is tried
-    tasks = _tasks(calls, orders, known)
+    tasks = _tasks(calls, orders, known, mode)
     hardware = describe_hardware(config.device)
     evidence, cached = _find_evidence(config, workload, tasks, mode, hardware, report, started)
     ops = {}
@@ -123,13 +123,18 @@ def _names(op: str, found: Mapping[str, Candidate]) -> list[str]:
     return listed + [name for name in found if name not in listed]
 
 
+def _listed(op: str, mode: Mode) -> list[str]:
+    """What there is to choose from. In a compiled step the default is compiled, so that `compiled` says nothing new."""
+    return [name for name in implementation_names(op) if mode == "eager" or name != COMPILED]
+
+
 def _without_trying(
     op: str, order: _Order | None, calls: Mapping[Call, int], config: Config, mode: Mode
 ) -> dict[str, Candidate]:
     """The candidates that need no trying: those that cannot be used here, and a default that was asked for."""
     if order is not None and order.name == DEFAULT:
         return {DEFAULT: Candidate(status="not_tried")}
-    names = implementation_names(op) if order is None else (order.name,)
+    names = _listed(op, mode) if order is None else (order.name,)
     reasons = {name: _why_not(op, name, calls, config, mode) for name in names}
     return {name: Candidate(status="unavailable", reason=reason) for name, reason in reasons.items() if reason}
 
@@ -142,9 +147,9 @@ def _why_not(op: str, name: str, calls: Mapping[Call, int], config: Config, mode
         implementation = get_implementation(op, name)
     except Unavailable as error:
         return str(error)
-    if mode == "compiled" and name == COMPILED:
+    if mode != "eager" and name == COMPILED:
         return f"in a compiled step {DEFAULT} is compiled too; train.compile=eager tells them apart"
-    if mode == "compiled" and not implementation.compiles:
+    if mode != "eager" and not implementation.compiles:
         return "cannot be part of a compiled step; train.compile=eager can use it"
     trains = any(spec.requires_grad for call in calls for spec in call.tensors.values())
     if trains and not implementation.backward:
@@ -159,11 +164,12 @@ def _tasks(
     calls: Mapping[str, dict[Call, int]],
     orders: Mapping[str, _Order | None],
     known: Mapping[str, Mapping[str, Candidate]],
+    mode: Mode,
 ) -> list[Task]:
     """What is to be tried: what was asked for first, since without its verdict the run cannot begin."""
     tasks = []
     for op, order in sorted(orders.items(), key=lambda item: item[1] is None):
-        names = implementation_names(op) if order is None else (order.name,)
+        names = _listed(op, mode) if order is None else (order.name,)
         untried = [name for name in names if name not in known[op]]
         if untried:
             tasks.append(Task.of(op, calls[op], untried, measure=order is None))

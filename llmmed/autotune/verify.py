@@ -8,10 +8,11 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import math
 import warnings
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, Literal, get_args
 
 import torch
 from torch import Tensor
@@ -19,12 +20,15 @@ from torch import Tensor
 from llmmed.autotune.judge import Finding, Truth, judge, relative
 from llmmed.autotune.plan import Status
 from llmmed.kernels.base import Call, Implementation, Inputs, Op, TensorSpec, Unavailable
-from llmmed.kernels.catalog import COMPILED, DEFAULT, get_implementation, get_op, load_function
+from llmmed.kernels.catalog import COMPILED, DEFAULT, get_implementation, load_function
+
+Layout = Literal["contiguous", "transposed", "padded"]
 
 _UPSTREAM = (1.0, 1 / 3, 65536.0)
 _UPSTREAM_FP16 = (1.0, 1 / 3, 512.0)  # what it can hold
 _COMPILED_CASES = 2  # every shape is compiled anew
 _MOST_ELEMENTS = {"cuda": 2**28, "cpu": 2**23}  # of the largest float64 intermediate
+_BYTES_AN_ELEMENT = 256  # of a GPU's memory, for each such element: the truth stays while candidates run
 
 
 @dataclass(frozen=True)
@@ -44,13 +48,25 @@ class Verdict:
 
 @dataclass(frozen=True)
 class Trial:
-    """A call with values; `own` marks the run's own calls."""
+    """A call with values.
+
+    Args:
+        call: The arguments without their values.
+        regime: The distribution of the values.
+        upstream: Size of the gradients that arrive.
+        layout: How they lie in memory.
+        label: For the user.
+        own: Whether it is one of the run's own calls.
+        poison: Whether memory holds NaN until it is written. PyTorch then takes deterministic kernels, too.
+    """
 
     call: Call
     regime: str
     upstream: float
+    layout: Layout
     label: str
     own: bool
+    poison: bool
 
 
 class _Rejected(Exception):
@@ -68,6 +84,8 @@ def verify(
     *,
     seed: int = 0,
     deterministic: bool = False,
+    dtype: torch.dtype | None = None,
+    to_the_end: bool = False,
 ) -> Verdict:
     """Judges a candidate. Never raises for what the candidate does.
 
@@ -79,31 +97,39 @@ def verify(
         device: Where.
         seed: Of the values.
         deterministic: Whether two runs on the same inputs must give the same bits.
+        dtype: The compute dtype, where there are no calls to tell it.
+        to_the_end: Whether to go on after a wrong result, to find the worst.
     """
-    worst: Finding | None = None
+    worst = Finding(0.0, "")
     own = list(calls)
     relative_error = 0.0
     checks = 0
-    compiled = implementation.name == COMPILED
+    few_shapes = implementation.name == COMPILED
     try:
         with _exact_products():
-            for trial in trials(op, own, device, few_shapes=compiled):
-                facts = _remembered(op.name)(trial, seed, str(device))
+            for trial in trials(op, own, dtype, device, few_shapes=few_shapes):
+                facts = _remembered(op, seed, device)(trial)
                 if facts is None:
                     continue
-                results = _run_candidate(function, facts, device, poison=not compiled, twice=deterministic)
+                results = _run_candidate(function, facts, device, poison=trial.poison, twice=deterministic)
                 for name, truth in facts.results.items():
                     finding, error = judge(_words(name), truth, results[name], trial.call.compute_dtype)
                     checks += 1
-                    if trial.own or not own:
+                    counts = trial.own or (not own and dtype in (None, trial.call.compute_dtype))
+                    if counts or finding.ratio > 1:
                         relative_error = max(relative_error, error)
-                    if worst is None or finding.ratio > worst.ratio:
-                        worst = finding
-                    if finding.ratio > 1:
-                        return Verdict("wrong", f"{finding.message} ({trial.label})", error, finding.ratio, checks)
+                    if finding.ratio > worst.ratio:
+                        worst = Finding(finding.ratio, f"{finding.message} ({trial.label})")
+                    if worst.ratio > 1 and not to_the_end:
+                        return Verdict("wrong", worst.message, relative_error, worst.ratio, checks)
     except _Rejected as rejection:
+        forget()  # it may have left something else in what the others share
         return Verdict(rejection.status, str(rejection), None, None, checks)
-    return Verdict("verified", "", relative_error, worst.ratio if worst else 0.0, checks)
+    if not checks:
+        return Verdict("wrong", "nothing can be compared: even PyTorch's results are not finite", None, None, 0)
+    if worst.ratio > 1:
+        return Verdict("wrong", worst.message, relative_error, worst.ratio, checks)
+    return Verdict("verified", "", relative_error, worst.ratio, checks)
 
 
 def forget() -> None:
@@ -111,22 +137,27 @@ def forget() -> None:
     _remembered.cache_clear()
 
 
-def trials(op: Op, calls: list[Call], device: torch.device, *, few_shapes: bool = False) -> Iterator[Trial]:
+def trials(
+    op: Op, calls: list[Call], dtype: torch.dtype | None, device: torch.device, *, few_shapes: bool = False
+) -> Iterator[Trial]:
     """Everything that a candidate is tried at, the cheap first."""
-    own = calls[0].compute_dtype if calls else torch.float32
-    for dtype in dict.fromkeys([own] if few_shapes else [own, torch.float32]):
-        short = str(dtype).removeprefix("torch.")
-        for index, (name, call) in enumerate(op.cases(dtype).items()):
+    own = dtype or (calls[0].compute_dtype if calls else torch.float32)
+    for case_dtype in dict.fromkeys([own] if few_shapes else [own, torch.float32]):
+        short = str(case_dtype).removeprefix("torch.")
+        for index, (name, call) in enumerate(op.cases(case_dtype).items()):
             if few_shapes and index >= _COMPILED_CASES:
                 break
             for number, regime in enumerate(op.regimes):
-                size = _upstream(dtype)[(index + number) % 3]
+                size = _upstream(case_dtype)[(index + number) % 3]
+                layout = get_args(Layout)[(index + 2 * number) % 3]
                 label = f"case '{name}', {regime} values, arriving gradients around {size:.3g}, {short}"
-                yield Trial(call, regime, size, label, own=False)
+                yield Trial(call, regime, size, layout, label, own=False, poison=not few_shapes)
     for call in calls:
-        smaller = _within(op, call, _MOST_ELEMENTS[device.type])
-        for regime in dict.fromkeys((op.regimes[0], op.regimes[-1])):
-            yield Trial(smaller, regime, 1.0, f"the run's {smaller.describe()}, {regime} values", own=True)
+        smaller = _within(op, call, _most_elements(device))
+        for regime in op.regimes[:2]:
+            label = f"the run's {smaller.describe()}, {regime} values"
+            poison = regime != op.regimes[0] and not few_shapes  # at least once the kernels that the run will take
+            yield Trial(smaller, regime, 1.0, "contiguous", label, own=True, poison=poison)
 
 
 def classify(error: BaseException) -> tuple[Status, str]:
@@ -159,14 +190,13 @@ class _Facts:
 
 
 @functools.lru_cache(maxsize=1)
-def _remembered(op_name: str) -> Callable[[Trial, int, str], _Facts | None]:
+def _remembered(op: Op, seed: int, device: torch.device) -> Callable[[Trial], _Facts | None]:
     """Draws each trial of an op once for all its candidates, and forgets them with the next op."""
-    return functools.cache(functools.partial(_facts, get_op(op_name)))
+    return functools.cache(functools.partial(_facts, op, seed, device))
 
 
-def _facts(op: Op, trial: Trial, seed: int, device_name: str) -> _Facts | None:
+def _facts(op: Op, seed: int, device: torch.device, trial: Trial) -> _Facts | None:
     """None if not even the default has a finite answer."""
-    device = torch.device(device_name)
     generator = torch.Generator(device=device).manual_seed(seed)
     inputs = op.make_inputs(trial.call, trial.regime, generator, device)
     tensors = trial.call.tensors.items()
@@ -180,7 +210,7 @@ def _facts(op: Op, trial: Trial, seed: int, device_name: str) -> _Facts | None:
         directions.append((drawn, output.dtype))
     size = trial.upstream
     for _ in range(8):
-        upstream = [_arriving(drawn * size, dtype) for drawn, dtype in directions]
+        upstream = [_arriving(drawn * size, dtype, trial.layout) for drawn, dtype in directions]
         expected = _evaluate(op.reference, _cast(inputs, torch.float64), leaves, [u.double() for u in upstream])
         found = _evaluate(default, inputs, leaves, upstream)
         if all(_fits(expected[name], found[name]) for name in found):
@@ -216,10 +246,14 @@ def _cast(inputs: Inputs, dtype: torch.dtype) -> Inputs:
     return {n: v.to(dtype) if isinstance(v, Tensor) and v.is_floating_point() else v for n, v in inputs.items()}
 
 
-def _arriving(values: Tensor, dtype: torch.dtype) -> Tensor:
-    """Gradients as a step may hand them over: in the result's dtype, and not contiguous where that is possible."""
+def _arriving(values: Tensor, dtype: torch.dtype, layout: Layout) -> Tensor:
+    """Gradients as a step may hand them over, in the result's dtype."""
     values = values.to(dtype)
-    return values.mT.contiguous().mT if values.ndim >= 2 else values
+    if layout == "contiguous" or values.ndim < 2:
+        return values
+    if layout == "transposed":
+        return values.mT.contiguous().mT
+    return torch.nn.functional.pad(values, (0, 8), value=math.nan)[..., :-8]
 
 
 def _evaluate(
@@ -238,7 +272,9 @@ def _evaluate(
 def _run_candidate(
     function: Callable[..., Any], facts: _Facts, device: torch.device, *, poison: bool, twice: bool
 ) -> dict[str, Tensor]:
-    before = {n: v.clone() for n, v in facts.inputs.items() if isinstance(v, Tensor)}
+    given = {f"its input {n}": v for n, v in facts.inputs.items() if isinstance(v, Tensor)}
+    given |= {f"the gradient of output {i} that arrives": v for i, v in enumerate(facts.upstream)}
+    before = {name: value.clone() for name, value in given.items()}
     try:
         with _poisoned_memory() if poison else contextlib.nullcontext():
             results = _evaluate_candidate(function, facts)
@@ -250,9 +286,8 @@ def _run_candidate(
     except Exception as error:  # whatever a candidate raises rejects that candidate alone
         raise _Rejected(*classify(error)) from error
     for name, value in before.items():
-        if not torch.equal(value, facts.inputs[name]):
-            facts.inputs[name].copy_(value)
-            raise _Rejected("wrong", f"it changes its input {name}")
+        if not torch.equal(value, given[name]):
+            raise _Rejected("wrong", f"it changes {name}")
     for name, found in results.items():
         if not torch.equal(found, again[name]) and bool(found.isfinite().all()):
             raise _Rejected("wrong", f"{_words(name)} differs between two runs, and train.deterministic=true")
@@ -307,6 +342,13 @@ def _within(op: Op, call: Call, most: int) -> Call:
             for n, v in call.arguments
         ),
     )
+
+
+def _most_elements(device: torch.device) -> int:
+    most = _MOST_ELEMENTS[device.type]
+    if device.type != "cuda":
+        return most
+    return min(most, torch.cuda.get_device_properties(device).total_memory // _BYTES_AN_ELEMENT)
 
 
 def _shares_rows(spec: TensorSpec, first: TensorSpec) -> bool:

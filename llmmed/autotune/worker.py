@@ -97,7 +97,7 @@ class Worker:
         for name in sorted(passed, key=lambda name: (name != DEFAULT, name)):
             self._journal.write(Begun(stage="load", op=op.name, name=name))
             function = load_function(op.name, get_implementation(op.name, name))
-            compiled = self._mode == "compiled"
+            compiled = self._mode != "eager"
             functions[name] = torch.compile(function, fullgraph=True, dynamic=False) if compiled else function
 
         def failed(name: str, error: Exception) -> None:

@@ -5,11 +5,12 @@ mode takes a plain `torch.autograd.Function`, which spares it the dispatcher's c
 """
 
 # Annotations must be real objects: torch infers the operator's schema from them. So no `from __future__` here.
+import contextlib
 import functools
 import inspect
 import os
-from collections.abc import Callable, Sequence
-from typing import Any
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -20,13 +21,24 @@ INTERPRETED = os.environ.get("TRITON_INTERPRET", "0") == "1"
 TRITON_DEVICES = ("cuda", "cpu") if INTERPRETED else ("cuda",)
 
 
+class Gpu(NamedTuple):
+    """What launch parameters depend on."""
+
+    multiprocessors: int
+    l2_bytes: int
+
+
+_SMALL = Gpu(2, 2**20)  # a CPU, where kernels run in the interpreter
+_absent_gpu: Gpu | None = None
+
+
 def require_triton() -> None:
     """Raises `Unavailable` where Triton kernels cannot run."""
     try:
         import triton  # noqa: F401
     except ImportError as error:
         raise Unavailable(f"Triton is not installed ({error}); pip install triton") from error
-    if not INTERPRETED and not torch.cuda.is_available():
+    if not INTERPRETED and _absent_gpu is None and not torch.cuda.is_available():
         raise Unavailable("Triton kernels need a CUDA GPU, and torch sees none")
 
 
@@ -36,10 +48,37 @@ def as_rows(tensor: Tensor) -> Tensor:
     return rows if rows.stride(-1) == 1 else rows.contiguous()
 
 
-@functools.cache
 def sm_count(device: torch.device) -> int:
-    """Streaming multiprocessors of a GPU; a small number on a CPU, where kernels run in the interpreter."""
-    return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 2
+    """Streaming multiprocessors of a GPU; a small number on a CPU."""
+    return _gpu(device).multiprocessors
+
+
+def l2_bytes(device: torch.device) -> int:
+    """Size of a GPU's L2 cache; a small number on a CPU."""
+    return _gpu(device).l2_bytes
+
+
+@contextlib.contextmanager
+def absent_gpu(gpu: Gpu) -> Iterator[None]:
+    """Lets Triton implementations load without a GPU and plan their launches on meta tensors for this one."""
+    global _absent_gpu
+    before, _absent_gpu = _absent_gpu, gpu
+    try:
+        yield
+    finally:
+        _absent_gpu = before
+
+
+def _gpu(device: torch.device) -> Gpu:
+    if device.type == "cuda":
+        return _present_gpu(device)
+    return _absent_gpu or _SMALL
+
+
+@functools.cache
+def _present_gpu(device: torch.device) -> Gpu:
+    properties = torch.cuda.get_device_properties(device)
+    return Gpu(properties.multi_processor_count, properties.L2_cache_size)
 
 
 def make_operator(
@@ -51,6 +90,7 @@ def make_operator(
     fake_backward: Callable[..., tuple[Tensor, ...]],
     save: Callable[[tuple[Any, ...], tuple[Tensor, ...]], tuple[Any, ...]],
     gradients: Sequence[str],
+    spread: Callable[..., Sequence[Tensor]] = lambda *results: results,
     n_outputs: int = 1,
 ) -> Callable[..., Any]:
     """Builds the operator; the result takes `forward`'s arguments by position or by name.
@@ -59,11 +99,13 @@ def make_operator(
         name: `llmmed::rms_norm_triton`; the operators are `<name>_forward` and `<name>_backward`.
         forward: `(arguments) -> (public outputs, what only backward needs)`. Fully annotated; allocates its results.
         fake_forward: The same on fake tensors: allocates, computes nothing.
-        backward: `(one gradient per public output, then what `save` returned) -> gradients`. Fully annotated. Gradients
+        backward: `(one gradient per public output, then what `save` returned) -> results`. Fully annotated. Gradients
             may come in any strides.
         fake_backward: The same on fake tensors.
         save: `(arguments, forward's results) -> what backward needs` (tensors and plain numbers).
-        gradients: For each result of `backward`, the argument that it is the gradient of.
+        gradients: For each gradient, the argument that it belongs to.
+        spread: `(backward's results) -> gradients`. An operator's results must not share memory; here one result can
+            become the gradient of several arguments, or views of it the gradients.
         n_outputs: How many of `forward`'s results are public.
     """
     parameters = inspect.signature(forward).parameters
@@ -89,7 +131,7 @@ def make_operator(
             for gradient, (shape, dtype, device) in zip(output_gradients[:n_outputs], ctx.output_specs, strict=True)
         ]
         found: list[Any] = [None] * len(parameters)
-        for position, gradient in zip(positions, function(*upstream, *saved), strict=True):
+        for position, gradient in zip(positions, spread(*function(*upstream, *saved)), strict=True):
             found[position] = gradient if ctx.needs_input_grad[position] else None
         return found
 

@@ -147,7 +147,7 @@ class Block(nn.Module):
         normed, residual = _add_rms_norm(kernels, update, residual, self.attention_norm, self.eps)
         update = self._attention(normed, cos, sin, kernels)
         normed, residual = _add_rms_norm(kernels, update, residual, self.mlp_norm, self.eps)
-        return self._feed_forward(normed), residual
+        return self._feed_forward(normed, kernels), residual
 
     def _attention(self, x: Tensor, cos: Tensor, sin: Tensor, kernels: Kernels) -> Tensor:
         qkv = F.linear(x, self.qkv_projection.to(x.dtype)).view(*x.shape[:2], -1, self.d_head)
@@ -155,9 +155,9 @@ class Block(nn.Module):
         q, k = kernels.rotary(q, k, cos, sin)
         return F.linear(kernels.attention(q, k, v).flatten(2), self.output_projection.to(x.dtype))
 
-    def _feed_forward(self, x: Tensor) -> Tensor:
+    def _feed_forward(self, x: Tensor, kernels: Kernels) -> Tensor:
         gate, up = F.linear(x, self.gate_up_projection.to(x.dtype)).chunk(2, dim=-1)  # views [batch, seq, d_ff]
-        return F.linear(F.silu(gate) * up, self.down_projection.to(x.dtype))
+        return F.linear(kernels.swiglu(gate, up), self.down_projection.to(x.dtype))
 
 
 def rotary_tables(seq_len: int, d_head: int, theta: float) -> tuple[Tensor, Tensor]:
@@ -175,8 +175,10 @@ def _add_rms_norm(
     kernels: Kernels, x: Tensor, residual: Tensor | None, weight: Tensor, eps: float
 ) -> tuple[Tensor, Tensor]:
     """Adds a branch to the residual stream and norms the sum: `(normed, new residual)`."""
-    residual = x if residual is None else residual + x
-    return kernels.rms_norm(residual, weight, eps), residual
+    if residual is None:
+        return kernels.rms_norm(x, weight, eps), x
+    normed, residual = kernels.add_rms_norm(x, residual, weight, eps)
+    return normed, residual
 
 
 def _parameter(*shape: int, device: torch.device | str) -> nn.Parameter:

@@ -39,7 +39,7 @@ class WandbSink:
         """Writes the summary and ends the W&B run; waits a minute at most."""
         values = {**summary, "status": status}
         self._put(lambda: self._run.summary.update(values))
-        self._put(lambda: self._run.finish(exit_code=0 if status == "finished" else 1, quiet=True))
+        self._put(lambda: self._run.finish(exit_code=0 if status == "finished" else 1))
         self._put(None)
         self._thread.join(_FINISH_SECONDS)
         if self._thread.is_alive():

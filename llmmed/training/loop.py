@@ -26,6 +26,7 @@ from llmmed.training import checkpoint
 from llmmed.training.evaluate import Evaluator
 from llmmed.training.execution import resolve_compile
 from llmmed.training.metrics import MetricsFile, Sink, draw_loss, peak_tflops, read_metrics
+from llmmed.training.micro_step import GraphedMicroStep, LaunchedMicroStep, MicroStep
 from llmmed.training.progress import TrainingProgress
 from llmmed.training.signals import Interrupted, StopRequest
 from llmmed.training.step import Stepper
@@ -109,11 +110,16 @@ class _Run:
         self.plan, self.sinks, self.started = plan, sinks, started
         self.device = next(model.parameters()).device
         loss: Callable[..., Tensor] = model
-        if resolve_compile(config) == "compiled":
+        mode = resolve_compile(config)
+        if mode != "eager":
             loss = torch.compile(model, fullgraph=True, dynamic=False)
-        self.stepper = Stepper(model, loss, config)
-        self.evaluator = Evaluator(loss, dataset, config.train, self.device)
         self.count = accumulation_steps(config.train)
+        parameters = list(model.parameters())
+        micro_step: MicroStep = LaunchedMicroStep(loss, parameters)
+        if mode == "graphs":
+            micro_step = GraphedMicroStep(loss, parameters, accumulates=self.count > 1)
+        self.stepper = Stepper(model, micro_step, config)
+        self.evaluator = Evaluator(loss, dataset, config.train, self.device)
         self.batches = Batches(
             dataset.train, config.train.seq_len, config.train.micro_batch_size, config.seed, shuffle=True,
             name=f"the training part of data={dataset.name}",

@@ -5,18 +5,16 @@ Nothing here waits for the device. Losses, norms and the count of skipped steps 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 
 import torch
 from torch import Tensor, nn
 
 from llmmed.config import Config
 from llmmed.optim import build_adamw, learning_rate
+from llmmed.training.micro_step import MicroStep
 
 _FIRST_SCALE, _GROWTH, _BACKOFF, _GROWTH_INTERVAL = 2.0**15, 2.0, 0.5, 1000
-
-
-Loss = Callable[[Tensor, Tensor, Tensor], Tensor]
 
 
 class Stepper:
@@ -24,15 +22,15 @@ class Stepper:
 
     Args:
         model: Its parameters are updated.
-        loss: `(tokens, targets, scale) -> scale * mean loss`, the model itself or its compiled form.
+        micro_step: Computes its gradients.
         config: The run's.
     """
 
-    def __init__(self, model: nn.Module, loss: Loss, config: Config) -> None:
+    def __init__(self, model: nn.Module, micro_step: MicroStep, config: Config) -> None:
         device = next(model.parameters()).device
         self.optimizer = build_adamw(model, config.optimizer, device)
         self._parameters = list(model.parameters())
-        self._loss, self._config = loss, config
+        self._micro_step, self._config = micro_step, config
         self._scaled = config.train.precision == "fp16"
         self.scale = torch.full((), _FIRST_SCALE if self._scaled else 1.0, device=device)
         self.growth_tracker = torch.zeros((), dtype=torch.int32, device=device)
@@ -42,13 +40,10 @@ class Stepper:
     def run(self, step: int, micro_batches: Iterable[Tensor], count: int) -> tuple[Tensor, Tensor]:
         """Step `step` over `count` micro-batches [batch, seq + 1]. Returns the mean loss and the gradient norm, 0-d."""
         total, scale = torch.zeros((), device=self.scale.device), self.scale / count
-        for batch in micro_batches:
-            loss = self._loss(batch[:, :-1].contiguous(), batch[:, 1:].contiguous(), scale)
-            loss.backward()  # type: ignore[no-untyped-call]
-            total += loss.detach()
+        for index, batch in enumerate(micro_batches):
+            total += self._micro_step.run(batch, scale, first=index == 0)
         total /= self.scale  # before the update changes it
         norm = self._update(learning_rate(step, self._config.optimizer, self._config.train.max_steps))
-        self.optimizer.zero_grad(set_to_none=True)
         return total, norm
 
     @torch.no_grad()

@@ -9,7 +9,7 @@ import torch
 
 from llmmed.autotune.verify import verify
 from llmmed.kernels.base import Unavailable
-from llmmed.kernels.catalog import get_implementation, get_op, implementation_names, load_function, op_names
+from llmmed.kernels.catalog import get_implementation, get_op, implementation_names, load_function, op_folder, op_names
 from tests.kernels.planted import bugs, mutant, ops_with_triton
 
 PLANTED = [(op, bug) for op in ops_with_triton() for bug in bugs(op)]
@@ -17,8 +17,16 @@ TRITON = [(op, name) for op in op_names() for name in implementation_names(op) i
 SEEDS = 20
 
 
-def test_there_are_enough_bugs() -> None:
-    assert all(len(bugs(op)) >= 8 for op in ops_with_triton())
+@pytest.mark.parametrize("op", ops_with_triton())
+def test_there_are_enough_bugs(op: str) -> None:
+    assert len(bugs(op)) >= 8
+
+
+@pytest.mark.parametrize(("op", "bug"), PLANTED)
+def test_a_bug_can_be_planted(op: str, bug: str) -> None:
+    before, after = bugs(op)[bug]
+    assert (op_folder(op) / "triton_impl.py").read_text(encoding="utf-8").count(before) == 1
+    assert before != after
 
 
 @pytest.mark.interpreter

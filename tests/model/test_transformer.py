@@ -133,11 +133,12 @@ def test_a_tied_model_has_one_table(tiny: ModelConfig, kernels: Kernels) -> None
     tokens, _ = draw_tokens(tiny)
     hidden: list[Tensor] = []
 
-    def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
-        hidden.append(kernels.rms_norm(x, weight, eps))
-        return hidden[-1]
+    def add_rms_norm(x: Tensor, residual: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
+        normed, total = kernels.add_rms_norm(x, residual, weight, eps)
+        hidden.append(normed)
+        return normed, total
 
-    model.set_kernels(Kernels({**kernels.functions, "rms_norm": rms_norm}))
+    model.set_kernels(Kernels({**kernels.functions, "add_rms_norm": add_rms_norm}))
     logits = model(tokens)
     torch.testing.assert_close(logits, F.linear(hidden[-1], model.token_embedding))
 
@@ -172,10 +173,10 @@ def test_compiles_in_one_graph_and_takes_a_new_plan(
     for name in expected:
         assert (found[name] - expected[name]).norm() <= tolerance * expected[name].norm(), name
 
-    def flat(x: Tensor, weight: Tensor, eps: float) -> Tensor:
-        return torch.zeros_like(x)
+    def flat(x: Tensor, residual: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
+        return torch.zeros_like(x), residual
 
-    model.set_kernels(Kernels({**kernels.functions, "rms_norm": flat}))
+    model.set_kernels(Kernels({**kernels.functions, "add_rms_norm": flat}))
     assert compiled(tokens, targets).item() == pytest.approx(math.log(tiny.vocab_size), rel=1e-5)
 
 

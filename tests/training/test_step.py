@@ -5,16 +5,23 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from llmmed.config import Config
+from llmmed.model import Transformer
+from llmmed.training.micro_step import LaunchedMicroStep
 from llmmed.training.step import Stepper
 from tests.training.tiny import build, tiny_config
 
 TOKENS = torch.arange(17).repeat(4, 1)
 
 
+def stepper_of(model: Transformer, config: Config) -> Stepper:
+    return Stepper(model, LaunchedMicroStep(model, list(model.parameters())), config)
+
+
 def test_clipping_is_that_of_torch() -> None:
     config = tiny_config("train.grad_clip=0.05", "optimizer.weight_decay=0", "optimizer.warmup_steps=0")
     ours, theirs = build(config), build(config)
-    stepper = Stepper(ours, ours, config)
+    stepper = stepper_of(ours, config)
     reference = torch.optim.AdamW(theirs.parameters(), lr=config.optimizer.lr, betas=(0.9, 0.95), weight_decay=0)
     for step in range(3):
         _, norm = stepper.run(step, [TOKENS], 1)
@@ -38,7 +45,7 @@ def test_an_overflow_skips_the_step_and_halves_the_scale() -> None:
         result: Tensor = model(tokens, targets, scale) * factor
         return result
 
-    stepper = Stepper(model, loss, config)
+    stepper = Stepper(model, LaunchedMicroStep(loss, list(model.parameters())), config)
     stepper.run(0, [TOKENS], 1)
     scale, before = float(stepper.scale), [p.detach().clone() for p in model.parameters()]
     state = {name: tensor.clone() for name, tensor in stepper.tensors().items() if "exp_avg" in name}
@@ -57,7 +64,7 @@ def test_an_overflow_skips_the_step_and_halves_the_scale() -> None:
 def test_the_scale_does_not_change_the_update() -> None:
     config = tiny_config("train.precision=fp32")
     plain, scaled = build(config), build(config)
-    first, second = Stepper(plain, plain, config), Stepper(scaled, scaled, config)
+    first, second = stepper_of(plain, config), stepper_of(scaled, config)
     second.scale.fill_(1024.0)
     for step in range(2):
         first.run(step, [TOKENS], 1)
@@ -69,7 +76,7 @@ def test_the_scale_does_not_change_the_update() -> None:
 def test_norms_are_not_decayed() -> None:
     config = tiny_config("optimizer.weight_decay=0.3")
     model = build(config)
-    groups = Stepper(model, model, config).optimizer.param_groups
+    groups = stepper_of(model, config).optimizer.param_groups
     decayed = {id(p) for group in groups if group["weight_decay"] > 0 for p in group["params"]}
     for name, parameter in model.named_parameters():
         assert (id(parameter) in decayed) == (parameter.ndim == 2), name
@@ -78,11 +85,11 @@ def test_norms_are_not_decayed() -> None:
 def test_state_survives_a_round_trip() -> None:
     config = tiny_config()
     model = build(config)
-    stepper = Stepper(model, model, config)
+    stepper = stepper_of(model, config)
     stepper.run(0, [TOKENS], 1)
     copy = build(config)
     copy.load_state_dict(model.state_dict())
-    other = Stepper(copy, copy, config)
+    other = stepper_of(copy, config)
     other.restore({name: tensor.clone() for name, tensor in stepper.tensors().items()})
     for one in (stepper, other):
         one.run(1, [TOKENS], 1)

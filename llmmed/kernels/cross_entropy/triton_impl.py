@@ -45,7 +45,8 @@ def row_statistics(logits, V: tl.constexpr, BLOCK: tl.constexpr, STAGES: tl.cons
     # keeps a maximum and a sum of its own, so that threads meet once, after the loop.
     WIDTH: tl.constexpr = 128 // logits.dtype.element_ty.primitive_bitwidth
     offsets = tl.arange(0, BLOCK // WIDTH)[:, None] * WIDTH + tl.arange(0, WIDTH)[None, :]
-    lane_max = tl.full((BLOCK // WIDTH,), -3.0e38, dtype=tl.float32)
+    # Lanes of the last block may see no element: finite, also times log2(e).
+    lane_max = tl.full((BLOCK // WIDTH,), -1.0e38, dtype=tl.float32)
     lane_sum = tl.zeros((BLOCK // WIDTH,), dtype=tl.float32)
     for start in tl.range(0, V, BLOCK, num_stages=STAGES):
         cols = start + offsets

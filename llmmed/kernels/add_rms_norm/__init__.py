@@ -1,0 +1,14 @@
+"""The residual addition and the root-mean-square normalisation of its sum, as one op."""
+
+from llmmed.kernels.add_rms_norm import cases, reference
+from llmmed.kernels.base import Op
+
+OP = Op(
+    "add_rms_norm",
+    reference=reference.add_rms_norm,
+    differentiable=("x", "residual", "weight"),
+    cases=cases.cases,
+    regimes=cases.REGIMES,
+    make_inputs=cases.make_inputs,
+    cost=cases.cost,
+)

@@ -1,0 +1,133 @@
+"""`swiglu` in Triton: one pass over memory each way, nothing kept but the inputs.
+
+Rows may be strided, so the two halves of a fused projection are read where they lie. Backward writes both gradients
+into one [..., 2 d_ff] buffer, the layout of that projection (see `halves`).
+"""
+
+# Annotations must be real objects: torch infers the operator's schema from them. So no `from __future__` here.
+from collections.abc import Callable
+from typing import Any
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from llmmed.kernels.base import Implementation
+from llmmed.kernels.operator import TRITON_DEVICES, as_rows, make_operator, require_triton
+
+_TILE = 2048  # elements a program computes: 16 a thread with four warps
+
+
+@triton.jit
+def _tile(n_rows, N: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr):
+    """Rows, columns and mask of this program's tile; neighbours in the grid are neighbours in a row."""
+    COL_BLOCKS: tl.constexpr = (N + BLOCK_N - 1) // BLOCK_N
+    rows = tl.program_id(0) // COL_BLOCKS * BLOCK_M + tl.arange(0, BLOCK_M)
+    cols = tl.program_id(0) % COL_BLOCKS * BLOCK_N + tl.arange(0, BLOCK_N)
+    mask = (rows < n_rows)[:, None] & (cols < N)[None, :]
+    return rows.to(tl.int64)[:, None], cols[None, :], mask
+
+
+@triton.jit
+def swiglu_triton_fwd_kernel(
+    gate_ptr, up_ptr, y_ptr, gate_stride, up_stride, n_rows,
+    N: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+):  # fmt: skip
+    rows, cols, mask = _tile(n_rows, N, BLOCK_M, BLOCK_N)
+    gate = tl.load(gate_ptr + rows * gate_stride + cols, mask=mask, other=0.0).to(tl.float32)
+    up = tl.load(up_ptr + rows * up_stride + cols, mask=mask, other=0.0).to(tl.float32)
+    y = gate * tl.sigmoid(gate) * up
+    tl.store(y_ptr + rows * N + cols, y.to(y_ptr.dtype.element_ty), mask=mask)
+
+
+@triton.jit
+def swiglu_triton_bwd_kernel(
+    dy_ptr, gate_ptr, up_ptr, dgate_up_ptr, dy_stride, gate_stride, up_stride, n_rows,
+    N: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+):  # fmt: skip
+    rows, cols, mask = _tile(n_rows, N, BLOCK_M, BLOCK_N)
+    dy = tl.load(dy_ptr + rows * dy_stride + cols, mask=mask, other=0.0).to(tl.float32)
+    gate = tl.load(gate_ptr + rows * gate_stride + cols, mask=mask, other=0.0).to(tl.float32)
+    up = tl.load(up_ptr + rows * up_stride + cols, mask=mask, other=0.0).to(tl.float32)
+    sigmoid = tl.sigmoid(gate)
+    silu = gate * sigmoid
+    dgate = dy * up * (sigmoid + silu * (1.0 - sigmoid))
+    dup = dy * silu
+    out = dgate_up_ptr + rows * (2 * N) + cols
+    tl.store(out, dgate.to(dgate_up_ptr.dtype.element_ty), mask=mask)
+    tl.store(out + N, dup.to(dgate_up_ptr.dtype.element_ty), mask=mask)
+
+
+def _launch(n_rows: int, width: int) -> tuple[int, int, int]:
+    """BLOCK_M, BLOCK_N and the number of programs. Blocks of columns shrink as long as that masks fewer of them."""
+    block_n = min(1024, triton.next_power_of_2(width))
+    while block_n > 256 and -width % (block_n // 2) < -width % block_n:
+        block_n //= 2
+    block_m = max(1, _TILE // block_n)
+    return block_m, block_n, triton.cdiv(n_rows, block_m) * triton.cdiv(width, block_n)
+
+
+def _forward(gate: Tensor, up: Tensor) -> tuple[Tensor]:
+    gate_rows, up_rows = as_rows(gate), as_rows(up)
+    n_rows, width = gate_rows.shape
+    y = torch.empty(gate.shape, dtype=gate.dtype, device=gate.device)
+    if n_rows:
+        block_m, block_n, programs = _launch(n_rows, width)
+        swiglu_triton_fwd_kernel[(programs,)](
+            gate_rows, up_rows, y, gate_rows.stride(0), up_rows.stride(0), n_rows,
+            N=width, BLOCK_M=block_m, BLOCK_N=block_n, num_warps=4,
+        )  # fmt: skip
+    return (y,)
+
+
+def _fake_forward(gate: Tensor, up: Tensor) -> tuple[Tensor]:
+    return (gate.new_empty(gate.shape),)
+
+
+def _backward(dy: Tensor, gate: Tensor, up: Tensor) -> tuple[Tensor]:
+    dy_rows, gate_rows, up_rows = as_rows(dy), as_rows(gate), as_rows(up)
+    n_rows, width = gate_rows.shape
+    dgate_up = torch.empty((*gate.shape[:-1], 2 * width), dtype=gate.dtype, device=gate.device)
+    if n_rows:
+        block_m, block_n, programs = _launch(n_rows, width)
+        swiglu_triton_bwd_kernel[(programs,)](
+            dy_rows, gate_rows, up_rows, dgate_up, dy_rows.stride(0), gate_rows.stride(0), up_rows.stride(0), n_rows,
+            N=width, BLOCK_M=block_m, BLOCK_N=block_n, num_warps=4,
+        )  # fmt: skip
+    return (dgate_up,)
+
+
+def _fake_backward(dy: Tensor, gate: Tensor, up: Tensor) -> tuple[Tensor]:
+    return (gate.new_empty((*gate.shape[:-1], 2 * gate.shape[-1])),)
+
+
+_operator = make_operator(
+    "llmmed::swiglu_triton",
+    forward=_forward,
+    fake_forward=_fake_forward,
+    backward=_backward,
+    fake_backward=_fake_backward,
+    save=lambda arguments, results: arguments,
+    gradients=("gate", "up"),
+    spread=lambda dgate_up: dgate_up.chunk(2, dim=-1),
+)
+
+
+def swiglu(gate: Tensor, up: Tensor) -> Tensor:
+    """See `reference.swiglu`."""
+    result: Tensor = _operator(gate, up)
+    return result
+
+
+def _load() -> Callable[..., Any]:
+    require_triton()
+    return swiglu
+
+
+IMPL = Implementation(
+    "triton",
+    load=_load,
+    devices=TRITON_DEVICES,
+    kernel_names=("swiglu_triton_fwd_kernel", "swiglu_triton_bwd_kernel"),
+)

@@ -1,0 +1,88 @@
+"""Forward and backward of one micro-batch: launched from the host, or replayed from CUDA graphs."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Protocol
+
+import torch
+from torch import Tensor, nn
+
+Loss = Callable[[Tensor, Tensor, Tensor], Tensor]
+"""`(tokens, targets, scale) -> scale * mean loss`: the model itself or its compiled form."""
+
+
+class MicroStep(Protocol):
+    """Computes a loss and adds its gradients to the parameters'."""
+
+    def run(self, batch: Tensor, scale: Tensor, *, first: bool) -> Tensor:
+        """A micro-batch [batch, seq + 1] on the device. The first of a step replaces the gradients that are there.
+
+        Returns the scaled loss, 0-d, valid until the next call.
+        """
+        ...
+
+
+class LaunchedMicroStep:
+    """Every kernel is launched by the host."""
+
+    def __init__(self, loss: Loss, parameters: Sequence[nn.Parameter]) -> None:
+        self._loss, self._parameters = loss, parameters
+
+    def run(self, batch: Tensor, scale: Tensor, *, first: bool) -> Tensor:
+        if first:
+            _drop_gradients(self._parameters)
+        return _forward_and_backward(self._loss, batch, scale)
+
+
+class GraphedMicroStep:
+    """Two CUDA graphs over the same memory: one that writes the gradients, for the first micro-batch of a step, and one
+    that adds to them.
+
+    A replay costs the host one call instead of hundreds of launches; a small model waits for the host otherwise. The
+    gradients live in the graphs' memory, so nobody may set them to None; `first` overwrites them. Captured at the first
+    call, after warming up on its micro-batch, which changes no parameter.
+    """
+
+    _WARM_UP = 3
+
+    def __init__(self, loss: Loss, parameters: Sequence[nn.Parameter], *, accumulates: bool) -> None:
+        self._loss, self._parameters, self._accumulates = loss, parameters, accumulates
+        self._graphs: dict[bool, tuple[torch.cuda.CUDAGraph, Tensor]] = {}
+
+    def run(self, batch: Tensor, scale: Tensor, *, first: bool) -> Tensor:
+        if not self._graphs:
+            self._capture(batch, scale)
+        self._batch.copy_(batch)
+        self._scale.copy_(scale)
+        graph, loss = self._graphs[first]
+        graph.replay()
+        return loss
+
+    def _capture(self, batch: Tensor, scale: Tensor) -> None:
+        self._batch, self._scale = batch.clone(), scale.clone()
+        stream = torch.cuda.Stream(batch.device)
+        stream.wait_stream(torch.cuda.current_stream(batch.device))
+        with torch.cuda.stream(stream):
+            for _ in range(self._WARM_UP):
+                _drop_gradients(self._parameters)
+                _forward_and_backward(self._loss, self._batch, self._scale)
+        torch.cuda.current_stream(batch.device).wait_stream(stream)
+        _drop_gradients(self._parameters)
+        pool = torch.cuda.graph_pool_handle()
+        for first in (True, False) if self._accumulates else (True,):
+            graph = torch.cuda.CUDAGraph()
+            with torch.cuda.graph(graph, pool=pool):
+                loss = _forward_and_backward(self._loss, self._batch, self._scale)
+            self._graphs[first] = (graph, loss)
+
+
+def _forward_and_backward(loss_of: Loss, batch: Tensor, scale: Tensor) -> Tensor:
+    loss = loss_of(batch[:, :-1].contiguous(), batch[:, 1:].contiguous(), scale)
+    loss.backward()  # type: ignore[no-untyped-call]
+    return loss.detach()
+
+
+def _drop_gradients(parameters: Sequence[nn.Parameter]) -> None:
+    for parameter in parameters:
+        parameter.grad = None

@@ -1,0 +1,12 @@
+"""Verifies kernels: `python scripts/verify.py`, or `op=rms_norm impl=triton dtype=bfloat16 seeds=3` for some of them.
+
+What a kernel author runs first. Prints each implementation's verdict with its error; the exit code is 0 if none is
+wrong. Several values are separated by commas. Triton kernels run on a CPU too, in float32: TRITON_INTERPRET=1.
+"""
+
+import sys
+
+from llmmed.reporting.verdicts import main
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

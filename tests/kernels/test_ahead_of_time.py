@@ -1,0 +1,144 @@
+"""Every Triton implementation compiles for real GPUs, at the shapes of the shipped models, within their registers.
+
+No GPU is needed: the kernels go through Triton and ptxas, and are not run.
+"""
+
+from __future__ import annotations
+
+import functools
+import textwrap
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor
+
+from llmmed.autotune.workload import record_calls, record_workload
+from llmmed.compose import compose
+from llmmed.config import Config
+from llmmed.kernels.ahead_of_time import TARGETS, CompiledKernel, Launch, compile_launches, record_launches
+from llmmed.kernels.base import Call, Kernels, tensor_spec
+from llmmed.kernels.catalog import (
+    default_choice,
+    get_implementation,
+    implementation_names,
+    load_kernels,
+    op_names,
+)
+from llmmed.kernels.operator import INTERPRETED
+from llmmed.model.transformer import Transformer
+from llmmed.optim.muon import Muon
+
+pytestmark = pytest.mark.skipif(INTERPRETED, reason="nothing is compiled under TRITON_INTERPRET=1")
+
+CANDIDATES = [(op, name) for op in op_names() for name in implementation_names(op) if name.startswith("triton")]
+# Bytes that a thread may spill, both directions, in the kernels of products; all others must not spill at all.
+SPILL_CEILINGS = {"attention_triton_bwd_kv_kernel": 408, "linear_cross_entropy_triton_fwd_kernel": 32}
+# Targets whose shared memory is too small for a kernel's tiles; there the gate rejects it with that reason.
+TOO_LARGE = {"attention_triton_bwd_q_kernel": {86, 89, 120}}
+
+
+@functools.cache
+def production_calls() -> dict[str, list[Call]]:
+    """What the base and large models call in bf16 on one 80 GB GPU, Muon's step and the fused ops included."""
+    calls: dict[Call, None] = {}
+    for size, batch_size, seq_len in (("base", 32, 1024), ("large", 8, 2048)):
+        config = compose(
+            [
+                f"model={size}", "data=synthetic", "tokenizer.vocab_size=49152", "train.precision=bf16",
+                f"train.micro_batch_size={batch_size}", f"train.seq_len={seq_len}",
+                f"train.global_batch_tokens={batch_size * seq_len}",
+            ]
+        )  # fmt: skip
+        calls |= dict.fromkeys(record_workload(config).calls)
+        for function in (muon_step, fused_ops):
+            calls |= dict.fromkeys(
+                record_calls(functools.partial(function, config), load_kernels(default_choice())).calls
+            )
+    by_op: dict[str, list[Call]] = {op: [] for op in op_names()}
+    for call in calls:
+        by_op[call.op].append(call)
+    return by_op
+
+
+def muon_step(config: Config, kernels: Kernels) -> None:
+    model = Transformer(config.model, kernels, torch.bfloat16, max_seq_len=8, device="meta")
+    matrices = [parameter for parameter in model.layers.parameters() if parameter.ndim == 2]
+    for matrix in matrices:
+        matrix.grad = torch.empty_like(matrix)
+    Muon(matrices, kernels.newton_schulz).step()
+
+
+def fused_ops(config: Config, kernels: Kernels) -> None:
+    def activations(width: int) -> Tensor:
+        shape = (config.train.micro_batch_size, config.train.seq_len, width)
+        return torch.empty(shape, dtype=torch.bfloat16, device="meta", requires_grad=True)
+
+    weight = torch.empty(config.model.d_model, device="meta", requires_grad=True)
+    d_model, d_ff = config.model.d_model, config.model.d_ff
+    kernels.add_rms_norm(activations(d_model), activations(d_model), weight, config.model.norm_eps)
+    kernels.swiglu(*activations(2 * d_ff).chunk(2, dim=-1))
+
+
+@pytest.fixture(scope="module")
+def compiled() -> list[CompiledKernel]:
+    launches = []
+    for op, name in CANDIDATES:
+        launches += record_launches(op, name, production_calls()[op])
+    return compile_launches(launches)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("op", "name"), CANDIDATES)
+def test_compiles_for_every_target_and_does_not_spill(compiled: list[CompiledKernel], op: str, name: str) -> None:
+    kernels = [kernel for kernel in compiled if (kernel.op, kernel.implementation) == (op, name)]
+    assert {kernel.target for kernel in kernels} == set(TARGETS)
+    spilling = [k for k in kernels if k.spills > SPILL_CEILINGS.get(k.kernel, 0)]
+    too_large = [k for k in kernels if not k.fits and k.target not in TOO_LARGE.get(k.kernel, ())]
+    assert not spilling + too_large, "\n".join(kernel.describe() for kernel in spilling + too_large)
+
+
+def test_every_kernel_that_a_trace_is_searched_for_is_launched() -> None:
+    for op, name in CANDIDATES:
+        launched = {launch.kernel for launch in record_launches(op, name, production_calls()[op], targets=[90])}
+        expected = get_implementation(op, name).kernel_names
+        assert all(any(part in kernel for kernel in launched) for part in expected), (op, name, launched)
+
+
+def test_a_kernel_that_needs_too_many_registers_is_seen_to_spill(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The check can fail: 1,024 values a thread cannot stay in 255 registers."""
+    (tmp_path / "planted_greedy_kernel.py").write_text(
+        textwrap.dedent("""
+        import triton
+        import triton.language as tl
+
+        @triton.jit
+        def greedy_kernel(x_ptr, y_ptr, BLOCK: tl.constexpr):
+            cols = tl.arange(0, BLOCK)
+            x = tl.load(x_ptr + cols)
+            tl.store(y_ptr + cols, x * tl.sum(x, axis=0))
+        """)
+    )
+    monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.setenv("PYTHONPATH", str(tmp_path))
+    signature = {"x_ptr": "*fp32", "y_ptr": "*fp32", "BLOCK": "constexpr"}
+    launch = Launch(
+        "planted", "triton", 90, "planted_greedy_kernel", "greedy_kernel", "key", signature, {(2,): 32768}, {},
+        {"num_warps": 1},
+    )  # fmt: skip
+    (kernel,) = compile_launches([launch], processes=1)
+    assert kernel.spills > 0
+
+
+def test_launches_follow_the_shape_and_are_told_apart() -> None:
+    def call(width: int) -> Call:
+        x = tensor_spec(1024, width, dtype=torch.bfloat16, requires_grad=True)
+        return Call.of("rms_norm", x=x, weight=tensor_spec(width, dtype=torch.float32, requires_grad=True), eps=1e-6)
+
+    one = record_launches("rms_norm", "triton", [call(256)], targets=[90])
+    assert {launch.kernel for launch in one} == {"rms_norm_triton_fwd_kernel", "rms_norm_triton_bwd_kernel"}
+    assert record_launches("rms_norm", "triton", [call(256), call(256)], targets=[90]) == one
+    assert len(record_launches("rms_norm", "triton", [call(256), call(512)], targets=[90])) == 4
+    assert len(record_launches("rms_norm", "triton", [call(256)], targets=[80, 90])) == 4

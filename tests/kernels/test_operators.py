@@ -1,0 +1,156 @@
+"""Triton implementations as PyTorch operators, in the interpreter: `opcheck` passes, and compiled equals eager."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+from unittest import mock
+
+import pytest
+import torch
+from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from llmmed.kernels.base import Call, Inputs, Op
+from llmmed.kernels.catalog import get_implementation, get_op, implementation_names, load_function, op_names
+from llmmed.kernels.operator import make_operator
+from llmmed.kernels.swiglu.halves import halves
+
+CANDIDATES = [(op, name) for op in op_names() for name in implementation_names(op) if name.startswith("triton")]
+CPU = torch.device("cpu")
+LARGEST = 2**12  # elements of a tensor: `opcheck` runs an operator half a dozen times
+
+
+@pytest.mark.interpreter
+@pytest.mark.parametrize(("op_name", "name"), CANDIDATES)
+def test_opcheck_passes_on_what_a_compiled_step_calls(op_name: str, name: str) -> None:
+    op, function = get_op(op_name), load_function(op_name, get_implementation(op_name, name))
+    checked = set()
+    for call in small_cases(op):
+        recorder = _Recorder()
+        # Eager mode goes round the operators; this is the road that a compiler takes.
+        with mock.patch("torch.compiler._is_compiling_flag", True), recorder:
+            outputs_and_gradients(op, function, draw(op, call))
+        asking = [a for _, arguments in recorder.calls for a in arguments if isinstance(a, Tensor) and a.requires_grad]
+        assert bool(asking) == bool(op.differentiable)
+        for operator, arguments in recorder.calls:
+            torch.library.opcheck(operator, arguments)
+            checked.add(operator.name())
+    expected = 2 if op.differentiable else 1
+    assert len(checked) >= expected, checked
+
+
+@pytest.mark.interpreter
+@pytest.mark.parametrize(("op_name", "name"), CANDIDATES)
+def test_compiled_without_graph_breaks_equals_eager(op_name: str, name: str) -> None:
+    op, function = get_op(op_name), load_function(op_name, get_implementation(op_name, name))
+    for call in small_cases(op):
+        torch.compiler.reset()
+        compiled = torch.compile(function, fullgraph=True, backend="aot_eager", dynamic=False)
+        expected = outputs_and_gradients(op, function, draw(op, call))
+        found = outputs_and_gradients(op, compiled, draw(op, call))
+        for number, (one, other) in enumerate(zip(found, expected, strict=True)):
+            torch.testing.assert_close(one, other, rtol=2e-5, atol=2e-6, msg=lambda m, n=number: f"result {n}: {m}")
+
+
+def test_one_result_can_be_the_gradient_of_two_arguments() -> None:
+    operator = _squared_sum()
+    x, y = torch.tensor([1.0, 2.0], requires_grad=True), torch.tensor([3.0, 5.0], requires_grad=True)
+    torch.compiler.reset()
+    for function in (operator, torch.compile(operator, fullgraph=True, backend="aot_eager")):
+        dx, dy = torch.autograd.grad(function(x, y).sum(), (x, y))
+        torch.testing.assert_close(dx, torch.tensor([8.0, 14.0]))
+        torch.testing.assert_close(dy, torch.tensor([8.0, 14.0]))
+    # One argument twice: its gradient is the sum of both.
+    (dx,) = torch.autograd.grad(operator(x, x).sum(), x)
+    torch.testing.assert_close(dx, torch.tensor([8.0, 16.0]))
+
+
+def test_halves_gives_back_the_buffer_that_holds_both_gradients() -> None:
+    fused = torch.randn(2, 3, 8, requires_grad=True)
+    first, second = halves(fused)
+    assert torch.equal(torch.cat((first, second), -1), fused)
+    buffer = torch.randn(2, 3, 8)
+    (gradient,) = torch.autograd.grad((first, second), fused, buffer.chunk(2, -1))
+    assert torch.equal(gradient, buffer)
+    assert gradient.data_ptr() == buffer.data_ptr()
+
+
+@pytest.mark.parametrize("swapped", [False, True])
+def test_halves_copies_gradients_that_lie_elsewhere(swapped: bool) -> None:
+    fused = torch.randn(2, 3, 8, requires_grad=True)
+    first, second = (torch.randn(2, 3, 4) for _ in range(2))
+    if swapped:
+        second, first = torch.randn(2, 3, 8).chunk(2, -1)
+    (gradient,) = torch.autograd.grad(halves(fused), fused, (first, second))
+    assert torch.equal(gradient, torch.cat((first, second), -1))
+
+
+class _Recorder(TorchDispatchMode):
+    """Keeps the calls of this project's operators, their arguments as leaves that ask for the same gradients."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.calls: list[tuple[torch._ops.OpOverload, tuple[Any, ...]]] = []
+
+    def __torch_dispatch__(
+        self, func: torch._ops.OpOverload, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        if func.namespace == "llmmed":
+            forward = not func.name().endswith("_backward")
+            self.calls.append((func, tuple(_leaf(argument, forward) for argument in args)))
+        return func(*args, **(kwargs or {}))
+
+
+def _leaf(argument: Any, differentiable: bool) -> Any:
+    if not isinstance(argument, Tensor):
+        return argument
+    copy = torch.empty_strided(argument.shape, argument.stride(), dtype=argument.dtype).copy_(argument.detach())
+    return copy.requires_grad_(differentiable and argument.requires_grad)
+
+
+def small_cases(op: Op) -> list[Call]:
+    return [
+        call
+        for call in op.cases(torch.float32).values()
+        if max(spec.numel for spec in call.tensors.values()) <= LARGEST
+    ]
+
+
+def draw(op: Op, call: Call) -> Inputs:
+    inputs = op.make_inputs(call, op.regimes[0], torch.Generator().manual_seed(0), CPU)
+    for name in op.differentiable:
+        inputs[name].requires_grad_()
+    return inputs
+
+
+def outputs_and_gradients(op: Op, function: Callable[..., Any], inputs: Inputs) -> list[Tensor]:
+    outputs = function(**inputs)
+    outputs = [outputs] if isinstance(outputs, Tensor) else list(outputs)
+    if not op.differentiable:
+        return outputs
+    generator = torch.Generator().manual_seed(1)
+    upstream = [torch.randn(output.shape, generator=generator) for output in outputs]
+    gradients = torch.autograd.grad(outputs, [inputs[name] for name in op.differentiable], upstream)
+    return [*(output.detach() for output in outputs), *gradients]
+
+
+def _square_of_sum(x: Tensor, y: Tensor) -> tuple[Tensor]:
+    return ((x + y) ** 2,)
+
+
+def _derivative(upstream: Tensor, x: Tensor, y: Tensor) -> tuple[Tensor]:
+    return (upstream * 2 * (x + y),)
+
+
+def _squared_sum() -> Callable[..., Any]:
+    return make_operator(
+        "llmmed_test::square_of_sum",
+        forward=_square_of_sum,
+        fake_forward=lambda x, y: (torch.empty_like(x),),
+        backward=_derivative,
+        fake_backward=lambda upstream, x, y: (torch.empty_like(x),),
+        save=lambda arguments, results: arguments,
+        gradients=("x", "y"),
+        spread=lambda gradient: (gradient, gradient),
+    )
