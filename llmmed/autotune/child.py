@@ -168,6 +168,7 @@ class _Attempt:
         self._reader = JournalReader(job.journal)
         self._open: Begun | None = None  # what is being tried
         self._open_since = 0.0
+        self._logged: tuple[str, str, str] | None = None
         self._learnt = False  # whether this process has found anything out
         self._done = False
 
@@ -224,7 +225,12 @@ class _Attempt:
     def _tell(self, event: Begun) -> None:
         known = [c for op in self._findings.ops.values() for c in op.values()]
         seconds = self._limits.budget_seconds - (self._limits.deadline - time.perf_counter())
-        self._report(Progress(event.stage, event.op, event.name, len(known), self._candidates, seconds))
+        progress = Progress(event.stage, event.op, event.name, len(known), self._candidates, seconds)
+        subject = (event.stage, event.op, event.name if event.stage != "measure" else "")  # they take turns
+        if subject != self._logged:
+            logger.info("%s", progress)
+            self._logged = subject
+        self._report(progress)
 
     def _reject(self, culprit: Begun, too_slow: bool, exit_code: int, last_words: str) -> None:
         doing = f"while it was {_DONE[culprit.stage]}"

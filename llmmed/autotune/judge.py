@@ -7,7 +7,9 @@ A candidate passes if, for every output and gradient, as a whole and by parts,
 
 where eps belongs to the result's dtype. A float32 result is allowed 32 eps (one element: 128) of its usual size: there
 eps is not the rounding of the result but that of every step, and orders of summing differ: a plain sum over 1,000 rows
-is off by 6 eps, one of its elements by 30. TF32 would be off by 4,000.
+is off by 6 eps, one of its elements by 30. TF32 would be off by 4,000. Where everything cancels, as in the gradient of
+a saturated softmax, PyTorch itself is off by tens or hundreds of eps in float32, and luck and the order of steps
+decide: there up to 8 times its error counts, in float32 only.
 
 Parts are blocks of rows, blocks of columns and what the op itself names: an error in one corner drowns in the whole. In
 a block, the default's error and the truth are taken to be no smaller than they are on average, so that a place where
@@ -18,7 +20,7 @@ averaged. The constants come from `scripts/calibrate_gate.py`.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 import torch
@@ -27,6 +29,7 @@ from torch import Tensor
 _FACTOR, _FACTOR_ELEMENT = 2.0, 4.0  # times the default's error; the largest of many varies more than their norm
 _FREE = 0.25  # eps of the L2 norm that need no excuse
 _FREE_FLOAT32 = 32.0
+_CANCELS, _MOST_LENIENT = 8.0, 8.0  # in float32, from this conditioning on, and up to this factor
 _BLOCKS = 8  # of rows and of columns
 # In 16 bits the default's relative error counts for no more than this, plus what rounding explains: a loose default
 # must not excuse anything.
@@ -70,34 +73,40 @@ def judge(name: str, truth: Truth, found: Tensor, dtype: torch.dtype) -> tuple[F
     value = truth.value
     error, base = found.double() - value, truth.default.double() - value
     eps, compute_eps = torch.finfo(found.dtype).eps, torch.finfo(dtype).eps
-    ceiling = _CEILING[dtype] + 4 * compute_eps * truth.conditioning
-    trust = min(1.0, ceiling / max(relative(base, value), 1e-300))  # how much of the default's error counts
+    parts = _parts(error, base, value, truth.masks)
+    whole = parts[0]
+    if dtype == torch.float32:
+        trust = min(max(1.0, truth.conditioning / _CANCELS), _MOST_LENIENT)
+    else:
+        ceiling = _CEILING[dtype] + 4 * compute_eps * truth.conditioning
+        trust = min(1.0, ceiling * whole.truth / max(whole.base, 1e-300))  # how much of the default's error counts
     free = eps * (_FREE_FLOAT32 if found.dtype == torch.float32 else _FREE)
     findings = []
-    for part, e, b, t in _parts(error, base, value, truth.masks):
-        share = 0.0 if part in truth.masks else math.sqrt(t.numel() / max(1, value.numel()))
-        base_size = trust * max(b.norm().item(), share * base.norm().item())
-        few = 2 * compute_eps / max(1, t.numel())
-        size = t.norm().item()
-        allowed = _FACTOR * base_size + (free + few) * max(size, share * value.norm().item())
-        findings.append(_finding(f"{name}{f' in {part}' if part else ''}", e.norm().item(), allowed, size))
+    for part in parts:
+        share = 0.0 if part.name in truth.masks else math.sqrt(part.count / max(1, whole.count))
+        base_size = trust * max(part.base, share * whole.base)
+        few = 2 * compute_eps / max(1, part.count)
+        allowed = _FACTOR * base_size + (free + few) * max(part.truth, share * whole.truth)
+        findings.append(_finding(f"{name}{f' in {part.name}' if part.name else ''}", part.error, allowed, part.truth))
     findings.append(_elementwise(name, value, base, error, trust, eps, compute_eps))
-    worst, whole = max(findings, key=lambda finding: finding.ratio), findings[0]
-    if whole.ratio > 1:  # the plainest thing to say
-        worst = Finding(worst.ratio, whole.message)
-    return worst, relative(error, value)
+    worst = max(findings, key=lambda finding: finding.ratio)
+    if findings[0].ratio > 1:  # the plainest thing to say
+        worst = Finding(worst.ratio, findings[0].message)
+    return worst, _ratio(whole.error, whole.truth)
 
 
 def relative(error: Tensor, truth: Tensor) -> float:
     """|error| / |truth| in the L2 norm; where the truth is zero, any error is infinite."""
-    size, off = truth.norm().item(), error.norm().item()
-    return off / size if size else (math.inf if off else 0.0)
+    return _ratio(error.norm().item(), truth.norm().item())
+
+
+def _ratio(error: float, size: float) -> float:
+    return error / size if size else (math.inf if error else 0.0)
 
 
 def _finding(name: str, error: float, allowed: float, size: float) -> Finding:
-    ratio = error / allowed if allowed else (math.inf if error else 0.0)
     kind, unit = ("relative error", size) if size else ("error", 1.0)
-    return Finding(ratio, f"{name}: {kind} {error / unit:.1e}, allowed {allowed / unit:.1e}")
+    return Finding(_ratio(error, allowed), f"{name}: {kind} {error / unit:.1e}, allowed {allowed / unit:.1e}")
 
 
 def _elementwise(
@@ -106,28 +115,45 @@ def _elementwise(
     if not truth.numel():
         return Finding(0.0, name)
     # A handful of elements may meet a default that is right by luck: they get a rounding or two of their own.
-    few = 2 * compute_eps / truth.numel() * truth.abs().max().item()
+    few = 2 * compute_eps / truth.numel() * truth.abs().max()
     if eps == torch.finfo(torch.float32).eps:
-        few += _FACTOR_ELEMENT * _FREE_FLOAT32 * eps * truth.square().mean().sqrt().item()
-    allowed = _FACTOR_ELEMENT * trust * base.abs().max().item() + few + 2 * eps * truth.abs()
+        few = few + _FACTOR_ELEMENT * _FREE_FLOAT32 * eps * truth.square().mean().sqrt()
+    allowed = _FACTOR_ELEMENT * trust * base.abs().max() + few + 2 * eps * truth.abs()
     ratios = torch.where(error == 0, 0.0, error.abs() / allowed)
-    at = int(ratios.argmax())
-    off, limit = error.flatten()[at].abs().item(), allowed.flatten()[at].item()
-    return Finding(ratios.flatten()[at].item(), f"{name}: error of one element {off:.1e}, allowed {limit:.1e}")
+    at = ratios.argmax()
+    ratio, off, limit = torch.stack([x.flatten()[at] for x in (ratios, error.abs(), allowed)]).tolist()
+    return Finding(ratio, f"{name}: error of one element {off:.1e}, allowed {limit:.1e}")
 
 
-def _parts(
-    error: Tensor, base: Tensor, truth: Tensor, masks: Mapping[str, Tensor]
-) -> Iterator[tuple[str, Tensor, Tensor, Tensor]]:
-    yield "", error, base, truth
+@dataclass(frozen=True)
+class _Part:
+    """L2 norms over a part of a result, and how many elements it has."""
+
+    name: str
+    count: int
+    error: float
+    base: float
+    truth: float
+
+
+def _parts(error: Tensor, base: Tensor, truth: Tensor, masks: Mapping[str, Tensor]) -> list[_Part]:
+    """The whole, without a name, then its parts. Read from the device at once: a GPU is slow to be asked."""
+    squares = torch.stack([error, base, truth]).square()
+    names, counts, sums = [""], [truth.numel()], [squares.reshape(3, -1).sum(1)]
     if truth.ndim:
-        e, b, t = (x.reshape(-1, x.shape[-1]) for x in (error, base, truth))
-        for axis, label in ((0, "rows"), (1, "columns")):
-            size = t.shape[axis]
+        table = squares.reshape(3, -1, truth.shape[-1])
+        for axis, label in ((1, "rows"), (2, "columns")):
+            size = table.shape[axis]
+            lines = table.sum(3 - axis)  # [3, size]
             step = max(1, -(-size // _BLOCKS))
             for start in range(0, size, step) if size > 1 else ():
-                length = min(step, size - start)
-                part = f"{label} {start} to {start + length - 1}"
-                yield part, e.narrow(axis, start, length), b.narrow(axis, start, length), t.narrow(axis, start, length)
-    for part, mask in masks.items():
-        yield part, error[mask], base[mask], truth[mask]
+                block = lines[:, start : start + step]
+                names.append(f"{label} {start} to {start + block.shape[1] - 1}")
+                counts.append(block.shape[1] * truth.numel() // size)
+                sums.append(block.sum(1))
+    for name, mask in masks.items():
+        names.append(name)
+        counts.append(int(mask.sum()))
+        sums.append((squares * mask).reshape(3, -1).sum(1))
+    norms = torch.stack(sums).sqrt().tolist()
+    return [_Part(n, c, *norm) for n, c, norm in zip(names, counts, norms, strict=True)]

@@ -1,7 +1,8 @@
 """Compiles what tuning will need, on all cores at once, before the one process that tries and times it.
 
-Each warm-up process verifies a share of the candidates, on few rows, and throws the verdicts away: what stays is in the
-compilers' caches on disk. Whatever goes wrong here goes wrong again where it is judged.
+Each warm-up process runs a share of the calls once, forward and backward, and throws the results away: what stays is in
+the compilers' caches on disk. Nothing is judged here, since processes that share a GPU wait long for its answers.
+Whatever goes wrong here goes wrong again where it is judged.
 
 Run as `python -m llmmed.autotune.warm <job.json> <share> <of how many>` by `child.py`.
 """
@@ -11,44 +12,64 @@ from __future__ import annotations
 import contextlib
 import os
 import sys
-from dataclasses import replace
+from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import torch
+from torch import Tensor
 
-from llmmed.autotune.journal import Job
-from llmmed.autotune.verify import verify
-from llmmed.kernels.base import Call, TensorSpec
+from llmmed.autotune.journal import Job, Task
+from llmmed.autotune.plan import Mode
+from llmmed.autotune.verify import trials
+from llmmed.kernels.base import Call, Op
 from llmmed.kernels.catalog import DEFAULT, get_implementation, get_op, load_function
-
-_ROWS = 32  # of the run's own calls: enough for the kernels that full size takes, and next to no memory
 
 
 def main() -> None:
     job, share, shares = Job.read(Path(sys.argv[1])), int(sys.argv[2]), int(sys.argv[3])
     device = torch.device(job.device)
     torch.set_float32_matmul_precision(job.matmul_precision)
-    units = [(task, name) for task in job.tasks for name in task.verify if name != DEFAULT]
-    for task, name in units[share::shares]:
+    for index, (task, name, call, compiled) in enumerate(_units(job.tasks, job.mode, device)):
+        if index % shares != share:
+            continue
         # A candidate may raise anything at all; it is judged elsewhere.
         with contextlib.suppress(Exception):
             op, implementation = get_op(task.op), get_implementation(task.op, name)
-            function = load_function(task.op, implementation)
-            verify(op, implementation, function, [few_rows(call) for call in task.counts()], device)
+            if call.compute_dtype in implementation.dtypes:
+                function = load_function(task.op, implementation)
+                run_once(
+                    op, torch.compile(function, fullgraph=True, dynamic=False) if compiled else function, call, device
+                )
+    with contextlib.suppress(Exception):
+        torch.cuda.synchronize(device)
     os._exit(0)
 
 
-def few_rows(call: Call) -> Call:
-    """The call with the first dimension of what shares it cut down."""
-    rows = next(iter(call.tensors.values())).shape[0]
-    least = min(rows, _ROWS)
-    return Call(
-        call.op,
-        tuple(
-            (n, replace(v, shape=(least, *v.shape[1:])) if isinstance(v, TensorSpec) and v.shape[:1] == (rows,) else v)
-            for n, v in call.arguments
-        ),
-    )
+def _units(tasks: list[Task], mode: Mode, device: torch.device) -> Iterator[tuple[Task, str, Call, bool]]:
+    """Every call that will be made of a candidate, and whether compiled: the longest to compile first."""
+    for task in tasks:
+        for name in task.verify if mode != "eager" and task.measure else ():
+            for call in task.counts():
+                yield task, name, call, True
+    for task in tasks:
+        calls = {trial.call for trial in trials(get_op(task.op), list(task.counts()), None, device)}
+        for name in task.verify:
+            for call in sorted(calls, key=str) if name != DEFAULT else ():
+                yield task, name, call, False
+
+
+def run_once(op: Op, function: Callable[..., Any], call: Call, device: torch.device) -> None:
+    """One forward and backward pass over bland values."""
+    generator = torch.Generator(device=device).manual_seed(0)
+    inputs = op.make_inputs(call, op.regimes[0], generator, device)
+    leaves = [inputs[n] for n, spec in call.tensors.items() if spec.requires_grad and n in op.differentiable]
+    for leaf in leaves:
+        leaf.requires_grad_()
+    outputs = function(**inputs)
+    outputs = [outputs] if isinstance(outputs, Tensor) else list(outputs)
+    if leaves:
+        torch.autograd.grad(outputs, leaves, [torch.ones_like(o) for o in outputs], allow_unused=True)
 
 
 if __name__ == "__main__":

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from llmmed.config import ModelConfig
 from llmmed.errors import UserError
 from llmmed.kernels.base import Kernels
+from llmmed.kernels.swiglu.halves import halves
 
 IGNORE_INDEX = -100  # a target that does not count, as in `torch.nn.functional.cross_entropy`
 _INIT_STD = 0.02
@@ -156,7 +157,7 @@ class Block(nn.Module):
         return F.linear(kernels.attention(q, k, v).flatten(2), self.output_projection.to(x.dtype))
 
     def _feed_forward(self, x: Tensor, kernels: Kernels) -> Tensor:
-        gate, up = F.linear(x, self.gate_up_projection.to(x.dtype)).chunk(2, dim=-1)  # views [batch, seq, d_ff]
+        gate, up = halves(F.linear(x, self.gate_up_projection.to(x.dtype)))  # views [batch, seq, d_ff]
         return F.linear(kernels.swiglu(gate, up), self.down_projection.to(x.dtype))
 
 

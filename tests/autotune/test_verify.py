@@ -303,6 +303,18 @@ def test_a_loose_default_excuses_little_in_16_bits() -> None:
     assert judge("output 0", truth, (value * 1.02).bfloat16(), torch.bfloat16)[0].ratio < 1
 
 
+def test_more_is_allowed_where_everything_cancels_but_not_in_16_bits() -> None:
+    value = torch.randn(64, 64, generator=torch.Generator().manual_seed(0))
+    for dtype, passes in ((torch.float32, True), (torch.bfloat16, False)):
+        eps = torch.finfo(dtype).eps
+        default, found = (value * (1 + 2 * eps)).to(dtype), (value * (1 + 3 * 2 * eps)).to(dtype)
+        assert (judge("q", truth_of(value, default), found, dtype)[0].ratio < 1) == passes
+    default, found = value * (1 + 1e-5), value * (1 + 1e-4)  # 84 eps and 840
+    for conditioning, passes in ((84.0, True), (1.0, False)):
+        truth = Truth(value.double(), default, conditioning, masks={})
+        assert (judge("q", truth, found, torch.float32)[0].ratio < 1) == passes
+
+
 def test_an_error_in_a_corner_does_not_drown_in_the_whole() -> None:
     value = torch.randn(800, 40, generator=torch.Generator().manual_seed(0))
     corner = value.clone()

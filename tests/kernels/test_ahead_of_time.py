@@ -11,7 +11,6 @@ from pathlib import Path
 
 import pytest
 import torch
-from torch import Tensor
 
 from llmmed.autotune.workload import record_calls, record_workload
 from llmmed.compose import compose
@@ -40,7 +39,7 @@ TOO_LARGE = {"attention_triton_bwd_q_kernel": {86, 89, 120}}
 
 @functools.cache
 def production_calls() -> dict[str, list[Call]]:
-    """What the base and large models call in bf16 on one 80 GB GPU, Muon's step and the fused ops included."""
+    """What the base and large models call in bf16 on one 80 GB GPU, Muon's step included."""
     calls: dict[Call, None] = {}
     for size, batch_size, seq_len in (("base", 32, 1024), ("large", 8, 2048)):
         config = compose(
@@ -51,10 +50,8 @@ def production_calls() -> dict[str, list[Call]]:
             ]
         )  # fmt: skip
         calls |= dict.fromkeys(record_workload(config).calls)
-        for function in (muon_step, fused_ops):
-            calls |= dict.fromkeys(
-                record_calls(functools.partial(function, config), load_kernels(default_choice())).calls
-            )
+        step = functools.partial(muon_step, config)
+        calls |= dict.fromkeys(record_calls(step, load_kernels(default_choice())).calls)
     by_op: dict[str, list[Call]] = {op: [] for op in op_names()}
     for call in calls:
         by_op[call.op].append(call)
@@ -67,17 +64,6 @@ def muon_step(config: Config, kernels: Kernels) -> None:
     for matrix in matrices:
         matrix.grad = torch.empty_like(matrix)
     Muon(matrices, kernels.newton_schulz).step()
-
-
-def fused_ops(config: Config, kernels: Kernels) -> None:
-    def activations(width: int) -> Tensor:
-        shape = (config.train.micro_batch_size, config.train.seq_len, width)
-        return torch.empty(shape, dtype=torch.bfloat16, device="meta", requires_grad=True)
-
-    weight = torch.empty(config.model.d_model, device="meta", requires_grad=True)
-    d_model, d_ff = config.model.d_model, config.model.d_ff
-    kernels.add_rms_norm(activations(d_model), activations(d_model), weight, config.model.norm_eps)
-    kernels.swiglu(*activations(2 * d_ff).chunk(2, dim=-1))
 
 
 @pytest.fixture(scope="module")

@@ -6,7 +6,6 @@ where the upstream gradient is one, and sees that on the device.
 """
 
 # Annotations must be real objects: torch infers the operator's schema from them. So no `from __future__` here.
-import functools
 from collections.abc import Callable
 from typing import Any
 
@@ -17,7 +16,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from llmmed.kernels.base import Implementation
-from llmmed.kernels.operator import TRITON_DEVICES, as_rows, make_operator, require_triton, sm_count
+from llmmed.kernels.operator import TRITON_DEVICES, as_rows, l2_bytes, make_operator, require_triton, sm_count
 
 
 @triton.jit
@@ -171,16 +170,11 @@ def launch(vocab: int, itemsize: int, n_rows: int, device: torch.device) -> tupl
     """
     block = min(32768 // itemsize, max(128, triton.next_power_of_2(vocab)))
     num_warps = max(4, min(32, block * itemsize // 1024))
-    cached = _l2_bytes(device) // 2 // (vocab * itemsize) // sm_count(device)
+    cached = l2_bytes(device) // 2 // (vocab * itemsize) // sm_count(device)
     per_sm = max(1, min(64 // num_warps, cached))
     if not cached and num_warps == 32:
         return block, 4, 16, max(1, min(n_rows, 2 * sm_count(device)))
     return block, 1, num_warps, max(1, min(n_rows, per_sm * sm_count(device)))
-
-
-@functools.cache
-def _l2_bytes(device: torch.device) -> int:
-    return torch.cuda.get_device_properties(device).L2_cache_size if device.type == "cuda" else 2**20
 
 
 def _compute(
