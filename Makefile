@@ -37,10 +37,10 @@ types: setup-dev ## mypy, strict.
 	$(VENV)/bin/mypy
 
 unit: setup-dev ## CPU tests, among them the ahead-of-time compilation of every Triton kernel.
-	$(PY) -m pytest -q -m "not interpreter and not gpu" $(ARGS)
+	OMP_NUM_THREADS=1 $(PY) -m pytest -q -n 2 -m "not interpreter and not gpu" $(ARGS)
 
 interpreter: setup-dev ## Triton kernels run on the CPU, in Triton's interpreter.
-	TRITON_INTERPRET=1 $(PY) -m pytest -q -m interpreter $(ARGS)
+	OMP_NUM_THREADS=1 TRITON_INTERPRET=1 $(PY) -m pytest -q -n 2 -m interpreter $(ARGS)
 
 gpu: setup-dev ## Tests that need a CUDA GPU.
 	$(PY) -m pytest -q -m gpu $(ARGS)

@@ -163,15 +163,20 @@ def _why_not(op: str, name: str, calls: Mapping[Call, int], config: Config, mode
 def _tasks(
     calls: Mapping[str, dict[Call, int]],
     orders: Mapping[str, _Order | None],
-    known: Mapping[str, Mapping[str, Candidate]],
+    known: Mapping[str, dict[str, Candidate]],
     mode: Mode,
 ) -> list[Task]:
-    """What is to be tried: what was asked for first, since without its verdict the run cannot begin."""
+    """What is to be tried: what was asked for first, since without its verdict the run cannot begin.
+
+    Where only the default is left to choose there is nothing to try, and `known` says so.
+    """
     tasks = []
     for op, order in sorted(orders.items(), key=lambda item: item[1] is None):
         names = _listed(op, mode) if order is None else (order.name,)
         untried = [name for name in names if name not in known[op]]
-        if untried:
+        if untried == [DEFAULT] and order is None:
+            known[op][DEFAULT] = Candidate(status="not_tried", reason="nothing else can be used here")
+        elif untried:
             tasks.append(Task.of(op, calls[op], untried, measure=order is None))
     return tasks
 

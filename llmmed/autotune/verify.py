@@ -17,9 +17,10 @@ from typing import Any, Literal, get_args
 import torch
 from torch import Tensor
 
+from llmmed.autotune.failures import classify
 from llmmed.autotune.judge import Finding, Truth, judge, relative
 from llmmed.autotune.plan import Status
-from llmmed.kernels.base import Call, Implementation, Inputs, Op, TensorSpec, Unavailable
+from llmmed.kernels.base import Call, Implementation, Inputs, Op, TensorSpec
 from llmmed.kernels.catalog import COMPILED, DEFAULT, get_implementation, load_function
 
 Layout = Literal["contiguous", "transposed", "padded"]
@@ -160,25 +161,6 @@ def trials(
             label = f"the run's {smaller.describe()}, {regime} values"
             poison = regime != op.regimes[0] and not few_shapes  # at least once the kernels that the run will take
             yield Trial(smaller, regime, 1.0, "contiguous", label, own=True, poison=poison)
-
-
-def classify(error: BaseException) -> tuple[Status, str]:
-    """The status of a candidate that raised, and the reason for the user."""
-    if isinstance(error, torch.cuda.OutOfMemoryError | MemoryError):
-        return "out_of_memory", "out of memory"
-    if isinstance(error, Unavailable):
-        return "unavailable", str(error)
-    modules = {kind.__module__ for kind in type(error).__mro__}
-    if any(module.startswith(("torch._dynamo", "torch._inductor", "triton")) for module in modules):
-        return "failed_to_compile", one_line(error)
-    return "crashed", one_line(error)
-
-
-def one_line(error: BaseException, limit: int = 200) -> str:
-    """`ValueError: the first line of the message`."""
-    lines = str(error).strip().splitlines()
-    text = f"{type(error).__name__}: {lines[0].strip()}" if lines else type(error).__name__
-    return text if len(text) <= limit else f"{text[: limit - 3]}..."
 
 
 @dataclass(frozen=True)

@@ -20,10 +20,11 @@ from typing import Any
 
 import torch
 
+from llmmed.autotune.failures import classify, one_line
 from llmmed.autotune.journal import Begun, CeilingsFound, Done, Job, JournalWriter, Judged, Task, Timed
 from llmmed.autotune.measure import measure_ceilings, measure_op
 from llmmed.autotune.plan import Candidate, Ceilings, Mode
-from llmmed.autotune.verify import Verdict, classify, forget, one_line, verify
+from llmmed.autotune.verify import Verdict, forget, verify
 from llmmed.kernels.base import Call, Op, Unavailable
 from llmmed.kernels.catalog import DEFAULT, get_implementation, get_op, load_function
 

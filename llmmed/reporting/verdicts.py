@@ -10,13 +10,15 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from llmmed.autotune.verify import Verdict, forget, one_line, verify
+from llmmed.autotune.failures import one_line
+from llmmed.autotune.verify import Verdict, forget, verify
 from llmmed.errors import UserError
 from llmmed.kernels.base import Unavailable
 from llmmed.kernels.catalog import get_implementation, get_op, implementation_names, load_function, op_names
 from llmmed.kernels.operator import INTERPRETED
 
 _DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+_FILE_WIDTH = 140  # of lines in a file, which nobody folds
 _FAILED = ("wrong", "no_backward", "crashed", "failed_to_compile", "out_of_memory", "timed_out")
 
 
@@ -33,6 +35,8 @@ class Request:
 def main(arguments: Sequence[str]) -> int:
     """Verifies, prints, and returns the exit code: 1 if anything is wrong or the arguments are."""
     console = Console(highlight=False)
+    if not console.is_terminal:
+        console.width = _FILE_WIDTH
     device = torch.device("cuda" if torch.cuda.is_available() and not INTERPRETED else "cpu")
     try:
         request = parse(arguments, device)

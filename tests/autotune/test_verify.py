@@ -10,9 +10,10 @@ import pytest
 import torch
 from torch import Tensor
 
+from llmmed.autotune.failures import classify
 from llmmed.autotune.judge import Truth, judge
 from llmmed.autotune.plan import Status
-from llmmed.autotune.verify import Verdict, classify, forget, trials, verify
+from llmmed.autotune.verify import Verdict, forget, trials, verify
 from llmmed.kernels.base import Call, Implementation, Unavailable, tensor_spec
 from llmmed.kernels.catalog import get_implementation, get_op, load_function
 

@@ -8,9 +8,9 @@ import pytest
 import torch
 
 from llmmed.autotune.child import Findings
+from llmmed.autotune.failures import classify, one_line
 from llmmed.autotune.journal import Begun, Done, Event, Job, JournalReader, JournalWriter, Judged, Task, Timed
 from llmmed.autotune.plan import Candidate, Ceilings, Status
-from llmmed.autotune.verify import classify, one_line
 from llmmed.autotune.workload import Workload
 from llmmed.kernels.base import Unavailable
 

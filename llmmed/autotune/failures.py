@@ -1,0 +1,27 @@
+"""What an exception says about the candidate that raised it."""
+
+from __future__ import annotations
+
+import torch
+
+from llmmed.autotune.plan import Status
+from llmmed.kernels.base import Unavailable
+
+
+def classify(error: BaseException) -> tuple[Status, str]:
+    """The status of a candidate that raised, and the reason for the user."""
+    if isinstance(error, torch.cuda.OutOfMemoryError | MemoryError):
+        return "out_of_memory", "out of memory"
+    if isinstance(error, Unavailable):
+        return "unavailable", str(error)
+    modules = {kind.__module__ for kind in type(error).__mro__}
+    if any(module.startswith(("torch._dynamo", "torch._inductor", "triton")) for module in modules):
+        return "failed_to_compile", one_line(error)
+    return "crashed", one_line(error)
+
+
+def one_line(error: BaseException, limit: int = 200) -> str:
+    """`ValueError: the first line of the message`."""
+    lines = str(error).strip().splitlines()
+    text = f"{type(error).__name__}: {lines[0].strip()}" if lines else type(error).__name__
+    return text if len(text) <= limit else f"{text[: limit - 3]}..."
