@@ -6,7 +6,6 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from llmmed.data import Dataset
 from rich.console import Console
 from rich.table import Table
 
@@ -14,6 +13,7 @@ from llmmed.autotune.hardware import describe_hardware
 from llmmed.autotune.plan import KernelPlan, Mode
 from llmmed.compose import accumulation_steps
 from llmmed.config import Config
+from llmmed.data import Dataset
 from llmmed.model import parameter_count
 from llmmed.run_folder import shown
 
