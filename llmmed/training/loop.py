@@ -160,7 +160,8 @@ class _Run:
                     self._synchronize()
                     self.first_step_seconds = time.perf_counter() - self.started
                     interval_begun, interval_first = time.perf_counter(), done
-                last = done == train.max_steps or stop.name is not None
+                stopping = stop.name  # read once: a signal that comes later waits for the next step
+                last = done == train.max_steps or stopping is not None
                 if done % train.log_every == 0 or last or done == 1:
                     metrics = self._read(losses, norm, step)
                     now = time.perf_counter()
@@ -182,8 +183,8 @@ class _Run:
                     self._save(done)
                 if evaluated or saved:
                     interval_begun, interval_first = time.perf_counter(), done
-                if stop.name is not None:
-                    raise Interrupted(f"{stop.name} after step {done}; its checkpoint is written")
+                if stopping is not None and done < train.max_steps:
+                    raise Interrupted(f"{stopping} after step {done}; its checkpoint is written")
 
     def close(self) -> None:
         if self.file is not None:

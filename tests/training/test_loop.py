@@ -9,6 +9,7 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
 
@@ -17,7 +18,7 @@ import torch
 from safetensors.torch import load_file
 
 from llmmed.errors import UserError
-from llmmed.training import checkpoint
+from llmmed.training import Interrupted, checkpoint
 from llmmed.training.metrics import read_metrics
 from tests.training.tiny import run, tiny_config
 
@@ -106,6 +107,28 @@ def test_a_signal_ends_it_after_the_step_with_a_checkpoint(
     status = json.loads((tmp_path / "run" / "status.json").read_text())
     assert status["state"] == "interrupted"
     assert checkpoint.load_latest(tmp_path / "run" / "checkpoints") is not None
+
+
+class SignalsAt:
+    """A sink that sends a signal while a step is logged: too late for that step."""
+
+    def __init__(self, step: int) -> None:
+        self.step = step
+
+    def log(self, metrics: Mapping[str, float], step: int) -> None:
+        if step == self.step and "loss" in metrics:
+            os.kill(os.getpid(), signal.SIGTERM)
+
+    def finish(self, summary: Mapping[str, object], status: str) -> None:
+        pass
+
+
+def test_a_signal_in_the_middle_of_a_step_waits_for_the_next(tmp_path: Path) -> None:
+    with pytest.raises(Interrupted, match="SIGTERM after step 5"):
+        run(tiny_config(), tmp_path, sinks=[SignalsAt(4)])
+    found = checkpoint.load_latest(tmp_path / "checkpoints")
+    assert found is not None
+    assert found.step == 5
 
 
 def test_accumulated_micro_batches_equal_one_batch(tmp_path: Path) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
@@ -13,6 +14,7 @@ from llmmed.data import Dataset
 from llmmed.kernels.catalog import default_choice, load_kernels
 from llmmed.model import Transformer, compute_dtype
 from llmmed.training.loop import Result, train
+from llmmed.training.metrics import Sink
 
 TINY = [
     "experiment=smoke",
@@ -57,9 +59,11 @@ def build(config: Config) -> Transformer:
     return Transformer(config.model, kernels, dtype, max_seq_len=config.train.seq_len, seed=config.seed)
 
 
-def run(config: Config, folder: Path, *, resume: bool = False) -> tuple[Transformer, Result]:
+def run(
+    config: Config, folder: Path, *, resume: bool = False, sinks: Sequence[Sink] = ()
+) -> tuple[Transformer, Result]:
     folder.mkdir(exist_ok=True, parents=True)
     model = build(config)
     quiet = Console(file=(folder / "console.txt").open("a"))
-    result = train(config, model, pattern(), folder, plan={}, sinks=[], console=quiet, started=0.0, resume=resume)
+    result = train(config, model, pattern(), folder, plan={}, sinks=sinks, console=quiet, started=0.0, resume=resume)
     return model, result
