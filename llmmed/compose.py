@@ -175,6 +175,8 @@ def _check_together(config: Config) -> None:
             f"model.n_kv_heads={model.n_kv_heads} does not divide model.n_heads={model.n_heads}; "
             f"allowed: {', '.join(map(str, divisors))}"
         )
+    if config.optimizer.name == "muon" and config.optimizer.momentum is None:
+        raise UserError("optimizer.momentum=null: Muon needs one; try optimizer.momentum=0.95")
     accumulation_steps(config.train)
     if config.device == "cuda" and detect_device() != "cuda":
         raise UserError(

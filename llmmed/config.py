@@ -72,13 +72,14 @@ class TrainConfig:
 
 @dataclass(config=_STRICT, frozen=True)
 class OptimizerConfig:
-    """AdamW and its learning-rate schedule."""
+    """The optimizer and its learning-rate schedule. Muon updates the layers' matrices, AdamW everything else."""
 
-    name: Literal["adamw"]
+    name: Literal["adamw", "muon"]
     lr: PositiveFloat
     weight_decay: NonNegativeFloat
-    betas: tuple[Fraction, Fraction]
-    eps: PositiveFloat
+    betas: tuple[Fraction, Fraction]  # AdamW's
+    eps: PositiveFloat  # AdamW's
+    momentum: Fraction | None  # Muon's
     schedule: Literal["cosine", "linear", "constant"]
     warmup_steps: NonNegative
     min_lr_ratio: Annotated[float, Field(ge=0, le=1)]

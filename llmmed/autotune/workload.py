@@ -23,6 +23,7 @@ from llmmed.kernels.base import Call, Kernels, TensorSpec
 from llmmed.kernels.catalog import default_choice, get_op, load_kernels
 from llmmed.model.precision import compute_dtype
 from llmmed.model.transformer import Transformer
+from llmmed.optim import build_muon
 
 
 @dataclass(frozen=True)
@@ -51,7 +52,10 @@ class Workload:
 
 
 def record_workload(config: Config) -> Workload:
-    """What one micro-batch of the run calls, at its shapes and in its compute dtype. Takes no memory and no device."""
+    """What one micro-batch of the run and the optimizer's step call, at the run's shapes and in its compute dtype.
+
+    Takes no memory and no device.
+    """
     train = config.train
 
     def micro_batch(kernels: Kernels) -> None:
@@ -59,6 +63,8 @@ def record_workload(config: Config) -> Workload:
         model = Transformer(config.model, kernels, dtype, max_seq_len=train.seq_len, device="meta")
         tokens = torch.zeros(train.micro_batch_size, train.seq_len, dtype=torch.int64, device="meta")
         model(tokens, tokens, torch.ones((), device="meta")).backward()
+        if config.optimizer.name == "muon":
+            build_muon(model, config.optimizer).step()
 
     return record_calls(micro_batch, load_kernels(default_choice()))
 

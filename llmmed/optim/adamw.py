@@ -2,21 +2,23 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+
 import torch
 from torch import nn
 
 from llmmed.config import OptimizerConfig
 
 
-def build_adamw(model: nn.Module, config: OptimizerConfig, device: torch.device) -> torch.optim.AdamW:
+def build_adamw(parameters: Iterable[nn.Parameter], config: OptimizerConfig) -> torch.optim.AdamW:
     """Norm weights are not decayed: they are scales, and zero is no natural value for them.
 
     The learning rate is a 0-d tensor, so that a schedule neither recompiles nor synchronises.
     """
-    named = dict(model.named_parameters())
+    given = list(parameters)
     groups = [
-        {"params": [p for p in named.values() if p.ndim >= 2], "weight_decay": config.weight_decay},
-        {"params": [p for p in named.values() if p.ndim < 2], "weight_decay": 0.0},
+        {"params": [p for p in given if p.ndim >= 2], "weight_decay": config.weight_decay},
+        {"params": [p for p in given if p.ndim < 2], "weight_decay": 0.0},
     ]
-    lr = torch.tensor(config.lr, dtype=torch.float32, device=device)
+    lr = torch.tensor(config.lr, dtype=torch.float32, device=given[0].device)
     return torch.optim.AdamW(groups, lr=lr, betas=config.betas, eps=config.eps, fused=True)

@@ -8,17 +8,18 @@ from __future__ import annotations
 from collections.abc import Iterable
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from llmmed.config import Config
-from llmmed.optim import build_adamw, learning_rate
+from llmmed.model import Transformer
+from llmmed.optim import build_optimizers, learning_rate
 from llmmed.training.micro_step import MicroStep
 
 _FIRST_SCALE, _GROWTH, _BACKOFF, _GROWTH_INTERVAL = 2.0**15, 2.0, 0.5, 1000
 
 
 class Stepper:
-    """The optimizer with loss scaling and clipping.
+    """The optimizers with loss scaling and clipping.
 
     Args:
         model: Its parameters are updated.
@@ -26,10 +27,11 @@ class Stepper:
         config: The run's.
     """
 
-    def __init__(self, model: nn.Module, micro_step: MicroStep, config: Config) -> None:
+    def __init__(self, model: Transformer, micro_step: MicroStep, config: Config) -> None:
         device = next(model.parameters()).device
-        self.optimizer = build_adamw(model, config.optimizer, device)
+        self.optimizers = build_optimizers(model, config.optimizer)
         self._parameters = list(model.parameters())
+        self._owners = {p: o for o in self.optimizers for group in o.param_groups for p in group["params"]}
         self._micro_step, self._config = micro_step, config
         self._scaled = config.train.precision == "fp16"
         self.scale = torch.full((), _FIRST_SCALE if self._scaled else 1.0, device=device)
@@ -55,10 +57,11 @@ class Stepper:
         if self._config.train.grad_clip > 0:
             # What `clip_grad_norm_` multiplies by, folded into the update's own division.
             divisor = divisor * (norm / self._config.train.grad_clip).nan_to_num(posinf=1.0).clamp(min=1.0)
-        for group in self.optimizer.param_groups:
-            group["lr"].fill_(lr)
-        self.optimizer.grad_scale, self.optimizer.found_inf = divisor, found_inf  # type: ignore[attr-defined]
-        self.optimizer.step()
+        for optimizer in self.optimizers:
+            for group in optimizer.param_groups:
+                group["lr"].fill_(lr)
+            optimizer.grad_scale, optimizer.found_inf = divisor, found_inf  # type: ignore[attr-defined]
+            optimizer.step()
         self.skipped += found_inf.int()
         self.skipped_in_a_row.add_(1).mul_(found_inf.int())
         if self._scaled:
@@ -68,11 +71,8 @@ class Stepper:
     def tensors(self) -> dict[str, Tensor]:
         """All of its state, by stable names; `restore` takes it back."""
         names = {id(p): i for i, p in enumerate(self._parameters)}
-        found = {
-            f"{names[id(p)]:04d}.{key}": value
-            for p, state in self.optimizer.state.items()
-            for key, value in state.items()
-        }
+        states = [item for optimizer in self.optimizers for item in optimizer.state.items()]
+        found = {f"{names[id(p)]:04d}.{key}": value for p, state in states for key, value in state.items()}
         return {**found, **{name: getattr(self, name) for name in _OWN}}
 
     def restore(self, tensors: dict[str, Tensor]) -> None:
@@ -83,7 +83,8 @@ class Stepper:
                 continue
             index, _, key = name.partition(".")
             parameter = self._parameters[int(index)]
-            self.optimizer.state[parameter][key] = tensor.to(parameter.device)
+            owner = self._owners[parameter]
+            owner.state[parameter][key] = tensor.to(parameter.device)
 
 
 _OWN = ("scale", "growth_tracker", "skipped", "skipped_in_a_row")

@@ -84,6 +84,7 @@ def config() -> Config:
             schedule="cosine",
             warmup_steps=0,
             min_lr_ratio=0.1,
+            momentum=None,
         ),
         data=DataConfig(name="synthetic", path=None, text_field="text", validation_fraction=0.1),
         tokenizer=TokenizerConfig(name="bpe", vocab_size=512),
@@ -112,6 +113,17 @@ def test_records_every_call_with_its_layout(config: Config) -> None:
             sin=table,
         ): LAYERS
     }
+
+
+def test_records_what_the_optimizer_orthogonalises(config: Config) -> None:
+    muon = replace(config, optimizer=replace(config.optimizer, name="muon", momentum=0.95))
+    calls = record_workload(muon).by_op()["newton_schulz"]
+    shapes = [call.spec("G").shape for call in calls]
+    matrices = LAYERS * 7  # queries, keys, values, output, gate, up, down
+    assert sum(shape[0] for shape in shapes) == matrices
+    assert all(rows <= cols for _, rows, cols in shapes)
+    assert all(call.compute_dtype == torch.bfloat16 for call in calls)
+    assert "newton_schulz" not in record_workload(config).by_op()
 
 
 @pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])

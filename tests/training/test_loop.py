@@ -54,8 +54,9 @@ def test_it_learns_a_certain_pattern(tmp_path: Path) -> None:
     assert (tmp_path / "loss.png").stat().st_size > 1000
 
 
-def test_resuming_is_bit_identical(tmp_path: Path) -> None:
-    config = tiny_config("train.checkpoint_every=6")
+@pytest.mark.parametrize("optimizer", ["adamw", "muon"])
+def test_resuming_is_bit_identical(tmp_path: Path, optimizer: str) -> None:
+    config = tiny_config("train.checkpoint_every=6", f"optimizer={optimizer}")
     whole, _ = run(config, tmp_path / "whole")
     part = tmp_path / "part"
     run(config, part)

@@ -28,7 +28,7 @@ def test_clipping_is_that_of_torch() -> None:
         theirs(TOKENS[:, :-1], TOKENS[:, 1:]).backward()
         expected = torch.nn.utils.clip_grad_norm_(theirs.parameters(), 0.05)
         assert expected > 0.05
-        reference.param_groups[0]["lr"] = stepper.optimizer.param_groups[0]["lr"].item()
+        reference.param_groups[0]["lr"] = stepper.optimizers[0].param_groups[0]["lr"].item()
         reference.step()
         reference.zero_grad()
         torch.testing.assert_close(norm, expected)
@@ -76,7 +76,7 @@ def test_the_scale_does_not_change_the_update() -> None:
 def test_norms_are_not_decayed() -> None:
     config = tiny_config("optimizer.weight_decay=0.3")
     model = build(config)
-    groups = stepper_of(model, config).optimizer.param_groups
+    groups = stepper_of(model, config).optimizers[0].param_groups
     decayed = {id(p) for group in groups if group["weight_decay"] > 0 for p in group["params"]}
     for name, parameter in model.named_parameters():
         assert (id(parameter) in decayed) == (parameter.ndim == 2), name
