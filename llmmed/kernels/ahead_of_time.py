@@ -31,18 +31,14 @@ if TYPE_CHECKING:
     from triton import JITFunction
 
 TARGETS: Mapping[int, Gpu] = {
-    80: Gpu(108, 40 * 2**20),  # A100
-    86: Gpu(84, 6 * 2**20),  # A40, RTX 3090
-    89: Gpu(142, 96 * 2**20),  # L40S
-    90: Gpu(132, 50 * 2**20),  # H100
-    100: Gpu(148, 126 * 2**20),  # B200
-    120: Gpu(170, 96 * 2**20),  # RTX 5090
+    80: Gpu(108, 40 * 2**20, 166912),  # A100
+    86: Gpu(84, 6 * 2**20, 101376),  # A40, RTX 3090
+    89: Gpu(142, 96 * 2**20, 101376),  # L40S
+    90: Gpu(132, 50 * 2**20, 232448),  # H100
+    100: Gpu(148, 126 * 2**20, 232448),  # B200
+    120: Gpu(170, 96 * 2**20, 101376),  # RTX 5090
 }
-"""Compute capability -> a GPU that has it."""
-
-SHARED_LIMITS: Mapping[int, int] = {80: 166912, 86: 101376, 89: 101376, 90: 232448, 100: 232448, 120: 101376}
-"""Compute capability -> bytes of shared memory that a program may have (CUDA C++ Programming Guide, appendix on compute
-capabilities)."""
+"""Compute capability -> a GPU that has it (shared memory: CUDA C++ Programming Guide, compute capabilities)."""
 
 
 @dataclass(frozen=True)
@@ -76,7 +72,7 @@ class CompiledKernel:
     @property
     def fits(self) -> bool:
         """Whether a program's shared memory is what the target has, so that it can be launched at all."""
-        return self.shared_bytes <= SHARED_LIMITS[self.target]
+        return self.shared_bytes <= TARGETS[self.target].shared_bytes
 
     def describe(self) -> str:
         """For people: `rms_norm/triton rms_norm_triton_fwd_kernel sm_90: 40 registers, 0 bytes spilled, ...`."""

@@ -26,9 +26,11 @@ class Gpu(NamedTuple):
 
     multiprocessors: int
     l2_bytes: int
+    shared_bytes: int  # that one program may have
 
 
-_SMALL = Gpu(2, 2**20)  # a CPU, where kernels run in the interpreter
+_SMALL = Gpu(2, 2**20, 2**16)  # a CPU, where kernels run in the interpreter
+_LEAST_SHARED = 101376  # every GPU since sm_80 has as much
 _absent_gpu: Gpu | None = None
 
 
@@ -58,6 +60,11 @@ def l2_bytes(device: torch.device) -> int:
     return _gpu(device).l2_bytes
 
 
+def shared_bytes(device: torch.device) -> int:
+    """Shared memory that one program may have; a small number on a CPU."""
+    return _gpu(device).shared_bytes
+
+
 @contextlib.contextmanager
 def absent_gpu(gpu: Gpu) -> Iterator[None]:
     """Lets Triton implementations load without a GPU and plan their launches on meta tensors for this one."""
@@ -78,7 +85,8 @@ def _gpu(device: torch.device) -> Gpu:
 @functools.cache
 def _present_gpu(device: torch.device) -> Gpu:
     properties = torch.cuda.get_device_properties(device)
-    return Gpu(properties.multi_processor_count, properties.L2_cache_size)
+    shared = getattr(properties, "shared_memory_per_block_optin", _LEAST_SHARED)
+    return Gpu(properties.multi_processor_count, properties.L2_cache_size, shared)
 
 
 def make_operator(

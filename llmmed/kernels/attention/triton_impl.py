@@ -14,7 +14,7 @@ import triton.language as tl
 from torch import Tensor
 
 from llmmed.kernels.base import Implementation
-from llmmed.kernels.operator import TRITON_DEVICES, make_operator, require_triton
+from llmmed.kernels.operator import TRITON_DEVICES, make_operator, require_triton, shared_bytes
 
 _LOG2_E = 1.4426950408889634
 
@@ -213,12 +213,17 @@ def attention_triton_bwd_q_kernel(
     _store(dq_ptr, dq * (SCALE * 0.6931471805599453), rows, HEADS * HEAD_DIM, dims, seq, HEAD_DIM)
 
 
-def launches(head_dim: int, dtype: torch.dtype) -> tuple[Launch, Launch, Launch]:
-    """Launch parameters of the forward, the keys' and the queries' kernels for a head size and dtype."""
+def launches(head_dim: int, dtype: torch.dtype, device: torch.device) -> tuple[Launch, Launch, Launch]:
+    """Launch parameters of the forward, the keys' and the queries' kernels for a head size and dtype.
+
+    At a head of 128 the queries' kernel takes 128 KiB of shared memory for its pipeline where there is as much.
+    """
     if dtype == torch.float32:
         return Launch(32, 32, 4, 2), Launch(32, 32, 4, 1), Launch(32, 32, 4, 1)
     if head_dim <= 64:
         return Launch(64, 64, 4, 3), Launch(64, 32, 4, 3), Launch(64, 64, 4, 3)
+    if shared_bytes(device) < 2**17:
+        return Launch(64, 64, 4, 2), Launch(64, 64, 4, 1), Launch(64, 64, 4, 2)
     return Launch(64, 64, 4, 3), Launch(64, 64, 4, 2), Launch(128, 64, 8, 3)
 
 
@@ -248,7 +253,7 @@ def _forward(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
     batch, seq, heads, head_dim = q.shape
     out = torch.empty(q.shape, dtype=q.dtype, device=q.device)
     lse = torch.empty((batch, heads, seq), dtype=torch.float32, device=q.device)  # in powers of two
-    launch = launches(head_dim, q.dtype)[0]
+    launch = launches(head_dim, q.dtype, q.device)[0]
     attention_triton_fwd_kernel[(triton.cdiv(seq, launch.rows), batch * heads)](
         q, k, v, out, lse, *q.stride()[:3], *k.stride()[:3], *v.stride()[:3], seq,
         BLOCK_M=launch.rows, BLOCK_N=launch.cols, **_constants(q, k, launch),
@@ -266,7 +271,7 @@ def _backward(dout: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: T
     batch, seq, heads, head_dim = q.shape
     delta = torch.empty_like(lse)
     dq, dk, dv = (torch.empty(x.shape, dtype=x.dtype, device=x.device) for x in (q, k, v))
-    _, for_keys, for_queries = launches(head_dim, q.dtype)
+    _, for_keys, for_queries = launches(head_dim, q.dtype, q.device)
     strides = [stride for x in (q, k, v, dout) for stride in x.stride()[:3]]
     constants = _constants(q, k, for_keys)
     attention_triton_bwd_delta_kernel[(triton.cdiv(seq, 64), batch * heads)](
