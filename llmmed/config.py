@@ -63,7 +63,8 @@ class TrainConfig:
     eval_every: NonNegative  # 0: only at the end
     eval_batches: Positive
     checkpoint_every: NonNegative  # 0: only at the end
-    keep_last: Positive
+    keep_last: Positive  # the best is kept besides
+    patience: NonNegative  # evaluations without a better validation loss that end the run; 0: it is never ended
     log_every: Positive
     resume: str | None  # null, auto, latest, or a run folder
     deterministic: bool

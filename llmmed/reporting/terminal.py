@@ -53,13 +53,18 @@ def print_closing(summary: Mapping[str, Any], plan: KernelPlan, folder: Path, co
     seconds, first = summary["training_time_seconds"], summary["time_to_first_step_seconds"]
     kernels = ", ".join(f"{op} {name}" for op, name in plan.choice.items())
     rows = {
-        "loss": f"training {summary['final/train_loss']:.4f}, validation {summary['final/val_loss']:.4f} nats a token",
+        "loss": f"training {summary['final/train_loss']:.4f}, validation {_validation(summary)} nats a token",
         "speed": speed,
         "time": f"{seconds:.1f} s of training; first step {first:.1f} s after the start",
         "kernels": kernels,
         "files": f"{shown(folder)}/",
     }
     console.print(_pairs(rows))
+
+
+def _validation(summary: Mapping[str, Any]) -> str:
+    last, best, step = summary["final/val_loss"], summary["best/val_loss"], summary["best/step"]
+    return f"{last:.4f}" if step in (0, summary["steps"]) else f"{last:.4f} (best {best:.4f} at step {step})"
 
 
 def _pairs(rows: Mapping[str, str]) -> Table:

@@ -40,10 +40,11 @@ def save(
     optimizer: Mapping[str, Tensor],
     state: Mapping[str, Any],
     keep: int,
+    best: int | None = None,
 ) -> Path:
-    """Writes the checkpoint of `step` into `folder` and removes all but the last `keep`."""
+    """Writes the checkpoint of `step` into `folder` and removes all but the last `keep` and that of step `best`."""
     folder.mkdir(parents=True, exist_ok=True)
-    target = folder / f"step_{step:08d}"
+    target = folder / _name(step)
     temporary = Path(tempfile.mkdtemp(dir=folder, prefix=".writing-"))
     try:
         save_file(
@@ -64,8 +65,13 @@ def save(
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
     for old in sorted(folder.glob("step_*"))[:-keep]:
-        shutil.rmtree(old, ignore_errors=True)
+        if old.name != _name(best):
+            shutil.rmtree(old, ignore_errors=True)
     return target
+
+
+def _name(step: int | None) -> str:
+    return "" if step is None else f"step_{step:08d}"
 
 
 def load_latest(folder: Path) -> Checkpoint | None:

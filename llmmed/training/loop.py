@@ -5,10 +5,11 @@ from __future__ import annotations
 import logging
 import queue
 import statistics
+import sys
 import threading
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -43,6 +44,8 @@ class Result:
     steps: int
     train_loss: float
     val_loss: float
+    best_val_loss: float
+    best_step: int
     tokens_per_second: float
     mfu: float | None
     peak_memory_gib: float | None
@@ -99,6 +102,22 @@ def train(
     return run.result()
 
 
+@dataclass
+class Best:
+    """The best validation loss, the step it was seen at, and the evaluations since."""
+
+    step: int = 0
+    loss: float = sys.float_info.max  # infinity is no JSON
+    waited: int = 0
+
+    def see(self, step: int, loss: float) -> bool:
+        if loss < self.loss:
+            self.step, self.loss, self.waited = step, loss, 0
+            return True
+        self.waited += 1
+        return False
+
+
 class _Run:
     """The state of one training run."""
 
@@ -131,6 +150,8 @@ class _Run:
         self.first_step_seconds = 0.0
         self.speeds: list[float] = []  # tokens a second, of each log interval after the first
         self.last: dict[str, float] = {}
+        self.best = Best()
+        self.done = 0
         self.training_seconds = 0.0
 
     def restore(self) -> int:
@@ -142,6 +163,8 @@ class _Run:
         self.stepper.restore(found.optimizer)
         self.seconds_before = found.state["training_seconds"]
         self.last = found.state["last_metrics"]
+        self.best = Best(**found.state["best"])
+        self.done = found.step
         return found.step
 
     def loop(self, first: int, stop: StopRequest, progress: TrainingProgress) -> None:
@@ -154,7 +177,7 @@ class _Run:
             for step in range(first, train.max_steps):
                 loss, norm = self.stepper.run(step, (source.next() for _ in range(self.count)), self.count)
                 losses.append(loss)
-                done = step + 1
+                done = self.done = step + 1
                 progress.advance(done)
                 if step == first:
                     self._synchronize()
@@ -172,19 +195,28 @@ class _Run:
                     losses.clear()
                     interval_begun, interval_first = time.perf_counter(), done
                 evaluated = (train.eval_every and done % train.eval_every == 0) or done == train.max_steps
-                if evaluated:
-                    found = self.evaluator.run()
-                    self.last |= found
-                    self._write(done, found)
-                    progress.note(f"step {done}: validation loss {found['val/loss']:.4f}")
+                improved = evaluated and self._evaluate(done, progress)
+                enough = 0 < train.patience <= self.best.waited
                 self.training_seconds = self.seconds_before + time.perf_counter() - begun
-                saved = (train.checkpoint_every and done % train.checkpoint_every == 0) or last
+                saved = (train.checkpoint_every and done % train.checkpoint_every == 0) or last or improved or enough
                 if saved:
                     self._save(done)
                 if evaluated or saved:
                     interval_begun, interval_first = time.perf_counter(), done
+                if enough:
+                    progress.note(f"step {done}: {self.best.waited} evaluations without a better validation loss")
+                    return
                 if stopping is not None and done < train.max_steps:
                     raise Interrupted(f"{stopping} after step {done}; its checkpoint is written")
+
+    def _evaluate(self, done: int, progress: TrainingProgress) -> bool:
+        """Whether the validation loss is the best so far."""
+        found = self.evaluator.run()
+        self.last |= found
+        self._write(done, found)
+        improved = self.best.see(done, found["val/loss"])
+        progress.note(f"step {done}: validation loss {found['val/loss']:.4f}{', the best so far' if improved else ''}")
+        return improved
 
     def close(self) -> None:
         if self.file is not None:
@@ -196,9 +228,11 @@ class _Run:
     def result(self) -> Result:
         speed = statistics.median(self.speeds) if self.speeds else self.last.get("tokens_per_second", 0.0)
         return Result(
-            steps=self.config.train.max_steps,
+            steps=self.done,
             train_loss=self.last.get("loss", float("nan")),
             val_loss=self.last.get("val/loss", float("nan")),
+            best_val_loss=self.best.loss,
+            best_step=self.best.step,
             tokens_per_second=speed,
             mfu=self._mfu(speed),
             peak_memory_gib=self._memory_gib(),
@@ -252,10 +286,11 @@ class _Run:
             "data": self.dataset.fingerprint,
             "training_seconds": self.training_seconds,
             "last_metrics": self.last,
+            "best": asdict(self.best),
         }
         model = self.model.state_dict()
-        keep = self.config.train.keep_last
-        checkpoint.save(self.folder / "checkpoints", step, model, self.stepper.tensors(), state, keep)
+        keep, best = self.config.train.keep_last, self.best.step or None
+        checkpoint.save(self.folder / "checkpoints", step, model, self.stepper.tensors(), state, keep, best)
 
     def _mfu(self, tokens_per_second: float) -> float | None:
         return None if self.peak is None else tokens_per_second * self.flops / (self.peak * 1e12)

@@ -70,6 +70,8 @@ def config() -> Config:
             eval_batches=1,
             checkpoint_every=0,
             keep_last=1,
+            patience=0,
+            patience=0,
             log_every=1,
             resume=None,
             deterministic=False,

@@ -155,9 +155,24 @@ def test_low_precision_learns_too(tmp_path: Path, precision: str) -> None:
     assert ("loss_scale" in entries[0]) == (precision == "fp16")
 
 
-def test_only_the_last_checkpoints_are_kept(tmp_path: Path) -> None:
-    run(replace_train(tiny_config(), checkpoint_every=3, keep_last=2), tmp_path)
-    assert sorted(p.name for p in (tmp_path / "checkpoints").iterdir()) == ["step_00000009", "step_00000012"]
+def test_only_the_last_checkpoints_and_the_best_are_kept(tmp_path: Path) -> None:
+    # At this rate the loss falls at first and is far above it in the end.
+    config = tiny_config("optimizer.lr=0.3", "optimizer.warmup_steps=8", "optimizer.schedule=constant")
+    config = replace_train(config, checkpoint_every=3, eval_every=1, keep_last=2, max_steps=12)
+    _, result = run(config, tmp_path)
+    losses = {e["step"]: e["val/loss"] for e in read_metrics(tmp_path / "metrics.jsonl") if "val/loss" in e}
+    assert result.best_val_loss == min(losses.values()) < losses[12]
+    assert losses[result.best_step] == result.best_val_loss
+    kept = sorted(p.name for p in (tmp_path / "checkpoints").iterdir())
+    assert kept == [f"step_{step:08d}" for step in (result.best_step, 9, 12)]
+
+
+def test_patience_ends_a_run_that_gets_no_better(tmp_path: Path) -> None:
+    config = tiny_config("optimizer.lr=0.3", "optimizer.warmup_steps=8", "optimizer.schedule=constant")
+    _, result = run(replace_train(config, eval_every=1, patience=3, max_steps=60), tmp_path)
+    assert result.steps < 60
+    assert result.steps >= result.best_step + 3
+    assert checkpoint.load_latest(tmp_path / "checkpoints").step == result.steps  # type: ignore[union-attr]
 
 
 def replace_train(config, **changes):  # type: ignore[no-untyped-def]
