@@ -71,7 +71,6 @@ def config() -> Config:
             checkpoint_every=0,
             keep_last=1,
             patience=0,
-            patience=0,
             log_every=1,
             resume=None,
             deterministic=False,

@@ -1,0 +1,37 @@
+"""Every shipped experiment runs: a few steps of it, on the CPU, from the command line to the last file."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from llmmed.compose import config_folder
+
+EXPERIMENTS = sorted(path.stem for path in (config_folder() / "experiment").glob("*.yaml"))
+
+# What makes any of them short; everything else is the experiment's own.
+SHORT = ["device=cpu", "kernels=pytorch", "train.max_steps=2", "train.seq_len=32", "train.micro_batch_size=2",
+         "train.eval_batches=1", "train.log_every=1", "hydra.run.dir=run"]  # fmt: skip
+
+FILES = ["env.json", "kernels.json", "loss.png", "metrics.jsonl", "status.json", "summary.json", "train.log"]
+SUMMARY = {"tokens_per_second", "mfu", "peak_memory_gib", "final/train_loss", "final/val_loss", "total_parameters",
+           "training_time_seconds", "time_to_first_step_seconds", "kernels/rms_norm", "use_triton_rmsnorm",
+           "kernels/rotary", "use_triton_rotary"}  # fmt: skip
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", EXPERIMENTS)
+def test_a_few_steps_of_every_experiment(name: str, tmp_path: Path, repository: Path) -> None:
+    command = [sys.executable, str(repository / "scripts" / "train.py"), f"experiment={name}", *SHORT]
+    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=250)
+    assert done.returncode == 0, done.stderr
+    run = tmp_path / "run"
+    assert not [file for file in FILES if not (run / file).stat().st_size]
+    assert json.loads((run / "status.json").read_text())["state"] == "finished"
+    assert set(json.loads((run / "summary.json").read_text())) >= SUMMARY
+    assert (run / "checkpoints" / "step_00000002" / "model.safetensors").exists()
+    assert str(run.name) in done.stdout
