@@ -63,15 +63,15 @@ def run(config: Config, folder: Path, *, started: float) -> int:
     except Exception as error:  # noqa: BLE001 - a run that fails must say so in its folder, whatever the reason
         reason = f"{type(error).__name__}: {' '.join(str(error).split())[:300]}"
         run_folder.write_status(folder, "failed", reason=reason)
-        logger.debug("%s", traceback.format_exc())
-        (folder / "traceback.txt").write_text(traceback.format_exc(), encoding="utf-8")
-        errors.print(f"error: {reason} (traceback in {run_folder.shown(folder / 'traceback.txt')})", markup=False)
+        logger.info("%s", traceback.format_exc())  # below what the terminal shows
+        errors.print(f"error: {reason} (traceback in {run_folder.shown(folder / 'train.log')})", markup=False)
         return 1
     run_folder.write_status(folder, "finished")
     return 0
 
 
 def _run(config: Config, folder: Path, console: Console, started: float) -> None:
+    logger.info("configuration: %s", as_dict(config))
     prepare_backend(config)
     mode = resolve_compile(config)
     dataset = data.prepare(config, report=lambda message: console.print(f"[dim]{message}[/]"))
@@ -81,6 +81,7 @@ def _run(config: Config, folder: Path, console: Console, started: float) -> None
     with console.status("tuning") as status:
         plan = tune(config, workload, mode=mode, report=lambda progress: status.update(str(progress)))
     plan.write(folder / "kernels.json")
+    logger.info("kernels %s: %s", "from the cache" if plan.cached else "chosen", plan.choice)
     print_kernel_table(plan, console)
     if config.train.dry_run:
         console.print(
@@ -103,6 +104,7 @@ def _run(config: Config, folder: Path, console: Console, started: float) -> None
     finally:
         if sink is not None:
             sink.finish(summary, status_word)
+    logger.info("summary: %s", summary)
     print_closing(summary, plan, folder, console)
 
 

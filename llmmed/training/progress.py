@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import logging
 import time
 from collections.abc import Mapping
 from types import TracebackType
 
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+logger = logging.getLogger(__name__)
 
 _LINES = 20  # of a whole run, where there is no terminal
 
@@ -58,6 +61,7 @@ class TrainingProgress:
             self._console.print(f"step {step}/{self._max_steps}  {facts}  {_duration(left)} left", markup=False)
 
     def note(self, text: str) -> None:
+        logger.info("%s", text)
         self._console.print(text, markup=False)
 
 
