@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import traceback
 from collections.abc import Mapping
@@ -49,25 +50,36 @@ def run(config: Config, folder: Path, *, started: float) -> int:
     try:
         _run(config, folder, console, started)
     except Interrupted as interruption:
-        run_folder.write_status(folder, "interrupted", reason=str(interruption))
+        _record(folder, "interrupted", str(interruption))
         errors.print(f"interrupted: {interruption}; go on with train.resume={run_folder.shown(folder)}", markup=False)
         return 130
     except KeyboardInterrupt:
-        run_folder.write_status(folder, "interrupted", reason="Ctrl-C before training")
+        _record(folder, "interrupted", "Ctrl-C before training")
         errors.print("interrupted before training began", markup=False)
         return 130
     except UserError as error:
-        run_folder.write_status(folder, "failed", reason=str(error))
+        _record(folder, "failed", str(error))
         errors.print(f"error: {error}", markup=False)
+        return 1
+    except OSError as error:
+        reason = f"{error.strerror or error}{f': {error.filename}' if error.filename else ''}"
+        _record(folder, "failed", reason)
+        errors.print(f"error: {reason}; what was written before is whole", markup=False)
         return 1
     except Exception as error:  # noqa: BLE001 - a run that fails must say so in its folder, whatever the reason
         reason = f"{type(error).__name__}: {' '.join(str(error).split())[:300]}"
-        run_folder.write_status(folder, "failed", reason=reason)
+        _record(folder, "failed", reason)
         logger.info("%s", traceback.format_exc())  # below what the terminal shows
         errors.print(f"error: {reason} (traceback in {run_folder.shown(folder / 'train.log')})", markup=False)
         return 1
     run_folder.write_status(folder, "finished")
     return 0
+
+
+def _record(folder: Path, state: run_folder.State, reason: str) -> None:
+    """Writes the status of a run that ends early; where not even that can be written, the terminal has it."""
+    with contextlib.suppress(OSError):
+        run_folder.write_status(folder, state, reason=reason)
 
 
 def _run(config: Config, folder: Path, console: Console, started: float) -> None:

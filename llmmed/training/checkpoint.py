@@ -15,6 +15,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
@@ -62,6 +63,8 @@ def save(
         shutil.rmtree(target, ignore_errors=True)
         os.replace(temporary, target)
         _flush(folder)
+    except SafetensorError as error:
+        raise OSError(f"the checkpoint of step {step} cannot be written to {folder}: {error}") from error
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
     for old in sorted(folder.glob("step_*"))[:-keep]:

@@ -1,0 +1,82 @@
+"""What goes wrong at three in the morning: one line, an exit code, and nothing lost that was on disk."""
+
+from __future__ import annotations
+
+import json
+import os
+import shlex
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from llmmed.training import checkpoint
+
+SMOKE = ["experiment=smoke", "data=synthetic", "kernels=pytorch", "train.eval_every=0", "hydra.run.dir=disk/run"]
+
+
+def can_mount() -> bool:
+    """Whether a file system of limited size can be made here, in a namespace of its own."""
+    try:
+        return subprocess.run(["unshare", "-Urm", "true"], capture_output=True).returncode == 0
+    except OSError:
+        return False
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not can_mount(), reason="needs user namespaces: unshare -Urm")
+def test_a_full_disk_leaves_the_checkpoint_before(tmp_path: Path, repository: Path) -> None:
+    (tmp_path / "disk").mkdir()
+    train = shlex.join([sys.executable, str(repository / "scripts" / "train.py"), *SMOKE, "train.keep_last=1"])
+    # Room for one checkpoint of 4.5 MB and not for two. What lies there goes with the namespace, so it is copied out.
+    script = f"mount -t tmpfs -o size=8m tmpfs disk && {train}; code=$?; cp -r disk/run kept; exit $code"
+    done = subprocess.run(
+        ["unshare", "-Urm", "bash", "-c", script], cwd=tmp_path, capture_output=True, text=True, timeout=120
+    )
+    assert done.returncode == 1
+    lines = done.stderr.strip().splitlines()
+    assert len(lines) == 1, done.stderr
+    assert "No space left on device" in lines[0]
+    assert "step 20" in lines[0]
+    found = checkpoint.load_latest(tmp_path / "kept" / "checkpoints")
+    assert found is not None
+    assert found.step == 10
+    assert not list((tmp_path / "kept" / "checkpoints").glob(".writing-*"))
+    assert json.loads((tmp_path / "kept" / "status.json").read_text())["state"] == "failed"
+
+
+@pytest.mark.slow
+def test_without_wandb_the_run_finishes(tmp_path: Path, repository: Path) -> None:
+    (tmp_path / "wandb.py").write_text("raise ImportError('broken on purpose')")
+    command = [sys.executable, str(repository / "scripts" / "train.py"), *SMOKE, "logger=wandb", "train.max_steps=2"]
+    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=120, env=_with_path(tmp_path))
+    assert done.returncode == 0, done.stderr
+    assert "W&B is not used: broken on purpose" in done.stderr
+    assert json.loads((tmp_path / "disk" / "run" / "status.json").read_text())["state"] == "finished"
+
+
+@pytest.mark.slow
+def test_wandb_that_dies_in_the_middle_does_not_end_the_run(tmp_path: Path, repository: Path) -> None:
+    """A W&B that starts, then raises at every call, and one call that never returns."""
+    (tmp_path / "wandb.py").write_text(
+        "import time\n"
+        "class Settings:\n"
+        "    def __init__(self, **_): pass\n"
+        "class Run:\n"
+        "    id = 'x'\n"
+        "    summary = {}\n"
+        "    def log(self, *_, **__): raise ConnectionError('server gone')\n"
+        "    def finish(self, **_): time.sleep(3600)\n"
+        "def init(**_): return Run()\n"
+    )
+    command = [sys.executable, str(repository / "scripts" / "train.py"), *SMOKE, "logger=wandb", "train.max_steps=4"]
+    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=120, env=_with_path(tmp_path))
+    assert done.returncode == 0, done.stderr
+    assert done.stderr.count("server gone") == 1
+    assert json.loads((tmp_path / "disk" / "run" / "status.json").read_text())["state"] == "finished"
+    assert (tmp_path / "disk" / "run" / "summary.json").exists()
+
+
+def _with_path(folder: Path) -> dict[str, str]:
+    return os.environ | {"PYTHONPATH": str(folder)}
