@@ -62,8 +62,13 @@ def build(config: Config) -> Transformer:
 def run(
     config: Config, folder: Path, *, resume: bool = False, sinks: Sequence[Sink] = ()
 ) -> tuple[Transformer, Result]:
-    folder.mkdir(exist_ok=True, parents=True)
     model = build(config)
+    return model, run_with(model, config, folder, resume=resume, sinks=sinks)
+
+
+def run_with(
+    model: Transformer, config: Config, folder: Path, *, resume: bool = False, sinks: Sequence[Sink] = ()
+) -> Result:
+    folder.mkdir(exist_ok=True, parents=True)
     quiet = Console(file=(folder / "console.txt").open("a"))
-    result = train(config, model, pattern(), folder, plan={}, sinks=sinks, console=quiet, started=0.0, resume=resume)
-    return model, result
+    return train(config, model, pattern(), folder, plan={}, sinks=sinks, console=quiet, started=0.0, resume=resume)
