@@ -15,19 +15,20 @@ from typing import Any
 from rich.console import Console
 
 from llmmed import data, run_folder
-from llmmed.autotune.plan import KernelPlan
+from llmmed.autotune.hardware import describe_hardware
+from llmmed.autotune.plan import KernelPlan, Mode
 from llmmed.autotune.tuner import tune
-from llmmed.autotune.workload import record_workload
+from llmmed.autotune.workload import Workload, record_workload
 from llmmed.compose import as_dict
 from llmmed.config import Config
 from llmmed.errors import UserError
-from llmmed.files import write_json
+from llmmed.files import read_json, write_json
 from llmmed.kernels.catalog import load_kernels
 from llmmed.model import Transformer, compute_dtype
 from llmmed.reporting.kernel_table import print_kernel_table
 from llmmed.reporting.terminal import print_closing, print_header
 from llmmed.reporting.wandb_sink import open_wandb
-from llmmed.training import Interrupted, Result, prepare_backend, resolve_compile, train
+from llmmed.training import Interrupted, Result, checkpoint, prepare_backend, resolve_compile, train
 
 logger = logging.getLogger(__name__)
 
@@ -90,8 +91,10 @@ def _run(config: Config, folder: Path, console: Console, started: float) -> None
     print_header(config, dataset, mode, folder, console)
 
     workload = record_workload(config)
-    with console.status("tuning") as status:
-        plan = tune(config, workload, mode=mode, report=lambda progress: status.update(str(progress)))
+    plan = _plan_of_checkpoint(config, folder, workload, mode)
+    if plan is None:
+        with console.status("tuning") as status:
+            plan = tune(config, workload, mode=mode, report=lambda progress: status.update(str(progress)))
     plan.write(folder / "kernels.json")
     logger.info("kernels %s: %s", "from the cache" if plan.cached else "chosen", plan.choice)
     print_kernel_table(plan, console)
@@ -118,6 +121,21 @@ def _run(config: Config, folder: Path, console: Console, started: float) -> None
             sink.finish(summary, status_word)
     logger.info("summary: %s", summary)
     print_closing(summary, plan, folder, console)
+
+
+def _plan_of_checkpoint(config: Config, folder: Path, workload: Workload, mode: Mode) -> KernelPlan | None:
+    """The plan that a resumed run was training with, if this is still the machine and the step that it was made for."""
+    path = checkpoint.latest(folder / "checkpoints") if config.train.resume is not None else None
+    if path is None:
+        return None
+    plan = KernelPlan.from_json(read_json(path / "state.json")["plan"])
+    same = (
+        plan.policy == config.kernels.policy
+        and plan.mode == mode
+        and plan.hardware == describe_hardware(config.device)
+        and plan.workload_fingerprint == workload.fingerprint()
+    )
+    return plan if same else None
 
 
 def build(config: Config, plan: KernelPlan) -> Transformer:

@@ -30,7 +30,10 @@ _SYNTHETIC_TOKENS = 2**23
 
 @dataclass(frozen=True)
 class Dataset:
-    """Packed tokens, documents separated by `end_token`. `from_cache`: nothing had to be prepared."""
+    """Packed tokens, documents separated by `end_token`.
+
+    `fingerprint` is a hash of the tokens themselves; `from_cache` says that nothing had to be prepared.
+    """
 
     name: str
     train: Tokens
@@ -63,21 +66,21 @@ def prepare(config: Config, report: Callable[[str], None] = lambda message: None
     """The data of a run, from the cache or prepared now. `report` is told what takes time. Raises `UserError`."""
     if config.data.name == "synthetic":
         return _synthetic(config)
-    fingerprint = _fingerprint(config)
-    folder = cache_folder("data") / fingerprint[:32]
-    dataset = _open(folder, config, fingerprint, from_cache=True)
+    folder = cache_folder("data") / _recipe(config)[:32]
+    dataset = _open(folder, config, from_cache=True)
     if dataset is None:
         if folder.exists():
             report(f"the prepared data in {folder} is damaged; preparing it again")
             shutil.rmtree(folder, ignore_errors=True)
         _build(config, folder, report)
-        dataset = _open(folder, config, fingerprint, from_cache=False)
+        dataset = _open(folder, config, from_cache=False)
         if dataset is None:
             raise UserError(f"the prepared data cannot be read back from {folder}; is the disk full?")
     return dataset
 
 
-def _fingerprint(config: Config) -> str:
+def _recipe(config: Config) -> str:
+    """A hash of all that decides what comes out."""
     source, tokenizer = config.data, config.tokenizer
     facts: dict[str, Any] = {
         "version": _VERSION,
@@ -169,7 +172,7 @@ def _head(document: str) -> str:
     return document.partition(". ")[0].casefold()
 
 
-def _open(folder: Path, config: Config, fingerprint: str, *, from_cache: bool) -> Dataset | None:
+def _open(folder: Path, config: Config, *, from_cache: bool) -> Dataset | None:
     """The prepared data, memory-mapped, or None if it is not there or not what its manifest says."""
     try:
         facts = read_json(folder / "manifest.json")
@@ -195,7 +198,7 @@ def _open(folder: Path, config: Config, fingerprint: str, *, from_cache: bool) -
         bytes_per_token=validation["bytes"] / validation["tokens"] if validation["tokens"] else None,
         train_documents=facts["train"]["documents"],
         validation_documents=validation["documents"],
-        fingerprint=fingerprint,
+        fingerprint=sha256_of([facts["train"]["sha256"], validation["sha256"]]),
         from_cache=from_cache,
     )
 

@@ -78,14 +78,21 @@ def _name(step: int | None) -> str:
 
 
 def load_latest(folder: Path) -> Checkpoint | None:
+    """The newest checkpoint whose checksums hold, or None."""
+    path = latest(folder)
+    if path is None:
+        return None
+    state = read_json(path / "state.json")
+    model, optimizer = (load_file(path / f"{name}.safetensors") for name in ("model", "optimizer"))
+    return Checkpoint(state["step"], model, optimizer, state)
+
+
+def latest(folder: Path) -> Path | None:
     """The newest checkpoint whose checksums hold, or None. Damaged ones are named in a warning and passed over."""
     for path in sorted(folder.glob("step_*"), reverse=True):
         problem = damage(path)
         if problem is None:
-            state = read_json(path / "state.json")
-            return Checkpoint(
-                state["step"], load_file(path / "model.safetensors"), load_file(path / "optimizer.safetensors"), state
-            )
+            return path
         logger.warning("checkpoint %s is damaged (%s); using the one before it", path, problem)
     return None
 

@@ -81,7 +81,7 @@ def train(
 
     Raises:
         Interrupted: SIGTERM or SIGINT came; a checkpoint is written.
-        UserError: out of memory; or the gradients are not finite any more.
+        UserError: out of memory; the gradients are not finite any more; or the checkpoint is of other data.
     """
     run = _Run(config, model, dataset, folder, plan, sinks, started)
     first = run.restore() if resume else 0
@@ -159,6 +159,11 @@ class _Run:
         found = checkpoint.load_latest(self.folder / "checkpoints")
         if found is None:
             return 0
+        if found.state["data"] != self.dataset.fingerprint:
+            raise UserError(
+                f"the data is not that of the checkpoint of step {found.step} in {self.folder}: the text or the "
+                f"tokenizer has changed; start a new run"
+            )
         self.model.load_state_dict(found.model)
         self.stepper.restore(found.optimizer)
         self.seconds_before = found.state["training_seconds"]

@@ -16,7 +16,6 @@ from llmmed.compose import compose
 from llmmed.config import Config
 from llmmed.data import biomed, prepared, text
 from llmmed.errors import UserError
-from llmmed.files import cache_folder
 
 
 def text_config(path: Path, *overrides: str) -> Config:
@@ -74,7 +73,8 @@ def test_the_second_run_takes_the_cache_and_a_damaged_one_is_made_again(tmp_path
     assert (first.from_cache, second.from_cache) == (False, True)
     assert np.array_equal(train, second.train)
 
-    folder = cache_folder("data") / first.fingerprint[:32]
+    assert first.tokenizer_file is not None
+    folder = first.tokenizer_file.parent
     (folder / "train.npy").unlink()
     np.save(folder / "train.npy", np.zeros(3, dtype=np.uint16))
     told: list[str] = []
