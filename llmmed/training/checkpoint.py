@@ -80,8 +80,11 @@ def _name(step: int | None) -> str:
 def load_latest(folder: Path) -> Checkpoint | None:
     """The newest checkpoint whose checksums hold, or None."""
     path = latest(folder)
-    if path is None:
-        return None
+    return None if path is None else load(path)
+
+
+def load(path: Path) -> Checkpoint:
+    """One checkpoint, by its own folder; whoever calls has checked it."""
     state = read_json(path / "state.json")
     model, optimizer = (load_file(path / f"{name}.safetensors") for name in ("model", "optimizer"))
     return Checkpoint(state["step"], model, optimizer, state)

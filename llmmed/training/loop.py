@@ -21,6 +21,7 @@ from llmmed.compose import accumulation_steps, as_dict
 from llmmed.config import Config
 from llmmed.data import Batches, Dataset
 from llmmed.errors import UserError
+from llmmed.files import write_atomically
 from llmmed.model import Transformer, flops_per_token
 from llmmed.optim import learning_rate
 from llmmed.training import checkpoint
@@ -72,7 +73,7 @@ def train(
         config: The run's.
         model: On its device.
         dataset: Prepared.
-        folder: The run folder: checkpoints, metrics.jsonl and loss.png go there.
+        folder: The run folder: checkpoints, metrics.jsonl, loss.png and the tokenizer go there.
         plan: The kernel plan as JSON, kept in every checkpoint.
         sinks: Take the metrics as well.
         console: For progress.
@@ -83,6 +84,8 @@ def train(
         Interrupted: SIGTERM or SIGINT came; a checkpoint is written.
         UserError: out of memory; the gradients are not finite any more; or the checkpoint is of other data.
     """
+    if dataset.tokenizer_file is not None:
+        write_atomically(folder / "tokenizer.json", dataset.tokenizer_file.read_bytes())
     run = _Run(config, model, dataset, folder, plan, sinks, started)
     first = run.restore() if resume else 0
     progress = TrainingProgress(console, first, config.train.max_steps)

@@ -67,8 +67,16 @@ def run(
 
 
 def run_with(
-    model: Transformer, config: Config, folder: Path, *, resume: bool = False, sinks: Sequence[Sink] = ()
+    model: Transformer,
+    config: Config,
+    folder: Path,
+    *,
+    resume: bool = False,
+    sinks: Sequence[Sink] = (),
+    dataset: Dataset | None = None,
 ) -> Result:
     folder.mkdir(exist_ok=True, parents=True)
     quiet = Console(file=(folder / "console.txt").open("a"))
-    return train(config, model, pattern(), folder, plan={}, sinks=sinks, console=quiet, started=0.0, resume=resume)
+    return train(
+        config, model, dataset or pattern(), folder, plan={}, sinks=sinks, console=quiet, started=0.0, resume=resume
+    )

@@ -1,0 +1,11 @@
+"""Exports a run for Hugging Face: `python scripts/export_hf.py <run folder> <target folder>`.
+
+The target then loads with `transformers.AutoModelForCausalLM.from_pretrained` and `AutoTokenizer.from_pretrained`.
+"""
+
+import sys
+
+from llmmed.export import main
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))
