@@ -74,7 +74,7 @@ def fingerprint(
         "candidate_seconds": candidate_seconds,
         "judges": _hash_files(sorted(Path(__file__).parent.glob("*.py"))),
         "contract": _hash_files(map(Path, (base.__file__, operator.__file__, catalog.__file__))),
-        "sources": {op: source_hash(op) for op in sorted(candidates)},
+        "sources": {op: source_hash(op) for op in catalog.op_names()},  # all: one op's code may use another's
     }
     return sha256_of([json.dumps(facts, sort_keys=True)])
 

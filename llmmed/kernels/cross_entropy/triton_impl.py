@@ -177,16 +177,22 @@ def launch(vocab: int, itemsize: int, n_rows: int, device: torch.device) -> tupl
     return block, 1, num_warps, max(1, min(n_rows, per_sm * sm_count(device)))
 
 
+def mean_factor(targets: Tensor, ignore_index: int, scale: Tensor | None) -> Tensor:
+    """scale / rows that count, 0-d float64 on the device; zero if no row counts."""
+    factor = torch.empty((), dtype=torch.float64, device=targets.device)
+    cross_entropy_triton_factor_kernel[(1,)](
+        targets, scale, factor, targets.stride(0), targets.shape[0], ignore_index, BLOCK=4096, num_warps=8
+    )
+    return factor
+
+
 def _compute(
     logits: Tensor, targets: Tensor, ignore_index: int, scale: Tensor | None, with_gradient: bool
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Loss; row maxima and sums of exponentials [2, rows]; scale / rows that count; the gradient, or nothing."""
     rows = as_rows(logits)
     n_rows, vocab = rows.shape
-    factor = torch.empty((), dtype=torch.float64, device=logits.device)
-    cross_entropy_triton_factor_kernel[(1,)](
-        targets, scale, factor, targets.stride(0), n_rows, ignore_index, BLOCK=4096, num_warps=8
-    )
+    factor = mean_factor(targets, ignore_index, scale)
     losses = torch.empty(n_rows, dtype=torch.float32, device=logits.device)
     statistics = torch.empty((2, n_rows), dtype=torch.float32, device=logits.device)
     gradient = torch.empty((n_rows, vocab) if with_gradient else (0,), dtype=logits.dtype, device=logits.device)

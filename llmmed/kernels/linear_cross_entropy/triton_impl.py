@@ -15,30 +15,11 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from llmmed.kernels.base import Implementation
-from llmmed.kernels.cross_entropy.triton_impl import launch, row_statistics, write_gradient
+from llmmed.kernels.cross_entropy.triton_impl import launch, mean_factor, row_statistics, write_gradient
 from llmmed.kernels.operator import TRITON_DEVICES, as_rows, make_operator, require_triton
 
 _CHUNKS = 2  # the logits of a chunk take half of what all would
 _CHUNK_BYTES = 9 * 2**26  # and no more than this: each chunk reads and writes the weight's gradient once
-
-
-@triton.jit
-def linear_cross_entropy_triton_factor_kernel(
-    targets_ptr, scale_ptr, factor_ptr, targets_stride, n_rows, ignore_index, BLOCK: tl.constexpr,
-):  # fmt: skip
-    # factor = scale / rows that count, zero if none does, in float64: it is rounded once, together with the upstream
-    # gradient. One program: the targets are few.
-    counts = tl.zeros((BLOCK,), dtype=tl.int32)
-    for start in range(0, n_rows, BLOCK):
-        rows = start + tl.arange(0, BLOCK)
-        targets = tl.load(targets_ptr + rows.to(tl.int64) * targets_stride, mask=rows < n_rows, other=ignore_index)
-        counts += (targets != ignore_index).to(tl.int32)
-    count = tl.sum(counts, axis=0)
-    scale = tl.full((), 1.0, dtype=tl.float64)
-    if scale_ptr is not None:
-        scale = tl.load(scale_ptr).to(tl.float64)
-    mean = scale / tl.maximum(count, 1).to(tl.float64)
-    tl.store(factor_ptr, tl.where(count > 0, mean, 0.0))
 
 
 @triton.jit
@@ -75,15 +56,6 @@ def linear_cross_entropy_triton_bwd_kernel(
     index = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
     raw = tl.load(raw_ptr + index, mask=index < n, other=0.0).to(tl.float32)
     tl.store(out_ptr + index, (raw * factor).to(out_ptr.dtype.element_ty), mask=index < n)
-
-
-def mean_factor(targets: Tensor, ignore_index: int, scale: Tensor | None) -> Tensor:
-    """scale / rows that count, 0-d float64 on the device; zero if no row counts."""
-    factor = torch.empty((), dtype=torch.float64, device=targets.device)
-    linear_cross_entropy_triton_factor_kernel[(1,)](
-        targets, scale, factor, targets.stride(0), targets.shape[0], ignore_index, BLOCK=4096, num_warps=8
-    )
-    return factor
 
 
 def losses_and_raw_gradients(

@@ -12,7 +12,8 @@ import torch
 from torch import Tensor
 
 from llmmed.kernels.base import Implementation
-from llmmed.kernels.linear_cross_entropy.triton_impl import finish, losses_and_raw_gradients, mean_factor
+from llmmed.kernels.cross_entropy.triton_impl import mean_factor
+from llmmed.kernels.linear_cross_entropy.triton_impl import finish, losses_and_raw_gradients
 from llmmed.kernels.operator import TRITON_DEVICES, make_operator, require_triton
 
 

@@ -21,11 +21,6 @@ BUGS = {
         "            if GRADIENT:\n                for start",
         "            if V < 0:\n                for start",
     ),
-    "mean over ignored rows too": ("counts += (targets != ignore_index)", "counts += (rows < n_rows)"),
-    "scale ignored": (
-        "scale = tl.load(scale_ptr).to(tl.float64)",
-        "scale = tl.load(scale_ptr).to(tl.float64) * 0.0 + 1.0",
-    ),
     "upstream gradient ignored": ("tl.load(factor_ptr) * tl.load(upstream_ptr)", "tl.load(factor_ptr)"),
     "targets of the first chunk everywhere": (
         "_differentiate(logits, targets[rows],",
