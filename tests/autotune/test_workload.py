@@ -13,16 +13,8 @@ from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
 from llmmed.autotune.workload import Workload, record_calls, record_workload
-from llmmed.config import (
-    Config,
-    DataConfig,
-    KernelsConfig,
-    LoggerConfig,
-    ModelConfig,
-    OptimizerConfig,
-    TokenizerConfig,
-    TrainConfig,
-)
+from llmmed.compose import compose
+from llmmed.config import Config
 from llmmed.kernels.base import Call, Kernels, TensorSpec, tensor_spec
 from llmmed.kernels.catalog import default_choice, load_kernels
 from llmmed.model import Transformer, compute_dtype
@@ -33,63 +25,23 @@ D_HEAD = WIDTH // HEADS
 
 @pytest.fixture
 def config() -> Config:
-    return Config(
-        seed=0,
-        device="cpu",
-        model=ModelConfig(
-            name="tiny",
-            n_layers=LAYERS,
-            d_model=WIDTH,
-            n_heads=HEADS,
-            n_kv_heads=KV_HEADS,
-            d_ff=96,
-            vocab_size=101,
-            rope_theta=10_000.0,
-            norm_eps=1e-5,
-            tie_embeddings=True,
-        ),
-        kernels=KernelsConfig(
-            policy="auto",
-            pin={},
-            on_unavailable="error",
-            margin=0.01,
-            cache="none",
-            plan=None,
-            budget_seconds=60.0,
-            candidate_seconds=30.0,
-        ),
-        train=TrainConfig(
-            max_steps=1,
-            seq_len=SEQ,
-            micro_batch_size=BATCH,
-            global_batch_tokens=BATCH * SEQ,
-            precision="bf16",
-            compile="eager",
-            grad_clip=1.0,
-            eval_every=0,
-            eval_batches=1,
-            checkpoint_every=0,
-            keep_last=1,
-            patience=0,
-            log_every=1,
-            resume=None,
-            deterministic=False,
-            dry_run=False,
-        ),
-        optimizer=OptimizerConfig(
-            name="adamw",
-            lr=1e-3,
-            weight_decay=0.1,
-            betas=(0.9, 0.95),
-            eps=1e-8,
-            schedule="cosine",
-            warmup_steps=0,
-            min_lr_ratio=0.1,
-            momentum=None,
-        ),
-        data=DataConfig(name="synthetic", path=None, text_field="text", validation_fraction=0.1),
-        tokenizer=TokenizerConfig(name="bpe", vocab_size=512),
-        logger=LoggerConfig(mode="disabled", project="llmmed", entity=None, group=None, tags=[]),
+    return compose(
+        [
+            "experiment=smoke",
+            "data=synthetic",
+            "device=cpu",
+            f"model.n_layers={LAYERS}",
+            f"model.d_model={WIDTH}",
+            f"model.n_heads={HEADS}",
+            f"model.n_kv_heads={KV_HEADS}",
+            "model.d_ff=96",
+            "model.vocab_size=101",
+            "model.norm_eps=1e-5",
+            "model.tie_embeddings=true",
+            f"train.seq_len={SEQ}",
+            f"train.micro_batch_size={BATCH}",
+            "train.precision=bf16",
+        ]
     )
 
 

@@ -1,0 +1,62 @@
+"""On a GPU, training on Triton kernels departs from PyTorch's no further than compiled PyTorch departs from eager."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+from rich.console import Console
+
+from llmmed import data
+from llmmed.compose import compose
+from llmmed.data import biomed
+from llmmed.kernels.catalog import default_choice, implementation_names, load_kernels
+from llmmed.model import Transformer, compute_dtype
+from llmmed.training.loop import train
+from llmmed.training.metrics import read_metrics
+
+STEPS = 200
+TRITON = {op: "triton" for op in default_choice() if "triton" in implementation_names(op)}
+CHANCE = 1.5  # two runs that differ by rounding alone depart from each other by more or less
+
+
+def curve(folder: Path, precision: str, mode: str, kernels: dict[str, str]) -> dict[str, torch.Tensor]:
+    """Loss and gradient norm of every step."""
+    folder.mkdir()
+    torch.compiler.reset()
+    config = compose(
+        ["model=small", "data=biomed", "logger=none", "device=cuda", f"train.max_steps={STEPS}", "train.log_every=1",
+         "train.eval_every=0", "train.checkpoint_every=0", f"train.precision={precision}", f"train.compile={mode}"]
+    )  # fmt: skip
+    model = Transformer(
+        config.model,
+        load_kernels(default_choice() | kernels),
+        compute_dtype(precision),
+        max_seq_len=config.train.seq_len,
+        seed=config.seed,
+        device="cuda",
+    )
+    with (folder / "console.txt").open("w") as file:
+        train(config, model, data.prepare(config), folder, plan={}, sinks=[], console=Console(file=file), started=0.0,
+              resume=False)  # fmt: skip
+    entries = [entry for entry in read_metrics(folder / "metrics.jsonl") if "loss" in entry]
+    assert len(entries) == STEPS
+    return {key: torch.tensor([entry[key] for entry in entries]) for key in ("loss", "grad_norm")}
+
+
+@pytest.mark.gpu
+@pytest.mark.slow
+@pytest.mark.timeout(600)
+@pytest.mark.skipif(biomed.missing_package() is not None, reason="needs the package of data=biomed")
+@pytest.mark.parametrize("precision", ["bf16", "fp16"])
+def test_triton_departs_no_further_than_the_compiler(tmp_path: Path, precision: str) -> None:
+    eager = curve(tmp_path / "eager", precision, "eager", {})
+    compiled = curve(tmp_path / "compiled", precision, "compiled", {})
+    triton = curve(tmp_path / "triton", precision, "graphs", TRITON)
+    for key in ("loss", "grad_norm"):
+        # A step that overflows in float16 has no norm in any of them.
+        finite = eager[key].isfinite() & compiled[key].isfinite() & triton[key].isfinite()
+        assert finite.sum() > 0.9 * STEPS
+        allowed = (compiled[key] - eager[key])[finite].abs().mean()
+        assert (triton[key] - eager[key])[finite].abs().mean() <= CHANCE * allowed, key
