@@ -4,7 +4,7 @@ VENV := .venv
 PY := $(VENV)/bin/python
 ARGS ?=
 
-.PHONY: help train test setup setup-dev lint types unit interpreter gpu clean
+.PHONY: help train test doctor setup setup-dev lint types unit interpreter gpu clean
 
 help: ## Shows this list.
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## /\t/' | expand -t 14
@@ -13,6 +13,9 @@ train: setup ## Tunes the kernels and trains the small model on biomedical text.
 	$(PY) scripts/train.py kernels=auto model=small $(ARGS)
 
 test: setup-dev lint types unit interpreter ## Everything that CI checks.
+
+doctor: setup ## What to paste into a bug report, and what to do about what is wrong. ARGS=--full verifies all kernels.
+	$(PY) -m llmmed.doctor $(ARGS)
 
 setup: $(VENV)/.installed ## Creates .venv and installs the package.
 setup-dev: $(VENV)/.installed-dev

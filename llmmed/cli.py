@@ -34,6 +34,7 @@ _INTERRUPTED = 130  # the shell's exit code after Ctrl-C
 class _Job:
     name: str
     folder: Path
+    sweep: Path  # the folder of the whole
     outcome: str  # finished, skipped, or why it failed
     failed: bool
 
@@ -58,6 +59,8 @@ def main() -> None:
         _exit(f"{error.strerror or error}: {error.filename}" if error.filename else str(error))
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
+        if _jobs:
+            _compare_jobs()
         sys.exit(_INTERRUPTED)
     if _jobs:
         _tell_sweep()
@@ -93,28 +96,31 @@ def _run_job(composed: DictConfig, folder: Path, hydra_config: HydraConf) -> _Jo
     """Runs one job of a sweep in a child process, unless it is finished already. Never raises for what it does."""
     overrides = list(hydra_config.overrides.task)
     name = hydra_config.job.override_dirname or "no overrides"
+    sweep = Path(hydra_config.sweep.dir)
     if run_folder.read_status(folder).state == "finished":
         print(f"\njob {hydra_config.job.num}: {name}: finished before, skipped", flush=True)
-        return _Job(name, folder, "skipped", failed=False)
+        return _Job(name, folder, sweep, "skipped", failed=False)
     print(f"\njob {hydra_config.job.num}: {name}", flush=True)
     try:
         compose.validate(composed, overrides)
     except UserError as error:
         run_folder.write_status(folder, "failed", reason=str(error))
-        return _Job(name, folder, str(error), failed=True)
+        return _Job(name, folder, sweep, str(error), failed=True)
     own = [o for o in hydra_config.overrides.hydra if not o.startswith(("hydra.mode", "hydra.sweep", "hydra/launcher"))]
     command = [sys.executable, "-m", "llmmed.cli", *overrides, *own, f"hydra.run.dir={_quoted(folder)}"]
     code = _wait(subprocess.Popen(command))
     if code == 0:
-        return _Job(name, folder, "finished", failed=False)
+        return _Job(name, folder, sweep, "finished", failed=False)
     status = run_folder.read_status(folder)
     if status.state not in ("failed", "interrupted"):
         reason = f"killed by {signal.Signals(-code).name}" if code < 0 else f"ended with exit code {code}"
         run_folder.write_status(folder, "failed", reason=reason)
         status = run_folder.read_status(folder)
+    job = _Job(name, folder, sweep, status.reason or status.state, failed=True)
     if code == _INTERRUPTED:
+        _jobs.append(job)
         raise KeyboardInterrupt
-    return _Job(name, folder, status.reason or status.state, failed=True)
+    return job
 
 
 def _wait(child: subprocess.Popen[bytes]) -> int:
@@ -127,13 +133,22 @@ def _wait(child: subprocess.Popen[bytes]) -> int:
 
 
 def _tell_sweep() -> None:
-    """One line a job; exit code 1 if any failed."""
+    """The comparison of all jobs, on the terminal and in the sweep's folder; exit code 1 if any failed."""
+    _compare_jobs()
     failed = [job for job in _jobs if job.failed]
-    print(f"\nsweep: {len(_jobs) - len(failed)} of {len(_jobs)} jobs finished")
-    for job in _jobs:
-        print(f"  {'FAILED' if job.failed else 'ok':6} {job.name}: {job.outcome} ({run_folder.shown(job.folder)})")
     if failed:
         _exit("; ".join(f"{job.name} failed: {job.outcome}" for job in failed))
+
+
+def _compare_jobs() -> None:
+    from rich.console import Console
+
+    from llmmed.reporting import sweep_summary  # torch comes with it
+
+    try:
+        sweep_summary.tell(_jobs[0].sweep, Console(highlight=False))
+    except OSError as error:
+        print(f"warning: the comparison cannot be written: {error}", file=sys.stderr)
 
 
 def _quoted(folder: Path) -> str:

@@ -1,0 +1,336 @@
+"""The comparison that ends a sweep: one row a job, on the terminal and as `sweep_summary.{csv,md,json,png}`.
+
+Read from the job folders alone, so that it can be told of a finished, a running and a broken sweep.
+"""
+
+from __future__ import annotations
+
+import csv
+import io
+import math
+import os
+import platform
+import statistics
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any, Literal
+
+from hydra.core.override_parser.overrides_parser import OverridesParser
+from hydra.errors import HydraException
+from omegaconf import OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+from rich.console import Console
+from rich.table import Table
+from rich.text import Text
+
+from llmmed import run_folder
+from llmmed.autotune.plan import KernelPlan
+from llmmed.errors import UserError
+from llmmed.files import read_json, write_atomically, write_json
+from llmmed.kernels.catalog import DEFAULT
+
+_ABSENT = "\N{EN DASH}"
+_GRID_SWEEPER = "hydra._internal.core_plugins.basic_sweeper.BasicSweeper"
+_BLUE, _RED = "#0072B2", "#D55E00"  # told apart by colour-blind readers
+
+
+@dataclass(frozen=True)
+class JobSummary:
+    """What one run came to. Of a run that did not finish, the numbers are the last that it wrote."""
+
+    job: str  # its overrides, for people
+    folder: str  # relative to the sweep's folder
+    status: Literal["finished", "failed", "interrupted", "running", "not started"]
+    reason: str | None = None
+    kernels: dict[str, str] | None = None  # op -> implementation where that is not PyTorch's; None: not chosen yet
+    steps: int | None = None
+    tokens_per_second: float | None = None
+    mfu: float | None = None
+    peak_memory_gib: float | None = None
+    train_loss: float | None = None  # nats a token
+    val_loss: float | None = None
+    time_to_first_step_seconds: float | None = None
+    training_time_seconds: float | None = None
+
+
+@dataclass(frozen=True)
+class Column:
+    """A number of every job."""
+
+    header: str  # with its unit, in two lines
+    value: Callable[[JobSummary], str]  # empty if absent
+
+    @property
+    def title(self) -> str:
+        """The header in one line."""
+        return self.header.replace("\n", " ")
+
+
+def is_sweep(folder: Path) -> bool:
+    """Whether a folder holds a sweep's jobs and is no run folder itself."""
+    return not (folder / ".hydra").exists() and ((folder / "multirun.yaml").exists() or any(_job_folders(folder)))
+
+
+def tell(folder: Path, console: Console) -> list[JobSummary]:
+    """Prints the table of a sweep and writes its files into the sweep's folder. Raises `OSError`."""
+    jobs = summarize_sweep(folder)
+    done = sum(job.status == "finished" for job in jobs)
+    console.print(f"\nsweep: {done} of {len(jobs)} jobs finished\n")
+    console.print(table(jobs))
+    troubled = [job for job in jobs if job.status != "finished"]
+    if troubled:
+        console.print()
+    for job in troubled:
+        where = f" ({run_folder.shown(folder / job.folder)})" if job.folder else ""
+        console.print(f"{job.status}: {job.job}: {job.reason or 'no reason is known'}{where}", markup=False)
+    write(jobs, folder)
+    console.print(f"\ncomparison in {run_folder.shown(folder)}/sweep_summary.csv, .md, .json and .png", markup=False)
+    return jobs
+
+
+def summarize_sweep(folder: Path) -> list[JobSummary]:
+    """One summary a job, in the order of the sweep; those that were planned and never started come last."""
+    overrides = {path: _overrides(path) for path in _job_folders(folder)}
+    planned = _planned(folder)
+    missing = [job for job in planned if job not in overrides.values()]
+    order = {tuple(job): place for place, job in enumerate(planned)}
+    paths = sorted(overrides, key=lambda path: (order.get(tuple(overrides[path]), len(order)), str(path)))
+    common = set.intersection(*map(set, [*overrides.values(), *missing])) if overrides or missing else set()
+
+    def name(job: list[str]) -> str:
+        return " ".join(part for part in job if part not in common) or " ".join(job) or "no overrides"
+
+    found = [
+        replace(summarize_run(path), job=name(overrides[path]), folder=str(path.relative_to(folder))) for path in paths
+    ]
+    reason = "the sweep ended before it; the same command with hydra.sweep.dir=<this folder> runs what is missing"
+    return found + [JobSummary(name(job), "", "not started", reason) for job in missing]
+
+
+def summarize_run(folder: Path) -> JobSummary:
+    """Out of a run folder, with whatever is there."""
+    status = status_of(folder)
+    state = "not started" if status.state == "none" else status.state
+    job = JobSummary(" ".join(_overrides(folder)) or "no overrides", "", state, status.reason, _kernels(folder))
+    if state == "finished" and (values := stored(folder / "summary.json")):
+        return replace(
+            job,
+            steps=values.get("steps"),
+            tokens_per_second=values.get("tokens_per_second"),
+            mfu=values.get("mfu"),
+            peak_memory_gib=values.get("peak_memory_gib"),
+            train_loss=values.get("final/train_loss"),
+            val_loss=values.get("final/val_loss"),
+            time_to_first_step_seconds=values.get("time_to_first_step_seconds"),
+            training_time_seconds=values.get("training_time_seconds"),
+        )
+    metrics = metrics_of(folder)
+    last: dict[str, Any] = {key: value for entry in metrics for key, value in entry.items()}
+    speeds = [entry["tokens_per_second"] for entry in metrics if entry.get("tokens_per_second")]
+    return replace(
+        job,
+        steps=last.get("step"),
+        tokens_per_second=statistics.median(speeds) if speeds else None,
+        mfu=last.get("mfu"),
+        peak_memory_gib=last.get("memory_gib"),
+        train_loss=last.get("loss"),
+        val_loss=last.get("val/loss"),
+    )
+
+
+def status_of(folder: Path) -> run_folder.Status:
+    """The run's status; one that says `running` although its process is gone from this machine has failed."""
+    status = run_folder.read_status(folder)
+    here = stored(folder / "env.json").get("host") == platform.node()
+    if status.state == "running" and here and status.pid is not None and not _alive(status.pid):
+        reason = f"its process ended without a word after {status.updated}: killed, or the machine went down"
+        return replace(status, state="failed", reason=reason)
+    return status
+
+
+def metrics_of(folder: Path) -> list[dict[str, float]]:
+    """`metrics.jsonl`, as far as it can be read."""
+    from llmmed.training.metrics import read_metrics  # torch comes with it
+
+    try:
+        return [
+            entry for entry in read_metrics(folder / "metrics.jsonl") if isinstance(entry, dict) and "step" in entry
+        ]
+    except (OSError, UnicodeDecodeError):
+        return []
+
+
+def stored(path: Path) -> dict[str, Any]:
+    """A file's JSON object; empty where it is missing or damaged."""
+    try:
+        found = read_json(path)
+    except (OSError, ValueError):
+        return {}
+    return found if isinstance(found, dict) else {}
+
+
+def number(value: float | None, form: str) -> str:
+    """Empty if absent."""
+    return "" if value is None else format(value, form)
+
+
+def table(jobs: Sequence[JobSummary]) -> Table:
+    """For the terminal. A column that no job has a value for is left out."""
+    shown = columns(jobs)
+    found = Table(box=None, padding=(0, 1, 0, 0), pad_edge=False, header_style="bold")
+    found.add_column("job", overflow="fold", min_width=14)
+    found.add_column("status", no_wrap=True)
+    for column in shown:
+        found.add_column(column.header, justify="right", no_wrap=True)
+    found.add_column("kernels other than pytorch", overflow="fold", min_width=12)
+    for job in jobs:
+        colour = {"finished": "green", "failed": "bold red"}.get(job.status, "yellow")
+        cells = [Text(column.value(job) or _ABSENT) for column in shown]
+        found.add_row(Text(job.job), Text(job.status, colour), *cells, Text(told_kernels(job.kernels)))
+    return found
+
+
+def columns(jobs: Sequence[JobSummary]) -> list[Column]:
+    """The numbers of a comparison, without those that no job has."""
+    return [column for column in _COLUMNS if any(column.value(job) for job in jobs)]
+
+
+def told_kernels(kernels: dict[str, str] | None) -> str:
+    """`triton: rms_norm, rotary; cudnn: attention`."""
+    if not kernels:
+        return _ABSENT if kernels is None else "none"
+    names = dict.fromkeys(kernels.values())
+    return "; ".join(f"{name}: {', '.join(op for op, n in kernels.items() if n == name)}" for name in names)
+
+
+def write(jobs: Sequence[JobSummary], folder: Path) -> None:
+    """`sweep_summary.json`, `.csv`, `.md` and `.png`, each whole or not at all."""
+    rows = [asdict(job) for job in jobs]
+    finite = [{key: None if value != value else value for key, value in row.items()} for row in rows]  # JSON has no NaN
+    write_json(folder / "sweep_summary.json", finite)
+    text = io.StringIO()
+    writer = csv.DictWriter(text, list(JobSummary.__dataclass_fields__))
+    writer.writeheader()
+    writer.writerows(row | {"kernels": told_kernels(row["kernels"])} for row in rows)
+    write_atomically(folder / "sweep_summary.csv", text.getvalue())
+    write_atomically(folder / "sweep_summary.md", _markdown(jobs))
+    write_atomically(folder / "sweep_summary.png", _picture(jobs))
+
+
+_COLUMNS = (
+    Column("speed\ntokens/s", lambda job: number(job.tokens_per_second, ",.0f")),
+    Column("memory\nGiB", lambda job: number(job.peak_memory_gib, ".2f")),
+    Column("train\nloss", lambda job: number(job.train_loss, ".4f")),
+    Column("val\nloss", lambda job: number(job.val_loss, ".4f")),
+    Column("first\nstep, s", lambda job: number(job.time_to_first_step_seconds, ".1f")),
+)
+
+
+def _markdown(jobs: Sequence[JobSummary]) -> str:
+    headers = ["job", "status", *(column.title for column in _COLUMNS), "kernels other than pytorch", "reason"]
+    lines = [headers, ["---", "---", *("---:" for _ in _COLUMNS), "---", "---"]]
+    for job in jobs:
+        cells = [column.value(job) or _ABSENT for column in _COLUMNS]
+        lines.append([job.job, job.status, *cells, told_kernels(job.kernels), job.reason or ""])
+    note = "Losses in nats a token; memory is the allocator's peak; the first step's time is counted from the start."
+    return "".join(f"| {' | '.join(cell.replace('|', chr(92) + '|') for cell in line)} |\n" for line in lines) + (
+        f"\n{note}\n"
+    )
+
+
+def _picture(jobs: Sequence[JobSummary]) -> bytes:
+    """Bars, one panel a quantity; losses as points, since their zero says nothing."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    panels = [
+        ("throughput (tokens/s)", [job.tokens_per_second for job in jobs], True),
+        ("peak memory (GiB)", [job.peak_memory_gib for job in jobs], True),
+        ("validation loss (nats a token)", [job.val_loss for job in jobs], False),
+        ("time to first step (s)", [job.time_to_first_step_seconds for job in jobs], True),
+    ]
+    shown = [panel for panel in panels if any(map(_drawable, panel[1]))] or panels[:1]
+    size = (2.5 + 3.0 * len(shown), min(1.4 + 0.45 * len(jobs), 60.0))
+    figure, axes = pyplot.subplots(1, len(shown), figsize=size, sharey=True, squeeze=False, layout="constrained")
+    labels = [_folded(job.job if job.status == "finished" else f"{job.job}\n{job.status}") for job in jobs]
+    for axis, (title, values, bars) in zip(axes[0], shown, strict=True):
+        for row, (job, value) in enumerate(zip(jobs, values, strict=True)):
+            colour = _BLUE if job.status == "finished" else _RED
+            hatch = None if job.status == "finished" else "//"
+            if not _drawable(value):
+                axis.text(0.02, row, _ABSENT, transform=axis.get_yaxis_transform(), va="center", color="0.4")
+            elif bars:
+                axis.barh(row, value, 0.6, color=colour, hatch=hatch, edgecolor="white")
+            else:
+                axis.plot([value], [row], "o" if hatch is None else "x", color=colour, markersize=7)
+        axis.set_xlabel(title)
+        axis.grid(axis="x", alpha=0.3)
+        axis.locator_params(axis="x", nbins=4)
+        axis.set_axisbelow(True)
+    axes[0][0].set_yticks(range(len(jobs)), labels)
+    axes[0][0].set_ylim(len(jobs) - 0.5, -0.5)
+    picture = io.BytesIO()
+    figure.savefig(picture, format="png", dpi=120)
+    pyplot.close(figure)
+    return picture.getvalue()
+
+
+def _drawable(value: float | None) -> bool:
+    return value is not None and math.isfinite(value)
+
+
+def _folded(name: str, width: int = 36) -> str:
+    """In lines of a bearable length, without what matplotlib would take for mathematics."""
+    lines = [line[start : start + width] for line in name.split("\n") for start in range(0, len(line), width)]
+    return "\n".join(lines).replace("$", r"\$")
+
+
+def _job_folders(folder: Path) -> Iterator[Path]:
+    return (path.parent.parent for path in folder.rglob(".hydra/overrides.yaml") if path.parent.parent != folder)
+
+
+def _overrides(folder: Path) -> list[str]:
+    try:
+        found = OmegaConf.to_container(OmegaConf.load(folder / ".hydra" / "overrides.yaml"))
+    except (OSError, ValueError, OmegaConfBaseException):
+        return []
+    return [str(override) for override in found] if isinstance(found, list) else []
+
+
+def _planned(folder: Path) -> list[list[str]]:
+    """The overrides of every job of the sweep's last command, where Hydra's own sweeper ran it: it tries them all."""
+    from hydra._internal.core_plugins.basic_sweeper import BasicSweeper
+
+    try:
+        stored = OmegaConf.load(folder / "multirun.yaml")
+        if OmegaConf.select(stored, "hydra.sweeper._target_") != _GRID_SWEEPER:
+            return []
+        overrides = [str(override) for override in OmegaConf.select(stored, "hydra.overrides.task")]
+        overrides += [
+            f"{key}={value}" for key, value in (OmegaConf.select(stored, "hydra.sweeper.params") or {}).items()
+        ]
+        parsed = OverridesParser.create().parse_overrides(overrides)
+        return BasicSweeper.split_arguments(parsed, max_batch_size=None)[0]
+    except (OSError, TypeError, ValueError, HydraException, OmegaConfBaseException):
+        return []
+
+
+def _kernels(folder: Path) -> dict[str, str] | None:
+    try:
+        choice = KernelPlan.read(folder / "kernels.json").choice
+    except UserError:
+        return None
+    return {op: name for op, name in choice.items() if name != DEFAULT}
+
+
+def _alive(pid: int) -> bool:
+    try:
+        os.kill(pid, 0)
+    except ProcessLookupError:
+        return False
+    except PermissionError:
+        return True
+    return True

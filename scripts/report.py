@@ -1,0 +1,11 @@
+"""Writes report.html into a run's or a sweep's folder: `python scripts/report.py outputs/<date>/<time>`.
+
+Works for failed and unfinished runs, too. Of a sweep it also prints and writes the comparison of its jobs.
+"""
+
+import sys
+
+from llmmed.reporting.report import main
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))
