@@ -10,7 +10,7 @@ import importlib.util
 import json
 import os
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -72,6 +72,11 @@ def as_dict(config: Config) -> dict[str, Any]:
     """The whole configuration, resolved, as plain JSON types."""
     values: dict[str, Any] = _ADAPTER.dump_python(config, mode="json")
     return values
+
+
+def from_dict(values: Mapping[str, Any]) -> Config:
+    """The configuration that `as_dict` wrote. Raises `pydantic.ValidationError`."""
+    return _ADAPTER.validate_json(json.dumps(values), strict=True)
 
 
 def config_folder() -> Path:

@@ -45,6 +45,8 @@ class KernelsConfig:
     margin: Fraction  # a rival must be faster than the default by this share, and by more than the noise
     cache: Literal["use", "refresh", "none"]
     plan: str | None  # somebody's kernels.json, verified again here
+    objective: Literal["time", "memory"]  # what the step is to take least of
+    memory_budget_gib: PositiveFloat | None  # a plan that needs more is out; null: what the GPU has
     budget_seconds: PositiveFloat  # tuning ends after this with the best plan so far
     candidate_seconds: PositiveFloat  # one candidate that takes longer is killed and rejected
 

@@ -23,12 +23,13 @@ from llmmed.compose import as_dict
 from llmmed.config import Config
 from llmmed.errors import UserError
 from llmmed.files import read_json, write_json
-from llmmed.kernels.catalog import load_kernels
+from llmmed.kernels.catalog import default_choice, load_kernels
 from llmmed.model import Transformer, compute_dtype
 from llmmed.reporting.kernel_table import print_kernel_table
 from llmmed.reporting.terminal import print_closing, print_header
 from llmmed.reporting.wandb_sink import open_wandb
 from llmmed.training import Interrupted, Result, checkpoint, prepare_backend, resolve_compile, train
+from llmmed.training.executed import compare
 
 logger = logging.getLogger(__name__)
 
@@ -96,6 +97,7 @@ def _run(config: Config, folder: Path, console: Console, started: float) -> None
         with console.status("tuning") as status:
             plan = tune(config, workload, mode=mode, report=lambda progress: status.update(str(progress)))
     plan.write(folder / "kernels.json")
+    mode = plan.mode
     logger.info("kernels %s: %s", "from the cache" if plan.cached else "chosen", plan.choice)
     print_kernel_table(plan, console)
     if config.train.dry_run:
@@ -104,14 +106,17 @@ def _run(config: Config, folder: Path, console: Console, started: float) -> None
         )
         return
 
+    def launched(names: set[str]) -> None:
+        _confirm_execution(config, plan, names).write(folder / "kernels.json")
+
     model = build(config, plan)
     sink = open_wandb(config, folder, as_dict(config))
     status_word = "failed"
     summary: dict[str, Any] = plan.summary()
     try:
         result = train(
-            config, model, dataset, folder, plan=plan.to_json(), sinks=[sink] if sink else [],
-            console=console, started=started, resume=config.train.resume is not None,
+            config, model, dataset, folder, plan=plan.to_json(), mode=mode, sinks=[sink] if sink else [],
+            console=console, started=started, resume=config.train.resume is not None, launched=launched,
         )  # fmt: skip
         status_word = "finished"
         summary |= _summary(result, model)
@@ -131,11 +136,20 @@ def _plan_of_checkpoint(config: Config, folder: Path, workload: Workload, mode: 
     plan = KernelPlan.from_json(read_json(path / "state.json")["plan"])
     same = (
         plan.policy == config.kernels.policy
-        and plan.mode == mode
+        and (plan.mode == mode or config.train.compile == "auto")
         and plan.hardware == describe_hardware(config.device)
         and plan.workload_fingerprint == workload.fingerprint()
     )
     return plan if same else None
+
+
+def _confirm_execution(config: Config, plan: KernelPlan, launched: set[str]) -> KernelPlan:
+    """The plan with what a trace of the step says of it. Raises `UserError` if something else ran."""
+    if not launched:
+        logger.warning("the profiler saw no kernels, so that nothing shows that the chosen ones ran")
+        return plan
+    called = set(record_workload(config, load_kernels({**default_choice(), **plan.choice})).by_op())
+    return plan.model_copy(update={"executed": compare(plan.choice, called, launched)})
 
 
 def build(config: Config, plan: KernelPlan) -> Transformer:

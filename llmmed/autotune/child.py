@@ -21,20 +21,41 @@ from typing import Literal
 
 import torch
 
-from llmmed.autotune.journal import Begun, CeilingsFound, Done, Event, Job, JournalReader, Judged, Stage, Task, Timed
-from llmmed.autotune.plan import Candidate, Ceilings, Mode, Status
+from llmmed.autotune.journal import (
+    Begun,
+    CeilingsFound,
+    Done,
+    Event,
+    Job,
+    JournalReader,
+    Judged,
+    Stage,
+    StepDone,
+    StepTask,
+    Task,
+    Timed,
+    Tried,
+)
+from llmmed.autotune.plan import Candidate, Ceilings, Mode, Status, StepEvidence, StepTrial
 
 logger = logging.getLogger(__name__)
 
 _POLL_SECONDS = 0.05
 _LEAST_WARMING, _MOST_WARMING = 3, 12  # processes; with fewer it is not worth their start
-_DONE = {"verify": "verified", "load": "loaded", "measure": "measured", "ceilings": "measured"}
+_DONE = {
+    "verify": "verified",
+    "load": "loaded",
+    "measure": "measured",
+    "ceilings": "measured",
+    "step": "tried in the step",
+}
 _DOING = {
     "warm": "compiling on all cores",
     "verify": "verifying",
     "load": "loading",
     "measure": "measuring",
     "ceilings": "measuring the device's ceilings",
+    "step": "trying in the step",
 }
 
 
@@ -67,13 +88,18 @@ class Progress:
 class Findings:
     """What is known so far: verdicts by op and name, the ops that are measured, the ceilings.
 
-    `finished` says that nothing was cut short, by the budget or because no process could be started.
+    `step` is what the step said, `step_reason` why it said nothing. `finished` says that nothing was cut short, by the
+    budget or because no process could be started. `seconds` are those that each stage took.
     """
 
     ops: dict[str, dict[str, Candidate]] = field(default_factory=dict)
     measured: set[str] = field(default_factory=set)
     ceilings: Ceilings | None = None
+    trials: list[StepTrial] = field(default_factory=list)
+    step: StepEvidence | None = None
+    step_reason: str = ""
     finished: bool = False
+    seconds: dict[str, float] = field(default_factory=dict)
 
     def add(self, event: Event) -> None:
         if isinstance(event, Judged):
@@ -83,6 +109,10 @@ class Findings:
             self.measured.add(event.op)
         elif isinstance(event, CeilingsFound):
             self.ceilings = event.ceilings
+        elif isinstance(event, Tried):
+            self.trials.append(event.trial)
+        elif isinstance(event, StepDone):
+            self.step, self.step_reason = event.evidence, event.reason
 
     def left(self, tasks: list[Task]) -> list[Task]:
         """The tasks without what is done."""
@@ -103,10 +133,14 @@ def tune_in_child(
     device: Literal["cuda", "cpu"],
     mode: Mode,
     deterministic: bool,
+    step: StepTask | None,
     limits: Limits,
     report: Callable[[Progress], None],
 ) -> Findings:
-    """Tries every candidate of every task, in order; each gets a verdict, the last resort being `not_tried`."""
+    """Tries every candidate of every task, in order, then, if asked to, the best of them in the step.
+
+    Each candidate gets a verdict, the last resort being `not_tried`.
+    """
     findings = Findings()
     reason = ""
     with tempfile.TemporaryDirectory(prefix="llmmed-tuning-") as name:
@@ -119,12 +153,25 @@ def tune_in_child(
             deterministic=deterministic,
             matmul_precision=torch.get_float32_matmul_precision(),
             tasks=tasks,
+            seconds=limits.deadline - time.perf_counter(),
         )
         if device == "cuda":
+            began = time.perf_counter()
             _warm_up(first, folder, limits, report)
-        while left := findings.left(tasks):
-            journal = folder / f"journal{attempt}.jsonl"
-            job = first.model_copy(update={"journal": journal, "tasks": left, "ceilings": findings.ceilings})
+            findings.seconds["warm"] = time.perf_counter() - began
+        while True:
+            left, confirm = findings.left(tasks), _confirmation(step, findings)
+            if not left and confirm is None:
+                break
+            job = first.model_copy(
+                update={
+                    "journal": folder / f"journal{attempt}.jsonl",
+                    "tasks": left,
+                    "ceilings": findings.ceilings,
+                    "step": confirm,
+                    "seconds": limits.deadline - time.perf_counter(),
+                }
+            )
             reason = _Attempt(job, tasks, findings, limits, report).run(folder / f"job{attempt}.json")
             if reason:
                 break
@@ -132,6 +179,14 @@ def tune_in_child(
     findings.finished = not reason
     _fill_in(findings, tasks, reason)
     return findings
+
+
+def _confirmation(step: StepTask | None, findings: Findings) -> StepTask | None:
+    """What is left to do in the step: all of it, or what a process that died did not come to."""
+    if step is None or findings.step is not None or findings.step_reason:
+        return None
+    known = {op: step.known.get(op, {}) | findings.ops.get(op, {}) for op in {*step.known, *findings.ops}}
+    return step.model_copy(update={"known": known, "trials": list(findings.trials)})
 
 
 def _warm_up(job: Job, folder: Path, limits: Limits, report: Callable[[Progress], None]) -> None:
@@ -169,6 +224,7 @@ class _Attempt:
         self._open: Begun | None = None  # what is being tried
         self._open_since = 0.0
         self._logged: tuple[str, str, str] | None = None
+        self._stage, self._stage_since = "start", time.perf_counter()
         self._learnt = False  # whether this process has found anything out
         self._done = False
 
@@ -179,7 +235,10 @@ class _Attempt:
         with _started("llmmed.autotune.worker", [str(job_path)], log) as process:
             too_slow = self._watch(process)
         self._read()
+        self._account("")
         if self._done:
+            if self._job.step is not None and self._findings.step is None and not self._findings.step_reason:
+                self._findings.step_reason = "there is nothing to choose"
             return ""
         if time.perf_counter() >= self._limits.deadline:
             return f"kernels.budget_seconds={self._limits.budget_seconds:g} was used up"
@@ -188,6 +247,10 @@ class _Attempt:
             return ""  # it came to its end in that very moment
         if self._open is not None and self._open.name:
             self._reject(self._open, too_slow is not None, process.returncode, last_words)
+            return ""
+        if self._open is not None and self._open.stage == "step":
+            ended = _how_it_ended(process.returncode)
+            self._findings.step_reason = f"the default plan in the step: the process {ended}"
             return ""
         if self._learnt:
             return ""
@@ -215,12 +278,20 @@ class _Attempt:
             self._findings.add(event)
             if isinstance(event, Begun):
                 self._open, self._open_since = event, time.perf_counter()
+                self._account(event.stage)
                 self._tell(event)
             elif isinstance(event, Done):
                 self._done = True
             else:
                 self._open = None
                 self._learnt = True
+
+    def _account(self, stage: str) -> None:
+        """Books the time since the last change of stage to the stage that ends."""
+        now = time.perf_counter()
+        seconds = self._findings.seconds
+        seconds[self._stage] = seconds.get(self._stage, 0.0) + now - self._stage_since
+        self._stage, self._stage_since = stage, now
 
     def _tell(self, event: Begun) -> None:
         known = [c for op in self._findings.ops.values() for c in op.values()]
@@ -238,6 +309,12 @@ class _Attempt:
         limit = f"took longer than kernels.candidate_seconds={self._limits.candidate_seconds:g}"
         reason = limit if too_slow else f"the process {_how_it_ended(exit_code)}"
         told = f": {last_words}" if last_words and not too_slow and exit_code > 0 else ""
+        if culprit.stage == "step":
+            trial = StepTrial(
+                op=culprit.op, name=culprit.name, against="", status="failed", reason=f"{reason} {doing}{told}"
+            )
+            self._findings.trials.append(trial)
+            return
         known = self._findings.ops.setdefault(culprit.op, {})
         before = known.get(culprit.name, Candidate(status="not_tried"))
         known[culprit.name] = before.model_copy(update={"status": status, "reason": f"{reason} {doing}{told}"})

@@ -17,6 +17,7 @@ import torch
 from rich.console import Console
 from torch import Tensor
 
+from llmmed.autotune.plan import Mode
 from llmmed.compose import accumulation_steps, as_dict
 from llmmed.config import Config
 from llmmed.data import Batches, Dataset
@@ -26,7 +27,7 @@ from llmmed.model import Transformer, flops_per_token
 from llmmed.optim import learning_rate
 from llmmed.training import checkpoint
 from llmmed.training.evaluate import Evaluator
-from llmmed.training.execution import resolve_compile
+from llmmed.training.executed import launched_kernels
 from llmmed.training.metrics import MetricsFile, Sink, draw_loss, peak_tflops, read_metrics
 from llmmed.training.micro_step import GraphedMicroStep, LaunchedMicroStep, MicroStep
 from llmmed.training.progress import TrainingProgress
@@ -35,6 +36,7 @@ from llmmed.training.step import Stepper
 
 logger = logging.getLogger(__name__)
 
+_TRACED_STEP = 2  # after the first of this process: compiled and captured, and early enough to matter
 _MOST_SKIPPED_IN_A_ROW = 50  # more, and the loss is not overflowing but broken
 
 
@@ -62,10 +64,12 @@ def train(
     folder: Path,
     *,
     plan: Mapping[str, Any],
+    mode: Mode,
     sinks: Sequence[Sink],
     console: Console,
     started: float,
     resume: bool,
+    launched: Callable[[set[str]], None] | None = None,
 ) -> Result:
     """Trains to `train.max_steps`.
 
@@ -75,10 +79,12 @@ def train(
         dataset: Prepared.
         folder: The run folder: checkpoints, metrics.jsonl, loss.png and the tokenizer go there.
         plan: The kernel plan as JSON, kept in every checkpoint.
+        mode: How the step runs.
         sinks: Take the metrics as well.
         console: For progress.
         started: `time.perf_counter()` at the start of the process.
         resume: Whether to go on from the newest checkpoint in `folder`, if there is one.
+        launched: On a GPU, told once the names of all kernels that a step launches; what it raises ends the run.
 
     Raises:
         Interrupted: SIGTERM or SIGINT came; a checkpoint is written.
@@ -86,7 +92,7 @@ def train(
     """
     if dataset.tokenizer_file is not None:
         write_atomically(folder / "tokenizer.json", dataset.tokenizer_file.read_bytes())
-    run = _Run(config, model, dataset, folder, plan, sinks, started)
+    run = _Run(config, model, dataset, folder, plan, mode, sinks, started, launched)
     first = run.restore() if resume else 0
     progress = TrainingProgress(console, first, config.train.max_steps)
     if first:
@@ -125,14 +131,14 @@ class _Run:
     """The state of one training run."""
 
     def __init__(
-        self, config: Config, model: Transformer, dataset: Dataset, folder: Path, plan: Mapping[str, Any],
-        sinks: Sequence[Sink], started: float,
+        self, config: Config, model: Transformer, dataset: Dataset, folder: Path, plan: Mapping[str, Any], mode: Mode,
+        sinks: Sequence[Sink], started: float, launched: Callable[[set[str]], None] | None,
     ) -> None:  # fmt: skip
         self.config, self.model, self.dataset, self.folder = config, model, dataset, folder
         self.plan, self.sinks, self.started = plan, sinks, started
         self.device = next(model.parameters()).device
+        self.launched = launched if self.device.type == "cuda" else None
         loss: Callable[..., Tensor] = model
-        mode = resolve_compile(config)
         if mode != "eager":
             loss = torch.compile(model, fullgraph=True, dynamic=False)
         self.count = accumulation_steps(config.train)
@@ -183,7 +189,7 @@ class _Run:
         losses: list[Tensor] = []
         with _Prefetcher(self.batches, first * self.count, train.max_steps * self.count, self.device) as source:
             for step in range(first, train.max_steps):
-                loss, norm = self.stepper.run(step, (source.next() for _ in range(self.count)), self.count)
+                loss, norm = self._step(step, source, traced=step == first + _TRACED_STEP)
                 losses.append(loss)
                 done = self.done = step + 1
                 progress.advance(done)
@@ -216,6 +222,19 @@ class _Run:
                     return
                 if stopping is not None and done < train.max_steps:
                     raise Interrupted(f"{stopping} after step {done}; its checkpoint is written")
+
+    def _step(self, step: int, source: _Prefetcher, *, traced: bool) -> tuple[Tensor, Tensor]:
+        """One optimizer step: its loss and gradient norm. A traced one also tells which kernels it launched."""
+
+        def run() -> tuple[Tensor, Tensor]:
+            return self.stepper.run(step, (source.next() for _ in range(self.count)), self.count)
+
+        if self.launched is None or not traced:
+            return run()
+        results: list[tuple[Tensor, Tensor]] = []
+        names = launched_kernels(lambda: results.append(run()))
+        self.launched(names)
+        return results[0]
 
     def _evaluate(self, done: int, progress: TrainingProgress) -> bool:
         """Whether the validation loss is the best so far."""

@@ -49,6 +49,7 @@ class GraphedMicroStep:
     def __init__(self, loss: Loss, parameters: Sequence[nn.Parameter], *, accumulates: bool) -> None:
         self._loss, self._parameters, self._accumulates = loss, parameters, accumulates
         self._graphs: dict[bool, tuple[torch.cuda.CUDAGraph, Tensor]] = {}
+        self.gradients: list[Tensor] = []  # of the parameters, in the graphs' memory
 
     def run(self, batch: Tensor, scale: Tensor, *, first: bool) -> Tensor:
         if not self._graphs:
@@ -75,6 +76,7 @@ class GraphedMicroStep:
             with torch.cuda.graph(graph, pool=pool):
                 loss = _forward_and_backward(self._loss, self._batch, self._scale)
             self._graphs[first] = (graph, loss)
+        self.gradients = [p.grad if p.grad is not None else torch.zeros_like(p) for p in self._parameters]
 
 
 def _forward_and_backward(loss_of: Loss, batch: Tensor, scale: Tensor) -> Tensor:

@@ -13,6 +13,7 @@ from llmmed.config import Config
 from llmmed.data import Dataset
 from llmmed.kernels.catalog import default_choice, load_kernels
 from llmmed.model import Transformer, compute_dtype
+from llmmed.training.execution import resolve_compile
 from llmmed.training.loop import Result, train
 from llmmed.training.metrics import Sink
 
@@ -78,5 +79,14 @@ def run_with(
     folder.mkdir(exist_ok=True, parents=True)
     quiet = Console(file=(folder / "console.txt").open("a"))
     return train(
-        config, model, dataset or pattern(), folder, plan={}, sinks=sinks, console=quiet, started=0.0, resume=resume
+        config,
+        model,
+        dataset or pattern(),
+        folder,
+        plan={},
+        mode=resolve_compile(config),
+        sinks=sinks,
+        console=quiet,
+        started=0.0,
+        resume=resume,
     )
