@@ -59,6 +59,7 @@ class TrainConfig:
     global_batch_tokens: Positive
     precision: Literal["fp32", "bf16", "fp16"]
     compile: Literal["auto", "eager", "compiled", "graphs"]
+    activation_checkpointing: Literal["none", "block"]
     grad_clip: NonNegativeFloat  # 0 switches clipping off
     eval_every: NonNegative  # 0: only at the end
     eval_batches: Positive

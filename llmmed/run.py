@@ -24,7 +24,7 @@ from llmmed.config import Config
 from llmmed.errors import UserError
 from llmmed.files import read_json, write_json
 from llmmed.kernels.catalog import load_kernels
-from llmmed.model import Transformer, compute_dtype
+from llmmed.model import Transformer
 from llmmed.reporting.kernel_table import print_kernel_table
 from llmmed.reporting.terminal import print_closing, print_header
 from llmmed.reporting.wandb_sink import open_wandb
@@ -140,10 +140,7 @@ def _plan_of_checkpoint(config: Config, folder: Path, workload: Workload, mode: 
 
 def build(config: Config, plan: KernelPlan) -> Transformer:
     """The model with the plan's kernels, on the run's device. Parameters are the same under every plan."""
-    kernels = load_kernels(plan.choice)
-    dtype = compute_dtype(config.train.precision)
-    seq_len = config.train.seq_len
-    return Transformer(config.model, kernels, dtype, max_seq_len=seq_len, seed=config.seed, device=config.device)
+    return Transformer.for_training(config, load_kernels(plan.choice), config.device)
 
 
 def _summary(result: Result, model: Transformer) -> dict[str, Any]:

@@ -21,7 +21,6 @@ from llmmed.config import Config
 from llmmed.files import sha256_of
 from llmmed.kernels.base import Call, Kernels, TensorSpec
 from llmmed.kernels.catalog import default_choice, get_op, load_kernels
-from llmmed.model.precision import compute_dtype
 from llmmed.model.transformer import Transformer
 from llmmed.optim import build_muon
 
@@ -59,8 +58,7 @@ def record_workload(config: Config) -> Workload:
     train = config.train
 
     def micro_batch(kernels: Kernels) -> None:
-        dtype = compute_dtype(train.precision)
-        model = Transformer(config.model, kernels, dtype, max_seq_len=train.seq_len, device="meta")
+        model = Transformer.for_training(config, kernels, "meta")
         tokens = torch.zeros(train.micro_batch_size, train.seq_len, dtype=torch.int64, device="meta")
         model(tokens, tokens, torch.ones((), device="meta")).backward()
         if config.optimizer.name == "muon":
