@@ -33,6 +33,7 @@ class ModelConfig:
     rope_theta: PositiveFloat
     norm_eps: PositiveFloat
     tie_embeddings: bool
+    init_from: str | None  # a Hugging Face Llama (folder or hub name), or a run or checkpoint of ours
 
 
 @dataclass(config=_STRICT, frozen=True)
