@@ -68,9 +68,13 @@ class TrainConfig:
     keep_last: Positive  # the best is kept besides
     patience: NonNegative  # evaluations without a better validation loss that end the run; 0: it is never ended
     log_every: Positive
+    sample_every: NonNegative  # 0: never
+    sample_prompts: Annotated[list[str], Field(min_length=1)]
+    sample_tokens: Positive  # the longest continuation
     resume: str | None  # null, auto, latest, or a run folder
     deterministic: bool
     dry_run: bool
+    profile_steps: NonNegative  # 0: none
 
 
 @dataclass(config=_STRICT, frozen=True)
@@ -83,7 +87,8 @@ class OptimizerConfig:
     betas: tuple[Fraction, Fraction]  # AdamW's
     eps: PositiveFloat  # AdamW's
     momentum: Fraction | None  # Muon's
-    schedule: Literal["cosine", "linear", "constant"]
+    schedule: Literal["cosine", "linear", "constant", "wsd"]
+    decay_ratio: Annotated[float, Field(gt=0, le=1)]  # wsd's
     warmup_steps: NonNegative
     min_lr_ratio: Annotated[float, Field(ge=0, le=1)]
 

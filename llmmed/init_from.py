@@ -98,8 +98,7 @@ def _locate(name: str) -> InitialWeights:
     if (folder / "checkpoints").is_dir():
         return _ours(name, folder / "checkpoints" / checkpoint.folder_name(best_or_newest(folder).step))
     raise UserError(
-        f"model.init_from={name}: that is neither a Hugging Face folder with a config.json, nor a run or a checkpoint of "
-        f"one"
+        f"model.init_from={name}: that is neither a Hugging Face folder with a config.json, nor a run, nor a checkpoint"
     )
 
 

@@ -158,6 +158,7 @@ def _summary(result: Result, model: Transformer) -> dict[str, Any]:
         "peak_memory_gib": result.peak_memory_gib,
         "final/train_loss": result.train_loss,
         "final/val_loss": result.val_loss,
+        "final/val_accuracy": result.val_accuracy,
         "best/val_loss": result.best_val_loss,
         "best/step": result.best_step,
         "steps": result.steps,

@@ -120,6 +120,24 @@ class Transformer(nn.Module):
         Raises:
             UserError: the sequence is longer than `max_seq_len`.
         """
+        hidden_states = self.hidden_states(tokens)
+        if targets is None:
+            return F.linear(hidden_states, self.head.to(self.compute_dtype))
+        return self.loss(hidden_states, targets, scale)
+
+    @property
+    def head(self) -> Tensor:
+        """The output table [vocab, d_model] float32: the embedding's where they are tied."""
+        return self.token_embedding if self.lm_head is None else self.lm_head
+
+    def loss(self, hidden_states: Tensor, targets: Tensor, scale: Tensor | None = None) -> Tensor:
+        """The loss as `forward` gives it, from what `hidden_states` gives."""
+        rows, wanted = hidden_states.flatten(0, 1), targets.flatten()
+        loss: Tensor = self.kernels.linear_cross_entropy(rows, self.head, wanted, IGNORE_INDEX, scale)
+        return loss
+
+    def hidden_states(self, tokens: Tensor) -> Tensor:
+        """What the head takes, [batch, seq, d_model] in the compute dtype, of tokens [batch, seq]."""
         seq_len = tokens.shape[1]
         if seq_len > self.cos.shape[0]:
             raise UserError(
@@ -131,12 +149,7 @@ class Transformer(nn.Module):
         for layer in self.layers:
             update, residual = self._run_block(layer, update, residual, cos, sin)
         hidden_states, _ = _add_rms_norm(self.kernels, update, residual, self.final_norm, self.config.norm_eps)
-        head = self.token_embedding if self.lm_head is None else self.lm_head
-        if targets is None:
-            return F.linear(hidden_states, head.to(self.compute_dtype))
-        rows, wanted = hidden_states.flatten(0, 1), targets.flatten()
-        loss: Tensor = self.kernels.linear_cross_entropy(rows, head, wanted, IGNORE_INDEX, scale)
-        return loss
+        return hidden_states
 
     def _run_block(
         self, block: nn.Module, update: Tensor, residual: Tensor | None, cos: Tensor, sin: Tensor

@@ -3,10 +3,8 @@
 from __future__ import annotations
 
 import logging
-import queue
 import statistics
 import sys
-import threading
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
@@ -27,9 +25,12 @@ from llmmed.optim import learning_rate
 from llmmed.training import checkpoint
 from llmmed.training.evaluate import Evaluator
 from llmmed.training.execution import resolve_compile
-from llmmed.training.metrics import MetricsFile, Sink, draw_loss, peak_tflops, read_metrics
+from llmmed.training.metrics import JsonLines, SampleSink, Sink, draw_loss, peak_tflops, read_metrics
 from llmmed.training.micro_step import GraphedMicroStep, LaunchedMicroStep, MicroStep
+from llmmed.training.prefetch import Prefetcher
+from llmmed.training.profiling import StepTrace
 from llmmed.training.progress import TrainingProgress
+from llmmed.training.samples import Sampler, shown
 from llmmed.training.signals import Interrupted, StopRequest
 from llmmed.training.step import Stepper
 
@@ -45,6 +46,7 @@ class Result:
     steps: int
     train_loss: float
     val_loss: float
+    val_accuracy: float
     best_val_loss: float
     best_step: int
     tokens_per_second: float
@@ -141,14 +143,16 @@ class _Run:
         if mode == "graphs":
             micro_step = GraphedMicroStep(loss, parameters, accumulates=self.count > 1)
         self.stepper = Stepper(model, micro_step, config)
-        self.evaluator = Evaluator(loss, dataset, config.train, self.device)
+        self.evaluator = Evaluator(model, dataset, config.train, compiled=mode != "eager")
+        self.sampler: Sampler | None = None
         self.batches = Batches(
             dataset.train, config.train.seq_len, config.train.micro_batch_size, config.seed, shuffle=True,
             name=f"the training part of data={dataset.name}",
         )  # fmt: skip
         self.peak = peak_tflops(self.device, config.train.precision)
         self.flops = flops_per_token(config.model, config.train.seq_len)
-        self.file: MetricsFile | None = None
+        self.file: JsonLines | None = None
+        self.trace: StepTrace | None = None
         self.seconds_before = 0.0
         self.first_step_seconds = 0.0
         self.speeds: list[float] = []  # tokens a second, of each log interval after the first
@@ -177,12 +181,20 @@ class _Run:
 
     def loop(self, first: int, stop: StopRequest, progress: TrainingProgress) -> None:
         train = self.config.train
-        self.file = MetricsFile(self.folder / "metrics.jsonl", from_step=first)
+        self.file = JsonLines(self.folder / "metrics.jsonl", from_step=first)
+        if train.sample_every and self.dataset.tokenizer_file is None:
+            progress.note(f"train.sample_every={train.sample_every}: data={self.dataset.name} has no text to sample")
+        elif train.sample_every:
+            self.sampler = Sampler(self.model, self.dataset, self.config, self.folder, from_step=first)
+        trace = self.trace = StepTrace(
+            self.folder / "trace.json.gz", train.profile_steps, first, train.max_steps, self.device
+        )
         begun = interval_begun = time.perf_counter()
         interval_first = first
         losses: list[Tensor] = []
-        with _Prefetcher(self.batches, first * self.count, train.max_steps * self.count, self.device) as source:
+        with Prefetcher(self.batches, first * self.count, train.max_steps * self.count, self.device) as source:
             for step in range(first, train.max_steps):
+                trace.before(step)
                 loss, norm = self.stepper.run(step, (source.next() for _ in range(self.count)), self.count)
                 losses.append(loss)
                 done = self.done = step + 1
@@ -191,6 +203,8 @@ class _Run:
                     self._synchronize()
                     self.first_step_seconds = time.perf_counter() - self.started
                     interval_begun, interval_first = time.perf_counter(), done
+                if (told := trace.after(done)) is not None:
+                    progress.note(told)
                 stopping = stop.name  # read once: a signal that comes later waits for the next step
                 last = done == train.max_steps or stopping is not None
                 if done % train.log_every == 0 or last or done == 1:
@@ -209,7 +223,10 @@ class _Run:
                 saved = (train.checkpoint_every and done % train.checkpoint_every == 0) or last or improved or enough
                 if saved:
                     self._save(done)
-                if evaluated or saved:
+                sampled = self.sampler is not None and done % train.sample_every == 0
+                if sampled:
+                    self._sample(done, progress)
+                if evaluated or saved or sampled or told:
                     interval_begun, interval_first = time.perf_counter(), done
                 if enough:
                     progress.note(f"step {done}: {self.best.waited} evaluations without a better validation loss")
@@ -226,7 +243,19 @@ class _Run:
         progress.note(f"step {done}: validation loss {found['val/loss']:.4f}{', the best so far' if improved else ''}")
         return improved
 
+    def _sample(self, done: int, progress: TrainingProgress) -> None:
+        assert self.sampler is not None
+        samples = self.sampler.run(done)
+        progress.note(f"step {done}: {shown(samples)}")
+        for sink in self.sinks:
+            if isinstance(sink, SampleSink):
+                sink.log_samples(samples, done)
+
     def close(self) -> None:
+        if self.trace is not None:
+            self.trace.write(self.done)  # of a run that ended while it was recorded
+        if self.sampler is not None:
+            self.sampler.close()
         if self.file is not None:
             self.file.close()
             metrics = read_metrics(self.folder / "metrics.jsonl")
@@ -239,6 +268,7 @@ class _Run:
             steps=self.done,
             train_loss=self.last.get("loss", float("nan")),
             val_loss=self.last.get("val/loss", float("nan")),
+            val_accuracy=self.last.get("val/accuracy", float("nan")),
             best_val_loss=self.best.loss,
             best_step=self.best.step,
             tokens_per_second=speed,
@@ -309,48 +339,3 @@ class _Run:
     def _synchronize(self) -> None:
         if self.device.type == "cuda":
             torch.cuda.synchronize(self.device)
-
-
-class _Prefetcher:
-    """Cuts the next batches in a thread and sends them to the device while it computes. Their order is the index's."""
-
-    def __init__(self, batches: Batches, start: int, stop: int, device: torch.device) -> None:
-        self._device = device
-        self._queue: queue.Queue[Tensor | BaseException] = queue.Queue(maxsize=4)
-        self._stopping = threading.Event()
-        self._thread = threading.Thread(target=self._fill, args=(batches, start, stop), daemon=True)
-
-    def __enter__(self) -> _Prefetcher:
-        self._thread.start()
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self._stopping.set()
-        while self._thread.is_alive():
-            _drain(self._queue)
-            self._thread.join(timeout=0.01)
-
-    def next(self) -> Tensor:
-        """The next batch on the device. Raises what cutting it raised."""
-        found = self._queue.get()
-        if isinstance(found, BaseException):
-            raise found
-        return found.to(self._device, non_blocking=True)
-
-    def _fill(self, batches: Batches, start: int, stop: int) -> None:
-        try:
-            for index in range(start, stop):
-                batch = batches.get(index)
-                self._queue.put(batch.pin_memory() if self._device.type == "cuda" else batch)
-                if self._stopping.is_set():
-                    return
-        except BaseException as error:  # noqa: BLE001 - whatever it is, the training thread must learn of it
-            self._queue.put(error)
-
-
-def _drain(waiting: queue.Queue[Any]) -> None:
-    try:
-        while True:
-            waiting.get_nowait()
-    except queue.Empty:
-        return
