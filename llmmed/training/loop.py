@@ -6,7 +6,7 @@ import logging
 import statistics
 import sys
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -16,17 +16,18 @@ from rich.console import Console
 from torch import Tensor
 
 from llmmed.compose import accumulation_steps, as_dict
-from llmmed.config import Config
+from llmmed.config import Config, TrainConfig
 from llmmed.data import Batches, Dataset
 from llmmed.errors import UserError
 from llmmed.files import write_atomically
+from llmmed.micro_batch import divisors
 from llmmed.model import Transformer, flops_per_token
 from llmmed.optim import learning_rate
 from llmmed.training import checkpoint
 from llmmed.training.evaluate import Evaluator
 from llmmed.training.execution import resolve_compile
 from llmmed.training.metrics import JsonLines, SampleSink, Sink, draw_loss, peak_tflops, read_metrics
-from llmmed.training.micro_step import GraphedMicroStep, LaunchedMicroStep, MicroStep
+from llmmed.training.micro_step import build_micro_step
 from llmmed.training.prefetch import Prefetcher
 from llmmed.training.profiling import StepTrace
 from llmmed.training.progress import TrainingProgress
@@ -97,14 +98,23 @@ def train(
         with StopRequest() as stop, progress:
             run.loop(first, stop, progress)
     except torch.cuda.OutOfMemoryError as error:
-        smaller = max(1, config.train.micro_batch_size // 2)
-        raise UserError(
-            f"out of GPU memory in training with train.micro_batch_size={config.train.micro_batch_size}; try "
-            f"train.micro_batch_size={smaller} train.global_batch_tokens={config.train.global_batch_tokens}"
-        ) from error
+        raise UserError(out_of_memory(config.train)) from error
     finally:
         run.close()
     return run.result()
+
+
+def out_of_memory(train: TrainConfig) -> str:
+    """What to do about it: the next smaller micro-batch that makes up the same step, or else another way."""
+    smaller = [size for size in divisors(train) if size < train.micro_batch_size]
+    said = f"out of GPU memory in training with train.micro_batch_size={train.micro_batch_size}; try "
+    if smaller:
+        said += f"train.micro_batch_size={smaller[-1]} train.global_batch_tokens={train.global_batch_tokens}"
+    if train.activation_checkpointing == "none":
+        said += f"{' or ' if smaller else ''}train.activation_checkpointing=block"
+    elif not smaller:
+        said += "a shorter train.seq_len or a smaller model"
+    return said
 
 
 @dataclass
@@ -133,16 +143,9 @@ class _Run:
         self.config, self.model, self.dataset, self.folder = config, model, dataset, folder
         self.plan, self.sinks, self.started = plan, sinks, started
         self.device = next(model.parameters()).device
-        loss: Callable[..., Tensor] = model
         mode = resolve_compile(config)
-        if mode != "eager":
-            loss = torch.compile(model, fullgraph=True, dynamic=False)
         self.count = accumulation_steps(config.train)
-        parameters = list(model.parameters())
-        micro_step: MicroStep = LaunchedMicroStep(loss, parameters)
-        if mode == "graphs":
-            micro_step = GraphedMicroStep(loss, parameters, accumulates=self.count > 1)
-        self.stepper = Stepper(model, micro_step, config)
+        self.stepper = Stepper(model, build_micro_step(model, mode, accumulates=self.count > 1), config)
         self.evaluator = Evaluator(model, dataset, config.train, compiled=mode != "eager")
         self.sampler: Sampler | None = None
         self.batches = Batches(
