@@ -33,7 +33,10 @@ _ADAPTER = TypeAdapter(Config)
 
 def compose(overrides: Sequence[str] = ()) -> Config:
     """Composes `configs/train.yaml` with overrides as on the command line. Raises `UserError`."""
-    return validate(compose_yaml(overrides), overrides)
+    composed = compose_yaml(overrides)
+    if asks_for_auto_batch(composed):
+        raise UserError("train.micro_batch_size=auto is resolved by scripts/train.py alone; state a number here")
+    return validate(composed, overrides)
 
 
 def compose_yaml(overrides: Sequence[str] = (), *, with_hydra: bool = False) -> DictConfig:
@@ -53,7 +56,11 @@ def validate(composed: DictConfig, overrides: Sequence[str] = ()) -> Config:
     Args:
         composed: The composed YAML without Hydra's own part.
         overrides: What the user wrote. Of several problems, one that they wrote is named first.
+
+    `train.micro_batch_size=auto` is validated as one sequence; `micro_batch.resolve` replaces it before a run.
     """
+    if asks_for_auto_batch(composed):
+        composed = with_micro_batch(composed, 1)
     try:
         values = OmegaConf.to_container(composed, resolve=True, throw_on_missing=True)
     except omegaconf.errors.OmegaConfBaseException as error:
@@ -66,6 +73,29 @@ def validate(composed: DictConfig, overrides: Sequence[str] = ()) -> Config:
     _check_together(config)
     data.check(config)
     return config
+
+
+def asks_for_auto_batch(composed: DictConfig) -> bool:
+    """Whether `train.micro_batch_size` is `auto`. Raises `UserError` if the size of the step would depend on it."""
+    train = composed.get("train")
+    if not isinstance(train, DictConfig) or OmegaConf.is_missing(train, "micro_batch_size"):
+        return False
+    if train.get("micro_batch_size") != "auto":
+        return False
+    stated = OmegaConf.to_container(train, resolve=False)
+    if isinstance(stated, dict) and "micro_batch_size" in str(stated.get("global_batch_tokens")):
+        raise UserError(
+            "train.micro_batch_size=auto needs the size of a step, which must not depend on the GPU: state "
+            "train.global_batch_tokens, a multiple of train.seq_len, for instance train.global_batch_tokens=24576"
+        )
+    return True
+
+
+def with_micro_batch(composed: DictConfig, size: int) -> DictConfig:
+    """A copy with that `train.micro_batch_size`."""
+    copy = composed.copy()
+    OmegaConf.update(copy, "train.micro_batch_size", size)
+    return copy
 
 
 def as_dict(config: Config) -> dict[str, Any]:

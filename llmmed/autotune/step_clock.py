@@ -52,7 +52,9 @@ class StepClock:
         self.layers = config.model.n_layers
         self.trial_depth = min(DEPTHS[1], self.layers)
         self.depths = (min(DEPTHS[0], self.layers), self.trial_depth)
-        self._weights = _weights(config, self.trial_depth)
+        self._weights = Transformer.for_training(
+            _shallow(config, self.trial_depth), load_kernels(default_choice()), config.device
+        )
         generator = torch.Generator(self.device).manual_seed(0)
         shape = (2, config.train.micro_batch_size, config.train.seq_len + 1)
         self._batches = torch.randint(config.model.vocab_size, shape, generator=generator, device=self.device)
@@ -68,8 +70,8 @@ class StepClock:
         """The ops that a step under this plan calls."""
         key = tuple(sorted(choice.items()))
         if key not in self._called:
-            shallow = replace(self._config, model=replace(self._config.model, n_layers=1))
-            self._called[key] = set(record_workload(shallow, load_kernels({**default_choice(), **choice})).by_op())
+            kernels = load_kernels({**default_choice(), **choice})
+            self._called[key] = set(record_workload(_shallow(self._config, 1), kernels).by_op())
         return self._called[key]
 
     def set_default(self, choice: Choice) -> None:
@@ -128,8 +130,8 @@ class StepClock:
 
     def _count_calls(self, depth: int) -> dict[str, int]:
         """How often a micro-batch calls each op at some depth."""
-        shallow = replace(self._config, model=replace(self._config.model, n_layers=depth))
-        return {op: sum(calls.values()) for op, calls in record_micro_batch(shallow).by_op().items()}
+        recorded = record_micro_batch(_shallow(self._config, depth)).by_op()
+        return {op: sum(calls.values()) for op, calls in recorded.items()}
 
     def _times(
         self, choice: Choice, samples: list[list[float]], memory: list[float | None], update: float
@@ -300,31 +302,22 @@ class _Subject:
 
 def _at_depth(config: Config, weights: Transformer, choice: Choice, depth: int) -> Transformer:
     """A model of fewer layers under a plan, on the parameters that all plans share."""
-    shallow = replace(config.model, n_layers=depth)
     kernels = load_kernels({**default_choice(), **choice})
-    dtype = compute_dtype(config.train.precision)
-    model = Transformer(shallow, kernels, dtype, max_seq_len=config.train.seq_len, device="meta")
+    model = Transformer.for_training(_shallow(config, depth), kernels, "meta")
     shared: Mapping[str, nn.Parameter] = dict(weights.named_parameters())
     model.load_state_dict({name: shared[name] for name, _ in model.named_parameters()}, assign=True)
     model.cos, model.sin = weights.cos, weights.sin
     return model
 
 
-def _weights(config: Config, depth: int) -> Transformer:
-    """Parameters of about the size that training starts from, drawn where they are needed."""
-    shallow = replace(config.model, n_layers=depth)
-    dtype = compute_dtype(config.train.precision)
-    kernels = load_kernels(default_choice())
-    with torch.device(config.device):
-        model = Transformer(shallow, kernels, dtype, max_seq_len=config.train.seq_len, seed=0, device=config.device)
-    return model
+def _shallow(config: Config, depth: int) -> Config:
+    return replace(config, model=replace(config.model, n_layers=depth))
 
 
 def _update(config: Config, choice: Choice) -> Callable[[], None]:
     """The optimizer's step of the whole model under a plan, on random gradients."""
     kernels = load_kernels({**default_choice(), **choice})
-    dtype = compute_dtype(config.train.precision)
-    model = Transformer(config.model, kernels, dtype, max_seq_len=config.train.seq_len, device=config.device)
+    model = Transformer.for_training(config, kernels, config.device)
     for parameter in model.parameters():
         parameter.grad = torch.randn_like(parameter)
     optimizers = build_optimizers(model, config.optimizer)

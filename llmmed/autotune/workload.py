@@ -21,7 +21,6 @@ from llmmed.config import Config
 from llmmed.files import sha256_of
 from llmmed.kernels.base import Call, Kernels, TensorSpec
 from llmmed.kernels.catalog import default_choice, get_op, load_kernels
-from llmmed.model.precision import compute_dtype
 from llmmed.model.transformer import Transformer
 from llmmed.optim import build_muon
 
@@ -73,7 +72,7 @@ def record_micro_batch(config: Config) -> Workload:
 def _micro_batch(config: Config, kernels: Kernels) -> Transformer:
     """Forward and backward on the meta device; returns the model with its gradients."""
     train = config.train
-    model = Transformer(config.model, kernels, compute_dtype(train.precision), max_seq_len=train.seq_len, device="meta")
+    model = Transformer.for_training(config, kernels, "meta")
     tokens = torch.zeros(train.micro_batch_size, train.seq_len, dtype=torch.int64, device="meta")
     model(tokens, tokens, torch.ones((), device="meta")).backward()
     return model

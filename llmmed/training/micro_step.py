@@ -8,6 +8,8 @@ from typing import Protocol
 import torch
 from torch import Tensor, nn
 
+from llmmed.autotune.plan import Mode
+
 Loss = Callable[[Tensor, Tensor, Tensor], Tensor]
 """`(tokens, targets, scale) -> scale * mean loss`: the model itself or its compiled form."""
 
@@ -21,6 +23,16 @@ class MicroStep(Protocol):
         Returns the scaled loss, 0-d, valid until the next call.
         """
         ...
+
+
+def build_micro_step(model: nn.Module, mode: Mode, *, accumulates: bool) -> MicroStep:
+    """The micro-step of a run: `mode` says whether the model is compiled and replayed, `accumulates` whether a step has
+    several."""
+    loss: Loss = model if mode == "eager" else torch.compile(model, fullgraph=True, dynamic=False)
+    parameters = list(model.parameters())
+    if mode == "graphs":
+        return GraphedMicroStep(loss, parameters, accumulates=accumulates)
+    return LaunchedMicroStep(loss, parameters)
 
 
 class LaunchedMicroStep:
