@@ -8,23 +8,20 @@ the tokenizers library's own threads.
 from __future__ import annotations
 
 import concurrent.futures
-import multiprocessing
 import os
-import signal
 import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import ProcessPoolExecutor
-from concurrent.futures.process import BrokenProcessPool
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from typing import TypeVar
 
-from llmmed.errors import UserError
+from llmmed.data.worker import Worker, started
 
 Task = TypeVar("Task")
 Report = Callable[[str], None]
 
-_MOST_PROCESSES = 10
+_MOST_PROCESSES = 8
 _SMALL = 16 * 2**20  # bytes of text that are not worth starting processes for
 _SECONDS_BETWEEN_LINES = 15.0
 
@@ -105,33 +102,31 @@ def _run_in_processes(
     threads: int,
     advance: Callable[[int], None],
 ) -> None:
-    executor = ProcessPoolExecutor(
-        processes, mp_context=multiprocessing.get_context("spawn"), initializer=_begin, initargs=(threads,)
-    )
-    try:
-        futures = {executor.submit(action, task): size for task, size in zip(tasks, sizes, strict=True)}
-        for future in concurrent.futures.as_completed(futures):
-            future.result()
-            advance(futures[future])
-    except BrokenProcessPool:
-        raise UserError(
-            "a process that prepares data was killed, perhaps because the memory is full; "
-            "start again: finished parts are kept"
-        ) from None
-    finally:
-        executor.shutdown(wait=True, cancel_futures=True)
+    """One thread here for each process there."""
+    waiting = iter(zip(tasks, sizes, strict=True))
+    lock = threading.Lock()
+    workers: list[Worker] = []
+    over = threading.Event()
 
+    def work() -> None:
+        with started(threads) as worker:
+            workers.append(worker)
+            while not over.is_set():
+                with lock:
+                    task, size = next(waiting, (None, 0))
+                if task is None:
+                    return
+                worker.do(action, task)
+                with lock:
+                    advance(size)
 
-def _begin(threads: int) -> None:
-    """In a new process: Ctrl-C is for the parent to handle, and without the parent there is nothing to do."""
-    os.environ["RAYON_NUM_THREADS"] = str(threads)
-    os.environ["TOKENIZERS_PARALLELISM"] = "true" if threads > 1 else "false"
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
-    threading.Thread(target=_end_with_parent, daemon=True).start()
-
-
-def _end_with_parent() -> None:
-    parent = multiprocessing.parent_process()
-    if parent is not None:
-        parent.join()
-    os._exit(1)
+    with ThreadPoolExecutor(processes) as pool:
+        futures = [pool.submit(work) for _ in range(processes)]
+        try:
+            for future in concurrent.futures.as_completed(futures):
+                future.result()
+        except BaseException:
+            over.set()
+            for worker in workers:
+                worker.kill()
+            raise
