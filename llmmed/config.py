@@ -99,18 +99,28 @@ class OptimizerConfig:
 class DataConfig:
     """Where documents come from."""
 
-    name: Literal["biomed", "text", "synthetic"]
-    path: str | None  # text: a file or a folder of .txt, .jsonl, .parquet
-    text_field: str  # jsonl, parquet: the field with the text
+    name: Literal["biomed", "text", "synthetic", "hub", "mixture"]
+    path: str | None  # text: a file or a folder of .txt, .jsonl, .parquet; hub: a dataset's name, or a folder
+    text_field: str  # jsonl, parquet, hub: the field with the text
     validation_fraction: Annotated[float, Field(gt=0, lt=1)]
+    max_documents: Positive | None  # take the first so many; null: all
+    subset: str | None  # hub: the dataset's configuration
+    split: str  # hub
+    revision: str | None  # hub: a branch, tag or commit
+    streaming: bool  # hub: read over the network as it is needed instead of downloading all files first
+    retries: NonNegative  # hub: attempts after a network error, each after twice the pause of the one before
+    sources: dict[str, DataConfig]  # mixture
+    weights: dict[str, PositiveFloat]  # mixture: each source's share of the training windows, in any unit
 
 
 @dataclass(config=_STRICT, frozen=True)
 class TokenizerConfig:
     """How documents become tokens."""
 
-    name: Literal["bpe"]
+    name: Literal["bpe", "hub"]
+    path: str | None  # hub: a repository's name, or a folder with its tokenizer.json
     vocab_size: Annotated[int, Field(ge=258)]
+    training_bytes: Positive | None  # bpe: it is trained on about so much text, taken evenly from all of it
 
 
 @dataclass(config=_STRICT, frozen=True)

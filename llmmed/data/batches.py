@@ -6,18 +6,21 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
+from llmmed.data.mixture import Mixture
 from llmmed.errors import UserError
 
 if TYPE_CHECKING:
     import numpy.typing as npt
     import torch
 
+    Tokens = npt.NDArray[np.integer]
+
 
 class Batches:
     """Windows of `seq_len + 1` tokens, the last of one being the first of the next: inputs and targets in one.
 
     Args:
-        tokens: [n] packed token ids.
+        tokens: [n] packed token ids, or a mixture of several sources, each with epochs of its own.
         seq_len: Inputs of a window, in tokens.
         batch_size: Windows a batch.
         seed: Of the order.
@@ -29,23 +32,16 @@ class Batches:
     """
 
     def __init__(
-        self,
-        tokens: npt.NDArray[np.integer],
-        seq_len: int,
-        batch_size: int,
-        seed: int,
-        shuffle: bool,
-        name: str = "data",
+        self, tokens: Tokens | Mixture, seq_len: int, batch_size: int, seed: int, shuffle: bool, name: str = "data"
     ) -> None:
-        self.n_windows = (len(tokens) - 1) // seq_len
-        if self.n_windows < 1:
-            raise UserError(
-                f"train.seq_len={seq_len} is longer than the data: {name} has {len(tokens)} tokens; "
-                f"use train.seq_len={max(2, len(tokens) - 1)} or less, or more text"
-            )
-        self._tokens, self._seq_len, self._batch_size = tokens, seq_len, batch_size
-        self._seed, self._shuffle = seed, shuffle
-        self._order: tuple[int, npt.NDArray[np.integer]] | None = None  # of the epoch asked for last
+        self._mixture = tokens if isinstance(tokens, Mixture) else None
+        parts = {"": tokens} if not isinstance(tokens, Mixture) else tokens.parts
+        self._windows = {
+            key: _Windows(part, seq_len, seed, shuffle, f"{name}, source {key}," if key else name)
+            for key, part in parts.items()
+        }
+        self.n_windows = sum(windows.count for windows in self._windows.values())
+        self._seq_len, self._batch_size, self._seed = seq_len, batch_size, seed
 
     @property
     def batches_per_epoch(self) -> int:
@@ -59,14 +55,32 @@ class Batches:
         first = index * self._batch_size
         rows = np.empty((self._batch_size, self._seq_len + 1), dtype=np.int64)
         for row in range(self._batch_size):
-            epoch, position = divmod(first + row, self.n_windows)
-            start = int(self._epoch_order(epoch)[position]) * self._seq_len
-            rows[row] = self._tokens[start : start + self._seq_len + 1]
+            key, number = self._mixture.draw(first + row, self._seed) if self._mixture else ("", first + row)
+            rows[row] = self._windows[key].get(number)
         return torch.from_numpy(rows)
+
+
+class _Windows:
+    """The windows of one source, epoch after epoch."""
+
+    def __init__(self, tokens: Tokens, seq_len: int, seed: int, shuffle: bool, name: str) -> None:
+        self.count = (len(tokens) - 1) // seq_len
+        if self.count < 1:
+            raise UserError(
+                f"train.seq_len={seq_len} is longer than the data: {name} has {len(tokens)} tokens; "
+                f"use train.seq_len={max(2, len(tokens) - 1)} or less, or more text"
+            )
+        self._tokens, self._seq_len, self._seed, self._shuffle = tokens, seq_len, seed, shuffle
+        self._order: tuple[int, npt.NDArray[np.integer]] | None = None  # of the epoch asked for last
+
+    def get(self, number: int) -> Tokens:
+        epoch, position = divmod(number, self.count)
+        start = int(self._epoch_order(epoch)[position]) * self._seq_len
+        return self._tokens[start : start + self._seq_len + 1]
 
     def _epoch_order(self, epoch: int) -> npt.NDArray[np.integer]:
         if self._order is None or self._order[0] != epoch:
-            order = np.arange(self.n_windows)
+            order = np.arange(self.count)
             if self._shuffle:
                 np.random.default_rng((self._seed, epoch)).shuffle(order)
             self._order = (epoch, order)

@@ -1,30 +1,34 @@
-"""From a source to packed tokens: split by document, tokenised, cached under a fingerprint of all that decides them."""
+"""The data of a run: packed tokens, prepared once and cached under a fingerprint of all that decides them."""
 
 from __future__ import annotations
 
-import hashlib
+import contextlib
+import fcntl
 import json
 import os
 import shutil
-import tempfile
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import numpy as np
 
-from llmmed.config import Config
+from llmmed.config import Config, DataConfig
 from llmmed.data import biomed, text
+from llmmed.data.mixture import Mixture
+from llmmed.data.parallel import Report
+from llmmed.data.preparation import build, check_vocabulary, sources_of
+from llmmed.data.shards import PARTS
 from llmmed.errors import UserError
-from llmmed.files import cache_folder, read_json, sha256_of, write_json
+from llmmed.files import cache_folder, read_json, sha256_of
 
 if TYPE_CHECKING:
     import numpy.typing as npt
 
     Tokens = npt.NDArray[np.integer]
 
-_VERSION = 1  # of what is stored; a change of the preparation raises it
+_VERSION = 2  # of what is stored; a change of the preparation raises it
 _SYNTHETIC_TOKENS = 2**23
 
 
@@ -36,8 +40,8 @@ class Dataset:
     """
 
     name: str
-    train: Tokens
-    validation: Tokens
+    train: Tokens | Mixture
+    validation: Tokens | Mixture
     vocab_size: int  # ids are below it
     tokenizer_file: Path | None
     end_token: int
@@ -49,10 +53,49 @@ class Dataset:
 
 
 def check(config: Config) -> None:
-    """What can be told about the source without preparing it. Raises `UserError`."""
-    source, seq_len = config.data, config.train.seq_len
+    """What can be told about the sources without preparing them. Raises `UserError`."""
+    if config.tokenizer.name == "hub" and config.tokenizer.path is None:
+        raise UserError("tokenizer=hub needs tokenizer.path=<a repository's name, or a folder with its tokenizer.json>")
+    if config.data.name == "mixture":
+        _check_mixture(config.data)
+    for source in sources_of(config.data).values():
+        _check_source(source, config.train.seq_len)
+
+
+def prepare(config: Config, report: Report = lambda message: None) -> Dataset:
+    """The data of a run, from the cache or prepared now. `report` is told what takes time. Raises `UserError`."""
+    if config.data.name == "synthetic":
+        return _synthetic(config)
+    recipe = _recipe(config)
+    folder = cache_folder("data") / recipe[:32]
+    dataset = _open(folder, config, from_cache=True)
+    if dataset is not None:
+        return dataset
+    with _alone(folder.with_suffix(".lock"), report):
+        dataset = _open(folder, config, from_cache=True)  # another run may have prepared it meanwhile
+        if dataset is not None:
+            return dataset
+        if folder.exists():
+            report(f"the prepared data in {folder} is damaged; preparing it again")
+            shutil.rmtree(folder, ignore_errors=True)
+        work = folder.with_suffix(".work")
+        work.mkdir(exist_ok=True)
+        build(config, work, report)
+        if _recipe(config) != recipe:
+            raise UserError(f"data.path={config.data.path}: files changed while they were being prepared; start again")
+        os.replace(work / "result", folder)
+        shutil.rmtree(work, ignore_errors=True)
+    dataset = _open(folder, config, from_cache=False)
+    if dataset is None:
+        raise UserError(f"the prepared data cannot be read back from {folder}; is the disk full?")
+    return dataset
+
+
+def _check_source(source: DataConfig, seq_len: int) -> None:
     if source.name == "biomed" and (missing := biomed.missing_package()):
         raise UserError(f"data=biomed needs the package {missing}; pip install 'llmmed[biomed]', or use data=text")
+    if source.name == "hub" and source.path is None:
+        raise UserError("data=hub needs data.path=<a dataset's name on the Hugging Face Hub, or a folder>")
     if source.name == "text":
         size = sum(path.stat().st_size for path in text.files(source))
         if size < seq_len and not any(path.suffix == ".parquet" for path in text.files(source)):
@@ -62,145 +105,104 @@ def check(config: Config) -> None:
             )
 
 
-def prepare(config: Config, report: Callable[[str], None] = lambda message: None) -> Dataset:
-    """The data of a run, from the cache or prepared now. `report` is told what takes time. Raises `UserError`."""
-    if config.data.name == "synthetic":
-        return _synthetic(config)
-    folder = cache_folder("data") / _recipe(config)[:32]
-    dataset = _open(folder, config, from_cache=True)
-    if dataset is None:
-        if folder.exists():
-            report(f"the prepared data in {folder} is damaged; preparing it again")
-            shutil.rmtree(folder, ignore_errors=True)
-        _build(config, folder, report)
-        dataset = _open(folder, config, from_cache=False)
-        if dataset is None:
-            raise UserError(f"the prepared data cannot be read back from {folder}; is the disk full?")
-    return dataset
+def _check_mixture(data: DataConfig) -> None:
+    if not data.sources or set(data.sources) != set(data.weights):
+        raise UserError(
+            f"data=mixture needs a weight for each source: data.sources has {', '.join(data.sources) or 'nothing'}, "
+            f"data.weights has {', '.join(data.weights) or 'nothing'}"
+        )
+    for key, source in data.sources.items():
+        if source.name in ("mixture", "synthetic"):
+            raise UserError(f"data.sources.{key}: {source.name} cannot be part of a mixture; use biomed, text or hub")
+    Mixture({key: np.zeros(0, dtype=np.uint16) for key in data.sources}, data.weights)
 
 
 def _recipe(config: Config) -> str:
     """A hash of all that decides what comes out."""
-    source, tokenizer = config.data, config.tokenizer
-    facts: dict[str, Any] = {
+    facts = {
         "version": _VERSION,
-        "source": source.name,
-        "validation_fraction": source.validation_fraction,
-        "tokenizer": [tokenizer.name, tokenizer.vocab_size],
+        "sources": {key: _source_facts(source) for key, source in sources_of(config.data).items()},
+        "tokenizer": [asdict(config.tokenizer), _stats(config.tokenizer.path)],
     }
-    if source.name == "biomed":
-        facts["package"] = biomed.version()
-    else:
-        stats = [(path, path.stat()) for path in text.files(source)]
-        facts["files"] = [[str(path.absolute()), stat.st_size, stat.st_mtime_ns] for path, stat in stats]
-        facts["field"] = source.text_field
     code = [path.read_bytes() for path in sorted(Path(__file__).parent.glob("*.py"))]
     return sha256_of([json.dumps(facts, sort_keys=True), *code])
 
 
-def _build(config: Config, folder: Path, report: Callable[[str], None]) -> None:
-    """Prepares in a folder beside the target and renames it: it is whole, or it is not there."""
-    from llmmed.data.tokenizer import END_ID, train_bpe
+def _source_facts(source: DataConfig) -> dict[str, object]:
+    facts = asdict(source)
+    for key in ("retries", "path", "weights"):  # none of them changes a token; files are told by what they are
+        del facts[key]
+    if source.name == "biomed":
+        return facts | {"package": biomed.version()}
+    if source.name == "text":
+        return facts | {"files": [_stat(path) for path in text.files(source)]}
+    return facts | {"path": source.path, "files": _stats(source.path)}
 
-    report(f"reading {config.data.name} documents")
-    source = biomed.documents() if config.data.name == "biomed" else list(dict.fromkeys(text.documents(config.data)))
-    train, validation = _split(source, config.data.validation_fraction)
-    report(f"training a tokenizer of {config.tokenizer.vocab_size:,} tokens on {len(train):,} documents")
-    tokenizer = train_bpe(train, config.tokenizer.vocab_size)
-    report("tokenising")
-    temporary = Path(tempfile.mkdtemp(dir=folder.parent, prefix=".building-"))
-    try:
-        dtype = np.uint16 if tokenizer.get_vocab_size() <= 2**16 else np.uint32
-        facts: dict[str, Any] = {"vocab_size": tokenizer.get_vocab_size(), "end_token": END_ID}
-        for name, documents in (("train", train), ("validation", validation)):
-            tokens = _pack(tokenizer, documents, END_ID, dtype)
-            np.save(temporary / f"{name}.npy", tokens)
-            facts[name] = {
-                "documents": len(documents),
-                "bytes": sum(len(document.encode()) for document in documents),
-                "tokens": len(tokens),
-                "sha256": hashlib.sha256(tokens.tobytes()).hexdigest(),
-            }
-        tokenizer.save(str(temporary / "tokenizer.json"))
-        write_json(temporary / "manifest.json", facts)
+
+def _stats(path: str | None) -> list[list[str | int]]:
+    """The files of a local folder; nothing for the name of something on the Hub."""
+    if path is None or not Path(path).is_dir():
+        return []
+    return [_stat(found) for found in sorted(Path(path).rglob("*")) if found.is_file()]
+
+
+def _stat(path: Path) -> list[str | int]:
+    stat = path.stat()
+    return [str(path.absolute()), stat.st_size, stat.st_mtime_ns]
+
+
+@contextlib.contextmanager
+def _alone(lock: Path, report: Report) -> Iterator[None]:
+    """One process at a time; the lock goes with the process, however that ends."""
+    with lock.open("w") as file:
         try:
-            os.replace(temporary, folder)
-        except OSError:  # another run was faster; what it made is the same
-            if not folder.exists():
-                raise
-    finally:
-        shutil.rmtree(temporary, ignore_errors=True)
-
-
-def _pack(tokenizer: Any, documents: Sequence[str], end_token: int, dtype: Any) -> Tokens:
-    ids: list[npt.NDArray[np.integer]] = []
-    for start in range(0, len(documents), 2048):
-        for encoding in tokenizer.encode_batch(list(documents[start : start + 2048]), add_special_tokens=False):
-            ids.append(np.array([*encoding.ids, end_token], dtype=dtype))
-    return np.concatenate(ids) if ids else np.zeros(0, dtype=dtype)
-
-
-def _split(documents: Sequence[str], fraction: float) -> tuple[list[str], list[str]]:
-    """By a hash of what a document begins with, so that terms of the same name stay together.
-
-    Text too short to be split by documents is split by position, at the end of a line or sentence where there is one.
-    """
-    if not documents:
-        raise UserError("the data has no text; every document is empty")
-    ranked = sorted(range(len(documents)), key=lambda i: hashlib.sha256(_head(documents[i]).encode()).digest())
-    chosen = set(ranked[: round(fraction * len(documents))])
-    if not chosen or len(chosen) == len(documents):
-        return _split_by_position(documents, fraction)
-    heads = {_head(documents[i]) for i in chosen}
-    train = [d for d in documents if _head(d) not in heads]
-    validation = [d for d in documents if _head(d) in heads]
-    return (train, validation) if train else _split_by_position(documents, fraction)
-
-
-def _split_by_position(documents: Sequence[str], fraction: float) -> tuple[list[str], list[str]]:
-    whole = "\n\n".join(documents)
-    cut = min(max(1, round((1 - fraction) * len(whole))), len(whole) - 1)
-    for end in ("\n", ". ", " "):
-        found = whole.find(end, cut)
-        if 0 < found + len(end) < len(whole):
-            cut = found + len(end)
-            break
-    return [whole[:cut]], [whole[cut:]]
-
-
-def _head(document: str) -> str:
-    return document.partition(". ")[0].casefold()
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            report("another run is preparing the same data; waiting for it")
+            fcntl.flock(file, fcntl.LOCK_EX)
+        yield
 
 
 def _open(folder: Path, config: Config, *, from_cache: bool) -> Dataset | None:
     """The prepared data, memory-mapped, or None if it is not there or not what its manifest says."""
     try:
         facts = read_json(folder / "manifest.json")
-        parts = {name: np.load(folder / f"{name}.npy", mmap_mode="r") for name in ("train", "validation")}
-        if any(len(tokens) != facts[name]["tokens"] for name, tokens in parts.items()):
+        tokens = {
+            name: {key: np.load(folder / key / f"{name}.npy", mmap_mode="r") for key in facts["sources"]}
+            for name in PARTS
+        }
+        sources = facts["sources"]
+        if any(len(array) != sources[key][name]["tokens"] for name in PARTS for key, array in tokens[name].items()):
             return None
         if not (folder / "tokenizer.json").exists():
             return None
     except (OSError, ValueError, KeyError):
         return None
-    if facts["vocab_size"] > config.model.vocab_size:
-        raise UserError(
-            f"model.vocab_size={config.model.vocab_size} is smaller than the tokenizer's {facts['vocab_size']} tokens"
-        )
-    validation = facts["validation"]
+    check_vocabulary(config, facts["vocab_size"])
+    weights = config.data.weights if config.data.name == "mixture" else {".": 1.0}
+    mixtures = {name: Mixture(tokens[name], weights) for name in PARTS}
+    held_out = {key: source["validation"] for key, source in sources.items()}
+    hashes = [source[name]["sha256"] for source in sources.values() for name in PARTS]
     return Dataset(
-        name=config.data.name,
-        train=parts["train"],
-        validation=parts["validation"],
+        name=config.data.path or "hub" if config.data.name == "hub" else config.data.name,
+        train=_plain(mixtures["train"]),
+        validation=_plain(mixtures["validation"]),
         vocab_size=facts["vocab_size"],
         tokenizer_file=folder / "tokenizer.json",
         end_token=facts["end_token"],
-        bytes_per_token=validation["bytes"] / validation["tokens"] if validation["tokens"] else None,
-        train_documents=facts["train"]["documents"],
-        validation_documents=validation["documents"],
-        fingerprint=sha256_of([facts["train"]["sha256"], validation["sha256"]]),
+        bytes_per_token=mixtures["validation"].mean({k: v["bytes"] / v["tokens"] for k, v in held_out.items()})
+        if all(part["tokens"] for part in held_out.values())
+        else None,
+        train_documents=sum(source["train"]["documents"] for source in sources.values()),
+        validation_documents=sum(part["documents"] for part in held_out.values()),
+        fingerprint=sha256_of(hashes + ([json.dumps(weights)] if len(sources) > 1 else [])),
         from_cache=from_cache,
     )
+
+
+def _plain(mixture: Mixture) -> Tokens | Mixture:
+    """The tokens themselves where there is only one source that is no part of a mixture."""
+    return mixture.parts.get(".", mixture)
 
 
 def _synthetic(config: Config) -> Dataset:

@@ -1,17 +1,37 @@
-"""The user's own text: a `.txt`, `.jsonl` or `.parquet` file, or a folder of them."""
+"""The user's own text, a `.txt`, `.jsonl` or `.parquet` file or a folder of them, read in shards of bounded size."""
 
 from __future__ import annotations
 
+import contextlib
 import json
 import re
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING, BinaryIO
 
 from llmmed.config import DataConfig
 from llmmed.errors import UserError
 
+if TYPE_CHECKING:
+    import pyarrow.parquet
+
 SUFFIXES = (".txt", ".jsonl", ".parquet")
+SHARD_BYTES = 8 * 2**20
 _BLANK_LINES = re.compile(r"\n\s*\n")
+_CONTINUATION_BYTES = bytes(range(0x80, 0xC0))  # of UTF-8: no character begins with one
+_BLANK_LINES_IN_BYTES = re.compile(rb"\n\s*\n")
+
+
+@dataclass(frozen=True)
+class Shard:
+    """A part of a file that is read alone: bytes of a `.txt` or `.jsonl`, row groups of a `.parquet` file."""
+
+    path: str
+    start: int
+    end: int
+    field: str
+    size: int  # in bytes, to tell progress
 
 
 def files(config: DataConfig) -> list[Path]:
@@ -29,55 +49,151 @@ def files(config: DataConfig) -> list[Path]:
     return found
 
 
-def documents(config: DataConfig) -> Iterator[str]:
-    """Documents in the order of files and lines, without empty ones.
+def shards(config: DataConfig, shard_bytes: int = SHARD_BYTES) -> list[Shard]:
+    """All files cut where documents end, into parts of about `shard_bytes`. Raises `UserError`."""
+    found = []
+    for path in files(config):
+        with _telling_of_loss(path):
+            cut = _row_groups if path.suffix == ".parquet" else _byte_ranges
+            for start, end, size in cut(path, shard_bytes):
+                found.append(Shard(str(path), start, end, config.text_field, size))
+    return found
+
+
+def read(shard: Shard) -> Iterator[str]:
+    """The documents of a shard in their order, without empty ones. Raises `UserError` that names file and position.
 
     A document is a record of a .jsonl or .parquet file, or a paragraph of a .txt file: what stands between blank lines.
+    A paragraph longer than a shard is cut at the end of a line.
     """
-    for path in files(config):
-        reader = {".txt": _txt, ".jsonl": _jsonl, ".parquet": _parquet}[path.suffix]
-        for document in reader(path, config.text_field):
-            if document.strip():
-                yield document.strip()
+    path = Path(shard.path)
+    reader = {".txt": _txt, ".jsonl": _jsonl, ".parquet": _parquet}[path.suffix]
+    with _telling_of_loss(path):
+        for document in reader(path, shard):
+            if stripped := document.strip():
+                yield stripped
 
 
-def _txt(path: Path, _field: str) -> Iterator[str]:
-    yield from _BLANK_LINES.split(_decode(path.read_bytes(), path))
+def unpaired_surrogate(document: str) -> str | None:
+    """The first character that UTF-8 cannot write (JSON can name half a pair), or None."""
+    try:
+        document.encode()
+    except UnicodeEncodeError as error:
+        return f"\\u{ord(document[error.start]):04x}"
+    return None
 
 
-def _jsonl(path: Path, field: str) -> Iterator[str]:
+def _txt(path: Path, shard: Shard) -> Iterator[str]:
     with path.open("rb") as file:
-        position = 0
-        for number, line in enumerate(file, 1):
+        file.seek(shard.start)
+        text = _decode(file.read(shard.end - shard.start), path, shard.start)
+    start = 0
+    for blank in _BLANK_LINES.finditer(text):
+        yield text[start : blank.start()]
+        start = blank.end()
+    yield text[start:]
+
+
+def _jsonl(path: Path, shard: Shard) -> Iterator[str]:
+    with path.open("rb") as file:
+        position = shard.start
+        file.seek(position)
+        while position < shard.end and (line := file.readline()):
             if line.strip():
-                yield _record(_decode(line, path, position), f"{path}:{number}", field)
+                yield _record(_decode(line, path, position), _line_at(path, position), shard.field)
             position += len(line)
 
 
-def _record(line: str, where: str, field: str) -> str:
+def _record(line: str, where: Callable[[], str], field: str) -> str:
     try:
         record = json.loads(line)
     except ValueError as error:
-        raise UserError(f"{where}: not a line of JSON ({error})") from None
+        raise UserError(f"{where()}: not a line of JSON ({error})") from None
     if not isinstance(record, dict) or not isinstance(record.get(field), str):
         known = ", ".join(record) if isinstance(record, dict) else type(record).__name__
-        raise UserError(f"{where}: no text in field '{field}' (data.text_field); the record has {known}")
+        raise UserError(f"{where()}: no text in field '{field}' (data.text_field); the record has {known}")
     text: str = record[field]
+    if half := unpaired_surrogate(text):
+        raise UserError(f"{where()}: {half} in field '{field}' is half of a surrogate pair, which is no character")
     return text
 
 
-def _parquet(path: Path, field: str) -> Iterator[str]:
+def _line_at(path: Path, position: int) -> Callable[[], str]:
+    """Names the line at a position; counted only when an error needs it."""
+
+    def name() -> str:
+        lines, left = 1, position
+        with path.open("rb") as file:
+            while left and (block := file.read(min(left, 2**20))):
+                lines += block.count(b"\n")
+                left -= len(block)
+        return f"{path}:{lines}"
+
+    return name
+
+
+def _parquet(path: Path, shard: Shard) -> Iterator[str]:
+    import pyarrow
+
+    table = _open_parquet(path)
+    if shard.field not in table.schema_arrow.names:
+        known = ", ".join(table.schema_arrow.names)
+        raise UserError(f"{path}: no column '{shard.field}' (data.text_field); it has {known}")
+    groups = list(range(shard.start, shard.end))
+    try:
+        for batch in table.iter_batches(batch_size=256, row_groups=groups, columns=[shard.field]):
+            yield from (value for value in batch.column(0).to_pylist() if isinstance(value, str))
+    except (UnicodeDecodeError, pyarrow.ArrowInvalid) as error:
+        raise UserError(f"{path}: row groups {shard.start} to {shard.end - 1} cannot be read ({error})") from None
+
+
+def _open_parquet(path: Path) -> pyarrow.parquet.ParquetFile:
     import pyarrow.parquet
 
     try:
-        table = pyarrow.parquet.ParquetFile(path)
+        return pyarrow.parquet.ParquetFile(path, buffer_size=2**20, pre_buffer=False)
+    except FileNotFoundError:
+        raise
     except (OSError, ValueError) as error:
         raise UserError(f"{path}: not a Parquet file ({error})") from None
-    if field not in table.schema_arrow.names:
-        known = ", ".join(table.schema_arrow.names)
-        raise UserError(f"{path}: no column '{field}' (data.text_field); it has {known}")
-    for batch in table.iter_batches(columns=[field]):
-        yield from (value for value in batch.column(0).to_pylist() if isinstance(value, str))
+
+
+def _row_groups(path: Path, shard_bytes: int) -> Iterator[tuple[int, int, int]]:
+    if not path.stat().st_size:
+        return
+    table = _open_parquet(path).metadata
+    start, size = 0, 0
+    for group in range(table.num_row_groups):
+        size += table.row_group(group).total_byte_size
+        if size >= shard_bytes or group == table.num_row_groups - 1:
+            yield start, group + 1, size
+            start, size = group + 1, 0
+
+
+def _byte_ranges(path: Path, shard_bytes: int) -> Iterator[tuple[int, int, int]]:
+    end_of_document = _end_of_line if path.suffix == ".jsonl" else _end_of_paragraph
+    size = path.stat().st_size
+    with path.open("rb") as file:
+        start = 0
+        while start < size:
+            end = end_of_document(file, start + shard_bytes, shard_bytes) if start + shard_bytes < size else size
+            yield start, end, end - start
+            start = end
+
+
+def _end_of_line(file: BinaryIO, position: int, _most: int) -> int:
+    file.seek(position)
+    file.readline()
+    return file.tell()
+
+
+def _end_of_paragraph(file: BinaryIO, position: int, most: int) -> int:
+    """Where the first blank line after `position` ends; without one within `most` bytes, where the first line does."""
+    file.seek(position)
+    text = file.read(most)
+    if found := _BLANK_LINES_IN_BYTES.search(text):
+        return position + found.end()
+    return position + (text.find(b"\n") + 1 or len(text) - len(text.lstrip(_CONTINUATION_BYTES)))
 
 
 def _decode(data: bytes, path: Path, offset: int = 0) -> str:
@@ -87,4 +203,15 @@ def _decode(data: bytes, path: Path, offset: int = 0) -> str:
         raise UserError(
             f"{path}: byte {offset + error.start} (0x{data[error.start]:02x}) is not UTF-8; "
             f"convert the file, for instance with iconv -t UTF-8"
+        ) from None
+
+
+@contextlib.contextmanager
+def _telling_of_loss(path: Path) -> Iterator[None]:
+    try:
+        yield
+    except FileNotFoundError:
+        raise UserError(
+            f"{path}: the file vanished while it was being prepared; "
+            f"put it back and start again: finished parts are kept"
         ) from None

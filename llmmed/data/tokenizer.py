@@ -1,17 +1,34 @@
-"""Byte-level byte-pair encoding (Sennrich et al. 2016, on bytes as in GPT-2), trained with `tokenizers`."""
+"""Tokenizers: byte-level byte-pair encoding trained here, or one from the Hugging Face Hub or a folder."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+import json
+import re
+from collections.abc import Callable, Iterable, Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING
 
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+from llmmed.errors import UserError
+
+if TYPE_CHECKING:
+    from tokenizers import Tokenizer
+
+    from llmmed.config import TokenizerConfig
 
 END = "<|endoftext|>"
 END_ID = 0  # the trainer numbers special tokens first
+_COMMON_ENDS = (END, "</s>", "<|end_of_text|>", "<eos>", "[SEP]")
+_PIECE = 2**18  # characters
+_BEFORE_A_WORD = re.compile(r"(?<=\S) (?=\S)")
 
 
 def train_bpe(documents: Iterable[str], vocab_size: int) -> Tokenizer:
-    """A tokenizer of at most `vocab_size` tokens: every byte, `END`, and the merges that the text has."""
+    """A tokenizer of at most `vocab_size` tokens: every byte, `END`, and the merges that the text has.
+
+    Byte-pair encoding: Sennrich et al. 2016, on bytes as in GPT-2.
+    """
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()
@@ -21,5 +38,62 @@ def train_bpe(documents: Iterable[str], vocab_size: int) -> Tokenizer:
         initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
         show_progress=False,
     )
-    tokenizer.train_from_iterator(documents, trainer)
+    tokenizer.train_from_iterator((piece for document in documents for piece in pieces(document)), trainer)
     return tokenizer
+
+
+def load(config: TokenizerConfig, retries: int, report: Callable[[str], None]) -> tuple[Tokenizer, int]:
+    """The tokenizer of `tokenizer=hub` and the id of its end token. Raises `UserError`.
+
+    The end token is the one that `tokenizer_config.json` names, or a common name that the vocabulary has.
+    """
+    from llmmed.data import hub
+
+    file, settings_file = hub.tokenizer_files(config, retries, report)
+    try:
+        tokenizer = read(file)
+    except Exception as error:  # noqa: BLE001 - the library raises nothing more exact
+        raise UserError(f"tokenizer.path={config.path}: {file} is not a tokenizer ({error})") from None
+    tokenizer.no_truncation()
+    tokenizer.no_padding()
+    named = _named_end(settings_file)
+    for token in (named,) if named is not None else _COMMON_ENDS:
+        if (end := tokenizer.token_to_id(token)) is not None:
+            return tokenizer, end
+    wanted = f"its end token {named}" if named else f"an end token: {', '.join(_COMMON_ENDS)}"
+    raise UserError(f"tokenizer.path={config.path}: the vocabulary does not have {wanted}")
+
+
+def read(file: Path) -> Tokenizer:
+    from tokenizers import Tokenizer
+
+    return Tokenizer.from_file(str(file))
+
+
+def vocabulary_size(tokenizer: Tokenizer) -> int:
+    """Every id is below it, also where ids are missing in between."""
+    return max(tokenizer.get_vocab(with_added_tokens=True).values()) + 1
+
+
+def pieces(document: str) -> Iterator[str]:
+    """A long document cut before words, where a byte-level tokenizer cuts anyway: it bounds what encoding holds."""
+    start = 0
+    while len(document) - start > _PIECE:
+        found = _BEFORE_A_WORD.search(document, start + _PIECE, start + _PIECE + 2**14)
+        end = found.start() if found else start + _PIECE
+        yield document[start:end]
+        start = end
+    yield document[start:]
+
+
+def _named_end(settings_file: Path | None) -> str | None:
+    if settings_file is None:
+        return None
+    try:
+        settings = json.loads(settings_file.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise UserError(f"{settings_file}: not JSON ({error})") from None
+    token = settings.get("eos_token")
+    if isinstance(token, dict):
+        token = token.get("content")
+    return token if isinstance(token, str) else None

@@ -14,7 +14,7 @@ from tokenizers import Tokenizer
 from llmmed import data
 from llmmed.compose import compose
 from llmmed.config import Config
-from llmmed.data import biomed, prepared, text
+from llmmed.data import biomed, shards, text
 from llmmed.errors import UserError
 
 
@@ -45,11 +45,12 @@ def test_every_document_is_in_one_part_and_only_there(tmp_path: Path) -> None:
     assert (dataset.train_documents, dataset.validation_documents) == (360, 40)
 
 
-def test_terms_of_one_name_stay_together() -> None:
-    documents = [f"Term {i // 4}. Version {i % 4}." for i in range(400)]
-    train, validation = prepared._split(documents, 0.1)
+def test_terms_of_one_name_stay_together(tmp_path: Path) -> None:
+    (tmp_path / "terms.txt").write_text("\n\n".join(f"Term {i // 4}. Version {i % 4}." for i in range(400)))
+    dataset = data.prepare(text_config(tmp_path / "terms.txt", "data.validation_fraction=0.1"))
+    train, validation = decode(dataset, dataset.train), decode(dataset, dataset.validation)
     assert validation
-    assert not {prepared._head(d) for d in train} & {prepared._head(d) for d in validation}
+    assert not {shards.head(d) for d in train} & {shards.head(d) for d in validation}
 
 
 def test_a_single_document_is_split_by_position(tmp_path: Path) -> None:
@@ -99,7 +100,7 @@ def test_folders_of_all_formats_are_read(tmp_path: Path) -> None:
     (tmp_path / "b.jsonl").write_text(json.dumps({"text": "third"}) + "\n\n" + json.dumps({"text": "fourth"}) + "\n")
     pyarrow.parquet.write_table(pyarrow.table({"text": ["fifth", None, "sixth"]}), tmp_path / "c.parquet")
     source = text_config(tmp_path).data
-    found = list(text.documents(source))
+    found = [document for shard in text.shards(source) for document in text.read(shard)]
     assert found == ["first paragraph", "second paragraph", "third", "fourth", "fifth", "sixth"]
 
 
