@@ -106,8 +106,11 @@ def tune_in_child(
     limits: Limits,
     report: Callable[[Progress], None],
 ) -> Findings:
-    """Tries every candidate of every task, in order; each gets a verdict, the last resort being `not_tried`."""
-    findings = Findings()
+    """Tries every candidate of every task, in order; each gets a verdict, the last resort being `not_tried`.
+
+    What a task names as verified is measured with the rest, and not verified again.
+    """
+    findings = Findings(ops={task.op: dict(task.verified) for task in tasks})
     reason = ""
     with tempfile.TemporaryDirectory(prefix="llmmed-tuning-") as name:
         folder = Path(name)
@@ -136,7 +139,7 @@ def tune_in_child(
 
 def _warm_up(job: Job, folder: Path, limits: Limits, report: Callable[[Progress], None]) -> None:
     """Fills the compilers' caches from several processes, since one compiles on a single core."""
-    candidates = sum(len(task.verify) for task in job.tasks)
+    candidates = sum(len(task.verify) + len(task.verified) for task in job.tasks)
     count = min((os.cpu_count() or 2) - 1, candidates, _MOST_WARMING)
     if count < _LEAST_WARMING:
         return
@@ -267,7 +270,7 @@ def _fill_in(findings: Findings, tasks: list[Task], reason: str) -> None:
     """Gives every candidate that tuning did not come to a verdict that says so."""
     for task in tasks:
         known = findings.ops.setdefault(task.op, {})
-        for name in task.verify:
+        for name in [*task.verify, *task.verified]:
             if name not in known:
                 known[name] = Candidate(status="not_tried", reason=f"not tried: {reason}")
             elif task.measure and task.op not in findings.measured and known[name].status == "verified":

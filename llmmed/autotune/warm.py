@@ -49,13 +49,16 @@ def main() -> None:
 def _units(tasks: list[Task], mode: Mode, device: torch.device) -> Iterator[tuple[Task, str, Call, bool]]:
     """Every call that will be made of a candidate, and whether compiled: the longest to compile first."""
     for task in tasks:
-        for name in task.verify if mode != "eager" and task.measure else ():
+        for name in [*task.verify, *task.verified] if mode != "eager" and task.measure else ():
             for call in task.counts():
                 yield task, name, call, True
     for task in tasks:
         calls = {trial.call for trial in trials(get_op(task.op), list(task.counts()), None, device)}
         for name in task.verify:
             for call in sorted(calls, key=str) if name != DEFAULT else ():
+                yield task, name, call, False
+        for name in task.verified:
+            for call in task.counts() if name != DEFAULT else ():
                 yield task, name, call, False
 
 
