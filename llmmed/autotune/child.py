@@ -14,7 +14,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
@@ -151,7 +151,7 @@ def _warm_up(job: Job, folder: Path, limits: Limits, report: Callable[[Progress]
     with contextlib.ExitStack() as stack:
         arguments = [[str(path), str(share), str(count)] for share in range(count)]
         log = folder / "warm.log"
-        started = [stack.enter_context(_started("llmmed.autotune.warm", each, log)) for each in arguments]
+        started = [stack.enter_context(started_process("llmmed.autotune.warm", each, log)) for each in arguments]
         for process in started:
             with contextlib.suppress(subprocess.TimeoutExpired):
                 process.wait(max(0.0, deadline - time.perf_counter()))
@@ -179,14 +179,14 @@ class _Attempt:
         """Runs the process to its end. Returns why tuning cannot go on, or nothing."""
         self._job.write(job_path)
         log = job_path.with_suffix(".log")
-        with _started("llmmed.autotune.worker", [str(job_path)], log) as process:
+        with started_process("llmmed.autotune.worker", [str(job_path)], log) as process:
             too_slow = self._watch(process)
         self._read()
         if self._done:
             return ""
         if time.perf_counter() >= self._limits.deadline:
             return f"kernels.budget_seconds={self._limits.budget_seconds:g} was used up"
-        last_words = _last_line(log)
+        last_words = last_line(log)
         if too_slow is not None and self._open is not too_slow:
             return ""  # it came to its end in that very moment
         if self._open is not None and self._open.name:
@@ -195,7 +195,7 @@ class _Attempt:
         if self._learnt:
             return ""
         told = f": {last_words}" if last_words else ""
-        reason = f"the tuning process {_how_it_ended(process.returncode)}{told}"
+        reason = f"the tuning process {how_it_ended(process.returncode)}{told}"
         logger.warning("%s; the kernels that are not tuned are PyTorch's", reason)
         return reason
 
@@ -239,7 +239,7 @@ class _Attempt:
         doing = f"while it was {_DONE[culprit.stage]}"
         status: Status = "timed_out" if too_slow else "crashed"
         limit = f"took longer than kernels.candidate_seconds={self._limits.candidate_seconds:g}"
-        reason = limit if too_slow else f"the process {_how_it_ended(exit_code)}"
+        reason = limit if too_slow else f"the process {how_it_ended(exit_code)}"
         told = f": {last_words}" if last_words and not too_slow and exit_code > 0 else ""
         known = self._findings.ops.setdefault(culprit.op, {})
         before = known.get(culprit.name, Candidate(status="not_tried"))
@@ -247,10 +247,13 @@ class _Attempt:
 
 
 @contextlib.contextmanager
-def _started(module: str, arguments: list[str], log: Path) -> Iterator[subprocess.Popen[bytes]]:
+def started_process(
+    module: str, arguments: list[str], log: Path, variables: Mapping[str, str] | None = None
+) -> Iterator[subprocess.Popen[bytes]]:
     """A process, in a group of its own, so that its compilers end with it, whatever happens here."""
     # The child finds what this process finds (`-P`: and nothing else), the implementations of other packages too.
     environment = os.environ | {"PYTHONPATH": os.pathsep.join(entry or os.getcwd() for entry in sys.path)}
+    environment |= variables or {}
     command = [sys.executable, "-P", "-m", module, *arguments]
     with log.open("wb") as output:
         process = subprocess.Popen(
@@ -277,13 +280,13 @@ def _fill_in(findings: Findings, tasks: list[Task], reason: str) -> None:
                 known[name] = known[name].model_copy(update={"reason": f"verified, not timed: {reason}"})
 
 
-def _how_it_ended(exit_code: int) -> str:
+def how_it_ended(exit_code: int) -> str:
     if exit_code >= 0:
         return f"ended with exit code {exit_code}"
     name = signal.Signals(-exit_code).name
     return f"was killed by {name}" + (" (out of memory?)" if name == "SIGKILL" else "")
 
 
-def _last_line(log: Path) -> str:
+def last_line(log: Path) -> str:
     lines = [line.strip() for line in log.read_text(encoding="utf-8", errors="replace").splitlines() if line.strip()]
     return lines[-1][:200] if lines else ""

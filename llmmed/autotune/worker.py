@@ -33,7 +33,7 @@ _SHAPES_PER_FUNCTION = 1024  # the gate alone tries dozens; PyTorch's limit of 8
 
 def main() -> None:
     job = Job.read(Path(sys.argv[1]))
-    _end_with_parent()
+    end_with_parent()
     _offer_to_out_of_memory_killer()
     torch._dynamo.config.recompile_limit = _SHAPES_PER_FUNCTION
     torch._dynamo.config.accumulated_recompile_limit = _SHAPES_PER_FUNCTION
@@ -171,7 +171,7 @@ def _release(device: torch.device) -> None:
         torch.cuda.empty_cache()
 
 
-def _end_with_parent() -> None:
+def end_with_parent() -> None:
     """The parent holds the other end of standard input. When that closes, this process group ends, compilers too."""
 
     def wait() -> None:

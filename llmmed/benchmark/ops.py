@@ -6,6 +6,7 @@ that crashes or hangs costs that candidate alone.
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -92,9 +93,11 @@ class _Verdicts:
 
 def _passes(settings: OpsSettings, overrides: Sequence[str]) -> list[_Pass]:
     """By dtype, then size, then mode. An op whose calls do not depend on the dtype is not measured in a second one."""
-    passes, seen = [], set()
+    passes: list[_Pass] = []
+    seen: set[tuple[Mode, tuple[Call, ...]]] = set()
+    sizes: list[str | None] = [*settings.sizes] or [None]
     for dtype in settings.dtypes:
-        for size in settings.sizes or [None]:
+        for size in sizes:
             config = config_of(size, dtype, overrides)
             workload = record_workload(config).by_op()
             calls = {op: dict.fromkeys(workload[op], 1) for op in settings.op_names if op in workload}
@@ -174,11 +177,10 @@ def _speedup(default: Candidate | None, candidate: Candidate) -> dict[str, float
         return {}
     if default is candidate:
         return {"speedup": 1.0, "speedup_low": 1.0, "speedup_high": 1.0}
-    assert default.total_ms_low and default.total_ms_high and candidate.total_ms_low and candidate.total_ms_high
     return {
         "speedup": default.total_ms / candidate.total_ms,
-        "speedup_low": default.total_ms_low / candidate.total_ms_high,
-        "speedup_high": default.total_ms_high / candidate.total_ms_low,
+        "speedup_low": (default.total_ms_low or 0.0) / (candidate.total_ms_high or math.inf),
+        "speedup_high": (default.total_ms_high or 0.0) / (candidate.total_ms_low or math.inf),
     }
 
 

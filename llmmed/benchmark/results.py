@@ -14,7 +14,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any, Literal, TypeVar
 
-from pydantic import BaseModel, ConfigDict, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from llmmed.autotune.plan import Ceilings, Hardware, Mode, Status, first_problem
 from llmmed.errors import UserError
@@ -103,7 +103,7 @@ class StepRow(_Frozen):
     first_gradient_norm: float | None = None
     last_loss: float | None = None
     device_ms: dict[str, float] | None = None  # of a step, by what it does
-    samples: list[float] = []  # tokens/s of every block
+    samples: list[float] = Field(default_factory=list)  # tokens/s of every block
     kernels: dict[str, str] | None = None  # the plan of ours
 
 
@@ -174,12 +174,13 @@ def write(result: Result, folder: Path) -> None:
 def read(folders: Sequence[Path]) -> Iterator[tuple[Path, Result]]:
     """The results that lie in folders. Raises `UserError` where there is none, or one that cannot be read."""
     for folder in folders:
-        found = [(folder / "ops.json", OpsResult), (folder / "step.json", StepResult)]
-        present = [(path, kind) for path, kind in found if path.exists()]
-        if not present:
+        ops, step = folder / "ops.json", folder / "step.json"
+        if not ops.exists() and not step.exists():
             raise UserError(f"report={folder}: there is no ops.json or step.json; give the folder of a benchmark")
-        for path, kind in present:
-            yield path, _read(path, kind)
+        if ops.exists():
+            yield ops, _read(ops, OpsResult)
+        if step.exists():
+            yield step, _read(step, StepResult)
 
 
 def _read(path: Path, kind: type[_R]) -> _R:

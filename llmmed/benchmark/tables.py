@@ -69,14 +69,15 @@ def markdown(rows: Sequence[OpRow] | Sequence[StepRow]) -> str:
 
 
 OPS_NOTE = (
-    "One call of each shape, forward + backward, every candidate in turns with a cold cache; device: median time on the "
-    "device, host: time to issue the calls, ms: what a step pays (in eager mode the longer of the two) with the 95 % "
-    "interval of its median; ceiling: least possible device time / measured; memory: peak beyond the inputs."
+    "One call of each shape, forward + backward, every candidate in turns with a cold cache. Device: median time on "
+    "the device; host: time to issue the calls; fwd+bwd: what a step pays (in eager mode the longer of the two), with "
+    "half the 95 % interval of its median; ceiling: least possible device time / measured; memory: peak beyond the "
+    "inputs."
 )
 STEP_NOTE = (
-    "Every contestant in a process of its own, from the same weights, on the same batches. Speed: the median of all timed "
-    "blocks with its 95 % interval. First step: seconds from the start of the process, with empty compiler caches; in "
-    "brackets in a later round."
+    "Every contestant in a process of its own, from the same weights, on the same batches. Speed: the median of all "
+    "timed blocks with its 95 % interval. First step: seconds from the start of the process, with empty compiler "
+    "caches; in brackets in a later round."
 )
 
 

@@ -1,7 +1,7 @@
 """Pictures of a benchmark, from its JSON alone: colours of Okabe and Ito (2008), and a marker or hatch beside each.
 
-`ops_time`: an op's device time against the model's size, with the ceiling. `ops_speedup`, `ops_memory`: against PyTorch.
-`step`: speed, memory and time to the first step of whole steps. `step_breakdown`: where the device's time goes.
+`ops_time`: an op's device time against the model's size, with the ceiling. `ops_speedup`, `ops_memory`: against
+PyTorch. `step`: speed, memory and time to the first step of whole steps. `step_breakdown`: what the device does in one.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ _BLACK, _ORANGE, _SKY, _GREEN, _YELLOW, _BLUE, _RED, _PURPLE = (
     "#000000", "#E69F00", "#56B4E9", "#009E73", "#F0E442", "#0072B2", "#D55E00", "#CC79A7",
 )  # fmt: skip
 _KNOWN = {"pytorch": (_BLACK, "o"), "compiled": (_BLUE, "s"), "triton": (_RED, "^"), "liger": (_GREEN, "D")}
-_OTHERS = ((_ORANGE, "v"), (_PURPLE, "X"), (_SKY, "P"), (_YELLOW, "*"), (_GREEN, "<"), (_BLUE, ">"))
+_OTHERS = ((_ORANGE, "v"), (_PURPLE, "X"), (_SKY, "P"), (_BLACK, "*"), (_GREEN, "<"), (_BLUE, ">"))
 _FAMILIES = {"ours": (_BLUE, ""), "plain": (_ORANGE, "//"), "hf": (_GREEN, "..")}
 GROUPS = {  # of a step's device time -> colour and hatch
     "products": (_BLUE, ""),
@@ -302,12 +302,14 @@ def _dodge(place: int, of: int) -> float:
 
 
 def _plain_log_ticks(axis: object) -> None:
-    """`0.05`, `2`, `300` instead of powers of ten, at 1, 2 and 5."""
+    """`0.05`, `2`, `300` instead of powers of ten, the denser the shorter the axis. Call it after drawing."""
     from matplotlib.axis import Axis
     from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
 
     assert isinstance(axis, Axis)
-    axis.set_major_locator(LogLocator(subs=(1.0, 2.0, 5.0)))
+    low, high = axis.get_view_interval()
+    subs = (1.0, 1.5, 2.0, 3.0, 4.0, 5.0, 7.0) if high < 12 * low else (1.0, 2.0, 5.0) if high < 500 * low else (1.0,)
+    axis.set_major_locator(LogLocator(subs=subs, numticks=15))
     axis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:,.10g}"))
     axis.set_minor_formatter(NullFormatter())
 
