@@ -142,6 +142,8 @@ def _explain_key(key: str, config_name: str) -> str:
     if key in _groups(config_name):
         return f"'{key}' is a group; it can be {_options(key)}"
     known = sorted(_keys(OmegaConf.to_container(compose_yaml(config_name=config_name), resolve=False)))
+    if key in known:
+        return f"'{key}' does not go together with what the other overrides choose; leave one of them out"
     parent = key.rpartition(".")[0]
     siblings = [name.rpartition(".")[2] for name in known if name.rpartition(".")[0] == parent]
     near = difflib.get_close_matches(key, known, n=1, cutoff=0.75)

@@ -18,7 +18,8 @@ from typing import Any
 
 import torch
 from torch import nn
-from torch.autograd.profiler_util import DeviceType, FunctionEvent
+from torch._C._autograd import DeviceType
+from torch.autograd.profiler_util import FunctionEvent
 from torch.profiler import ProfilerActivity, profile, record_function
 
 _RANGE = "part of the step: "

@@ -40,10 +40,13 @@ if TYPE_CHECKING:
 _INTERRUPTED = 130
 _FILE_WIDTH = 140  # of lines in a file, which nobody folds
 
+_command: list[str] = []  # as it was given
+
 
 def main() -> None:
     """Composes, validates and runs what `sys.argv` asks for."""
     os.environ["HYDRA_FULL_ERROR"] = "1"
+    _command[:] = sys.argv
     sys.argv = [sys.argv[0], *as_lists(sys.argv[1:])]
     try:
         compose.register()
@@ -103,7 +106,7 @@ def run(
     from llmmed.reporting.benchmark_plots import draw
 
     begun = time.perf_counter()
-    origin = results.origin(config.device, compose.as_dict(config))
+    origin = results.origin(config.device, compose.as_dict(config), _command)
     console.print(tables.header(origin), highlight=False)
     result: OpsResult | StepResult
     with _bar(console) as tell:

@@ -24,7 +24,14 @@ from llmmed.kernels.catalog import COMPILED, DEFAULT, implementation_names
 from llmmed.training import prepare_backend
 
 _PEERS = ("liger",)  # implementations by other projects
-_CARRIED = ("wrong", "no_backward", "crashed", "failed_to_compile", "timed_out")  # verdicts that another size keeps
+_CARRIED = (
+    "unavailable",
+    "wrong",
+    "no_backward",
+    "crashed",
+    "failed_to_compile",
+    "timed_out",
+)  # verdicts that another size keeps
 _STAGES = {"warm": 0.0, "ceilings": 0.0, "verify": 0.1, "load": 0.6, "measure": 0.7}  # how far an op is, for the bar
 
 Tell = Callable[[float, str], None]
@@ -83,8 +90,8 @@ class _Verdicts:
                 status="verified", relative_error=found.relative_error, worst_ratio=found.worst_ratio
             )
         if found.status in _CARRIED:
-            reason = f"{found.reason} (at size {each.size})"
-            bad = found.model_copy(update={"reason": reason})
+            where = f" (at size {each.size})" if found.status != "unavailable" else ""
+            bad = found.model_copy(update={"reason": found.reason + where})
             (self.clock.setdefault((op, each.dtype, each.mode), {}) if verified else gate)[name] = bad
 
     def of(self, each: _Pass, op: str) -> dict[str, Candidate]:

@@ -68,7 +68,8 @@ class Block(nn.Module):
         attended = F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=grouped)
         x = x + self.output(attended.transpose(1, 2).flatten(2))
         gate, up = self.gate_up(self.mlp_norm(x)).chunk(2, dim=-1)
-        return x + self.down(gated(gate, up))
+        out: Tensor = x + self.down(gated(gate, up))
+        return out
 
 
 class RMSNorm(nn.Module):

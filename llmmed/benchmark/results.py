@@ -8,7 +8,6 @@ from __future__ import annotations
 import csv
 import io
 import shlex
-import sys
 from collections.abc import Iterator, Sequence
 from datetime import UTC, datetime
 from pathlib import Path
@@ -134,7 +133,7 @@ Result = OpsResult | StepResult
 _R = TypeVar("_R", OpsResult, StepResult)
 
 
-def origin(device: str, config: dict[str, Any]) -> Origin:
+def origin(device: str, config: dict[str, Any], command: Sequence[str]) -> Origin:
     """Of a benchmark that is run by this process."""
     import importlib.metadata
 
@@ -150,7 +149,7 @@ def origin(device: str, config: dict[str, Any]) -> Origin:
     git = describe_environment()["git"]
     return Origin(
         date=datetime.now(UTC).isoformat(timespec="seconds"),
-        command=shlex.join(["python", *sys.argv]),
+        command=shlex.join(["python", *command]),
         commit=git["commit"],
         changed_files=len(git["changed_files"]),
         hardware=describe_hardware(device),

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import re
 from collections.abc import Sequence
 from dataclasses import fields
 from typing import Annotated, Any, Literal
@@ -22,7 +21,6 @@ CONFIG_NAME = "benchmark"
 ALL = "all"
 _STRICT = ConfigDict(extra="forbid")
 _LISTS = ("ops", "dtypes", "modes", "sizes", "contestants", "report")
-_CONTESTANT = re.compile(r"^[a-z_]+$")
 
 DtypeName = Literal["float32", "bfloat16", "float16"]
 ModeName = Literal["eager", "compiled", "graphs"]

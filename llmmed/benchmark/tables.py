@@ -24,6 +24,11 @@ class Column(Generic[_R]):
     header: str
     value: Callable[[_R], str]
 
+    @property
+    def title(self) -> str:
+        """The header in one line."""
+        return self.header.replace("-\n", "").replace("\n", " ")
+
 
 def header(origin: Origin) -> str:
     """The machine and the versions, in one line."""
@@ -57,7 +62,7 @@ def markdown(rows: Sequence[OpRow] | Sequence[StepRow]) -> str:
         columns, first = _STEP, "contestant"
     used = [column for column in columns if any(column.value(row) for row in rows)]  # type: ignore[arg-type]
     lines = [
-        [first, "verdict", *(column.header.replace("\n", " ") for column in used)],
+        [first, "verdict", *(column.title for column in used)],
         ["---", "---", *("---:" for _ in used)],
     ]
     for row in rows:

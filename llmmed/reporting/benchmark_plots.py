@@ -34,7 +34,7 @@ GROUPS = {  # of a step's device time -> colour and hatch
     "swiglu": (_YELLOW, "\\\\"),
     "loss": (_RED, "--"),
     "optimizer": (_SKY, "++"),
-    "other": ("#999999", "oo"),
+    "other": ("#999999", ""),
 }
 _DPI = 120
 
@@ -98,7 +98,7 @@ def _time_figure(rows: Sequence[OpRow], title: str) -> Figure:
         axis.set_title(op, fontsize=10)
         axis.set_yscale("log")
         _plain_log_ticks(axis.yaxis)
-        axis.set_ylabel("device time (ms)")
+        axis.set_ylabel("device time (ms)" if rows[0].host_ms is not None else "time (ms)")
         axis.set_xticks(range(len(sizes)), sizes)
         axis.set_xlim(-0.5, len(sizes) - 0.5)
         axis.grid(axis="y", alpha=0.3)
@@ -247,6 +247,7 @@ def _breakdown_figure(result: StepResult, rows: Sequence[StepRow]) -> Figure:
         len(sizes), 1, figsize=(9.5, sum(counts) * 0.45 + 1.0 * len(sizes) + 1.2), squeeze=False,
         gridspec_kw={"height_ratios": [count + 1 for count in counts]}, layout="constrained",
     )  # fmt: skip
+    what = "device time" if result.origin.hardware.cuda else "time in operators"
     for axis, size in zip(panels[:, 0], sizes, strict=True):
         here = sorted((row for row in rows if row.size == size), key=lambda row: sum((row.device_ms or {}).values()))
         for place, row in enumerate(here):
@@ -259,7 +260,7 @@ def _breakdown_figure(result: StepResult, rows: Sequence[StepRow]) -> Figure:
         axis.set_yticks(range(len(here)), [_folded(row.title) for row in here])
         axis.set_ylim(len(here) - 0.5, -0.5)
         axis.margins(x=0.08)
-        axis.set_xlabel(f"{size}: device time of one step (ms)")
+        axis.set_xlabel(f"{size}: {what} in one step (ms)")
         axis.grid(axis="x", alpha=0.3)
         axis.set_axisbelow(True)
     present = [g for g in GROUPS if any((row.device_ms or {}).get(g) for row in rows)]
