@@ -412,10 +412,14 @@ def test_every_override_of_the_page_composes() -> None:
     assert len(found) >= 12
     for overrides in found:
         compose.compose(["data=synthetic", "train.seq_len=512", *overrides.split()])
-    commands = re.findall(r"^    python scripts/benchmark\.py (.+)$", PAGE, re.MULTILINE)
-    assert len(commands) == 3
-    for command in commands:
-        compose_benchmark(shlex.split(command))
+
+
+def test_every_benchmark_command_of_the_docs_composes(repository: Path) -> None:
+    for page, count in ((PAGE, 3), ((repository / "README.md").read_text(encoding="utf-8"), 2)):
+        commands = re.findall(r"^    python scripts/benchmark\.py (.+)$", page, re.MULTILINE)
+        assert len(commands) == count
+        for command in commands:
+            compose_benchmark(shlex.split(command))
 
 
 @pytest.mark.parametrize(

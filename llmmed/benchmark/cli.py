@@ -17,12 +17,11 @@ from hydra.core.hydra_config import HydraConfig
 from hydra.errors import HydraException
 from omegaconf import DictConfig, OmegaConf
 
-from llmmed import compose
+from llmmed import compose, run_folder
 from llmmed.benchmark.settings import (
     CONFIG_NAME,
     OpsSettings,
     Settings,
-    StepSettings,
     as_lists,
     compose_benchmark,
     validate,
@@ -35,7 +34,7 @@ if TYPE_CHECKING:
     from rich.console import Console
 
     from llmmed.benchmark.ops import Tell
-    from llmmed.benchmark.results import OpsResult, StepResult
+    from llmmed.benchmark.results import OpsResult, Origin, StepResult
 
 _INTERRUPTED = 130
 _FILE_WIDTH = 140  # of lines in a file, which nobody folds
@@ -101,34 +100,40 @@ def _task(composed: DictConfig) -> None:
 def run(
     settings: Settings, config: Config, overrides: Sequence[str], folder: Path, console: Console
 ) -> OpsResult | StepResult:
-    """Measures, prints the table, and writes JSON, CSV and plots into the folder."""
+    """Measures, prints the table, and writes plots, JSON and CSV into the folder; an interruption leaves the latter."""
     from llmmed.benchmark import results, tables
     from llmmed.reporting.benchmark_plots import draw
 
-    begun = time.perf_counter()
     origin = results.origin(config.device, compose.as_dict(config), _command)
     console.print(tables.header(origin), highlight=False)
-    result: OpsResult | StepResult
     with _bar(console) as tell:
-        if isinstance(settings, OpsSettings):
-            from llmmed.benchmark.ops import run_ops
-
-            rows, ceilings = run_ops(settings, overrides, tell)
-            seconds = time.perf_counter() - begun
-            result = results.OpsResult(origin=origin, seconds=seconds, ceilings=ceilings, rows=rows)
-        else:
-            assert isinstance(settings, StepSettings)
-            from llmmed.benchmark.step import run_step
-
-            shapes, contestants = run_step(settings, overrides, folder, tell)
-            seconds = time.perf_counter() - begun
-            result = results.StepResult(origin=origin, seconds=seconds, shapes=shapes, rows=contestants)
-    results.write(result, folder)
+        for found in _results(settings, overrides, folder, tell, origin):
+            result = found
+            results.write(result, folder)
     tables.show(result, console)
     pictures = draw(result, folder)
     written = [f"{result.kind}.json", f"{result.kind}.csv", *(path.name for path in pictures)]
-    console.print(f"\n{seconds:.0f} s; in {folder}: {', '.join(written)}", markup=False, soft_wrap=True)
+    told = f"{result.seconds:.0f} s; in {run_folder.shown(folder)}: {', '.join(written)}"
+    console.print(f"\n{told}", markup=False, soft_wrap=True)
     return result
+
+
+def _results(
+    settings: Settings, overrides: Sequence[str], folder: Path, tell: Tell, origin: Origin
+) -> Iterator[OpsResult | StepResult]:
+    """The result so far, again and again."""
+    from llmmed.benchmark.ops import run_ops
+    from llmmed.benchmark.results import OpsResult, StepResult
+    from llmmed.benchmark.step import run_step
+
+    begun = time.perf_counter()
+    if isinstance(settings, OpsSettings):
+        for op_rows, ceilings in run_ops(settings, overrides, tell):
+            seconds = time.perf_counter() - begun
+            yield OpsResult(origin=origin, seconds=seconds, ceilings=ceilings, rows=op_rows)
+    else:
+        for shapes, rows in run_step(settings, overrides, folder, tell):
+            yield StepResult(origin=origin, seconds=time.perf_counter() - begun, shapes=shapes, rows=rows)
 
 
 @contextmanager

@@ -17,8 +17,9 @@ from llmmed.autotune.plan import Candidate, Ceilings, Mode
 from llmmed.autotune.tuner import why_not
 from llmmed.autotune.workload import record_workload
 from llmmed.benchmark.results import OpRow
-from llmmed.benchmark.settings import DtypeName, OpsSettings, config_of
+from llmmed.benchmark.settings import ALL, DtypeName, OpsSettings, config_of
 from llmmed.config import Config
+from llmmed.errors import UserError
 from llmmed.kernels.base import Call
 from llmmed.kernels.catalog import COMPILED, DEFAULT, implementation_names
 from llmmed.training import prepare_backend
@@ -38,13 +39,19 @@ Tell = Callable[[float, str], None]
 """Told how much is done, from 0 to 1, and what is being done."""
 
 
-def run_ops(settings: OpsSettings, overrides: Sequence[str], tell: Tell) -> tuple[list[OpRow], dict[str, Ceilings]]:
-    """Everything that the settings ask for, within their time. `overrides` are the command line's."""
+def run_ops(
+    settings: OpsSettings, overrides: Sequence[str], tell: Tell
+) -> Iterator[tuple[list[OpRow], dict[str, Ceilings]]]:
+    """Everything that the settings ask for, within their time; gives what is known after every pass.
+
+    `overrides` are the command line's. Ceilings are by size, dtype and mode: each process measures its own.
+    """
     deadline = time.perf_counter() + settings.seconds
     passes = _passes(settings, overrides)
     verdicts = _Verdicts()
     rows: list[OpRow] = []
     ceilings: dict[str, Ceilings] = {}
+    order = {op: place for place, op in enumerate(settings.op_names)}
     for index, each in enumerate(passes):
 
         def report(progress: Progress, each: _Pass = each, index: int = index) -> None:
@@ -57,9 +64,8 @@ def run_ops(settings: OpsSettings, overrides: Sequence[str], tell: Tell) -> tupl
         rows += found
         if measured is not None:
             ceilings[each.title] = measured
-    tell(1.0, "done")
-    order = {op: place for place, op in enumerate(settings.op_names)}
-    return sorted(rows, key=lambda row: order[row.op]), ceilings  # the sort keeps the order of sizes within an op
+        tell((index + 1) / len(passes), each.title)
+        yield sorted(rows, key=lambda row: order[row.op]), ceilings  # sizes stay in their order within an op
 
 
 @dataclass(frozen=True)
@@ -107,6 +113,9 @@ def _passes(settings: OpsSettings, overrides: Sequence[str]) -> list[_Pass]:
         for size in sizes:
             config = config_of(size, dtype, overrides)
             workload = record_workload(config).by_op()
+            for op in settings.ops:
+                if op != ALL and op not in workload:
+                    raise UserError(f"ops={op}: a step with optimizer={config.optimizer.name} does not call it")
             calls = {op: dict.fromkeys(workload[op], 1) for op in settings.op_names if op in workload}
             for mode in settings.modes:
                 fresh = {op: found for op, found in calls.items() if (mode, tuple(found)) not in seen}

@@ -10,7 +10,7 @@ import contextlib
 import subprocess
 import tempfile
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from statistics import median
@@ -36,8 +36,11 @@ _LOSS_TOLERANCE, _NORM_TOLERANCE = 0.002, 0.02
 
 def run_step(
     settings: StepSettings, overrides: Sequence[str], folder: Path, tell: Tell
-) -> tuple[list[StepShape], list[StepRow]]:
-    """Everything that the settings ask for, within their time. The log of every process goes into the folder."""
+) -> Iterator[tuple[list[StepShape], list[StepRow]]]:
+    """Everything that the settings ask for, within their time; gives what is known after every process.
+
+    The log of every process goes into the folder.
+    """
     deadline = time.perf_counter() + settings.seconds
     sizes: list[str | None] = [*settings.sizes] or [None]
     entries = [
@@ -45,19 +48,16 @@ def run_step(
         for size in sizes
         for contestant in _chosen(settings)
     ]
+    configs = {entry.config.model.name: entry.config for entry in reversed(entries)}
+    shapes = [_shape(configs[name]) for name in dict.fromkeys(entry.config.model.name for entry in entries)]
     with tempfile.TemporaryDirectory(prefix="llmmed-step-") as caches:
         for number in range(settings.rounds):
             for index, entry in enumerate(entries if number % 2 == 0 else entries[::-1]):
-                done = (number + index / len(entries)) / settings.rounds
-                tell(
-                    done,
-                    f"round {number + 1} of {settings.rounds}, {entry.config.model.name}: {entry.contestant.title}",
-                )
+                done, who = number + index / len(entries), f"{entry.config.model.name}: {entry.contestant.title}"
+                tell(done / settings.rounds, f"round {number + 1} of {settings.rounds}, {who}")
                 entry.run(settings, overrides, folder, Path(caches), number, deadline)
+                yield shapes, _compared([each.row() for each in entries if each.found or each.failure])
     tell(1.0, "done")
-    shapes = [_shape(next(e.config for e in entries if e.config.model.name == name))
-              for name in dict.fromkeys(e.config.model.name for e in entries)]  # fmt: skip
-    return shapes, _compared([entry.row(settings) for entry in entries])
 
 
 def _chosen(settings: StepSettings) -> list[Contestant]:
@@ -132,7 +132,7 @@ class _Entry:
         words = last_line(log)
         return StepFound(status="crashed", reason=f"the process {how_it_ended(ended)}{f': {words}' if words else ''}")
 
-    def row(self, settings: StepSettings) -> StepRow:
+    def row(self) -> StepRow:
         config, title = self.config, self.contestant.title
         row = StepRow(contestant=self.contestant.name, title=title, size=config.model.name, status="verified")
         if not self.found:
