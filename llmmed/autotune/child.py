@@ -14,7 +14,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
@@ -139,9 +139,10 @@ def tune_in_child(
 ) -> Findings:
     """Tries every candidate of every task, in order, then, if asked to, the best of them in the step.
 
-    Each candidate gets a verdict, the last resort being `not_tried`.
+    Each candidate gets a verdict, the last resort being `not_tried`. What a task names as verified is measured with the
+    rest, and not verified again.
     """
-    findings = Findings()
+    findings = Findings(ops={task.op: dict(task.verified) for task in tasks})
     reason = ""
     with tempfile.TemporaryDirectory(prefix="llmmed-tuning-") as name:
         folder = Path(name)
@@ -191,7 +192,7 @@ def _confirmation(step: StepTask | None, findings: Findings) -> StepTask | None:
 
 def _warm_up(job: Job, folder: Path, limits: Limits, report: Callable[[Progress], None]) -> None:
     """Fills the compilers' caches from several processes, since one compiles on a single core."""
-    candidates = sum(len(task.verify) for task in job.tasks)
+    candidates = sum(len(task.verify) + len(task.verified) for task in job.tasks)
     count = min((os.cpu_count() or 2) - 1, candidates, _MOST_WARMING)
     if count < _LEAST_WARMING:
         return
@@ -203,7 +204,7 @@ def _warm_up(job: Job, folder: Path, limits: Limits, report: Callable[[Progress]
     with contextlib.ExitStack() as stack:
         arguments = [[str(path), str(share), str(count)] for share in range(count)]
         log = folder / "warm.log"
-        started = [stack.enter_context(_started("llmmed.autotune.warm", each, log)) for each in arguments]
+        started = [stack.enter_context(started_process("llmmed.autotune.warm", each, log)) for each in arguments]
         for process in started:
             with contextlib.suppress(subprocess.TimeoutExpired):
                 process.wait(max(0.0, deadline - time.perf_counter()))
@@ -232,7 +233,7 @@ class _Attempt:
         """Runs the process to its end. Returns why tuning cannot go on, or nothing."""
         self._job.write(job_path)
         log = job_path.with_suffix(".log")
-        with _started("llmmed.autotune.worker", [str(job_path)], log) as process:
+        with started_process("llmmed.autotune.worker", [str(job_path)], log) as process:
             too_slow = self._watch(process)
         self._read()
         self._account("")
@@ -242,20 +243,20 @@ class _Attempt:
             return ""
         if time.perf_counter() >= self._limits.deadline:
             return f"kernels.budget_seconds={self._limits.budget_seconds:g} was used up"
-        last_words = _last_line(log)
+        last_words = last_line(log)
         if too_slow is not None and self._open is not too_slow:
             return ""  # it came to its end in that very moment
         if self._open is not None and self._open.name:
             self._reject(self._open, too_slow is not None, process.returncode, last_words)
             return ""
         if self._open is not None and self._open.stage == "step":
-            ended = _how_it_ended(process.returncode)
+            ended = how_it_ended(process.returncode)
             self._findings.step_reason = f"the default plan in the step: the process {ended}"
             return ""
         if self._learnt:
             return ""
         told = f": {last_words}" if last_words else ""
-        reason = f"the tuning process {_how_it_ended(process.returncode)}{told}"
+        reason = f"the tuning process {how_it_ended(process.returncode)}{told}"
         logger.warning("%s; the kernels that are not tuned are PyTorch's", reason)
         return reason
 
@@ -307,7 +308,7 @@ class _Attempt:
         doing = f"while it was {_DONE[culprit.stage]}"
         status: Status = "timed_out" if too_slow else "crashed"
         limit = f"took longer than kernels.candidate_seconds={self._limits.candidate_seconds:g}"
-        reason = limit if too_slow else f"the process {_how_it_ended(exit_code)}"
+        reason = limit if too_slow else f"the process {how_it_ended(exit_code)}"
         told = f": {last_words}" if last_words and not too_slow and exit_code > 0 else ""
         if culprit.stage == "step":
             trial = StepTrial(
@@ -321,10 +322,13 @@ class _Attempt:
 
 
 @contextlib.contextmanager
-def _started(module: str, arguments: list[str], log: Path) -> Iterator[subprocess.Popen[bytes]]:
+def started_process(
+    module: str, arguments: list[str], log: Path, variables: Mapping[str, str] | None = None
+) -> Iterator[subprocess.Popen[bytes]]:
     """A process, in a group of its own, so that its compilers end with it, whatever happens here."""
     # The child finds what this process finds (`-P`: and nothing else), the implementations of other packages too.
     environment = os.environ | {"PYTHONPATH": os.pathsep.join(entry or os.getcwd() for entry in sys.path)}
+    environment |= variables or {}
     command = [sys.executable, "-P", "-m", module, *arguments]
     with log.open("wb") as output:
         process = subprocess.Popen(
@@ -344,20 +348,20 @@ def _fill_in(findings: Findings, tasks: list[Task], reason: str) -> None:
     """Gives every candidate that tuning did not come to a verdict that says so."""
     for task in tasks:
         known = findings.ops.setdefault(task.op, {})
-        for name in task.verify:
+        for name in [*task.verify, *task.verified]:
             if name not in known:
                 known[name] = Candidate(status="not_tried", reason=f"not tried: {reason}")
             elif task.measure and task.op not in findings.measured and known[name].status == "verified":
                 known[name] = known[name].model_copy(update={"reason": f"verified, not timed: {reason}"})
 
 
-def _how_it_ended(exit_code: int) -> str:
+def how_it_ended(exit_code: int) -> str:
     if exit_code >= 0:
         return f"ended with exit code {exit_code}"
     name = signal.Signals(-exit_code).name
     return f"was killed by {name}" + (" (out of memory?)" if name == "SIGKILL" else "")
 
 
-def _last_line(log: Path) -> str:
+def last_line(log: Path) -> str:
     lines = [line.strip() for line in log.read_text(encoding="utf-8", errors="replace").splitlines() if line.strip()]
     return lines[-1][:200] if lines else ""

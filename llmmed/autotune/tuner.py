@@ -142,11 +142,11 @@ def _without_trying(
     if order is not None and order.name == DEFAULT:
         return {DEFAULT: Candidate(status="not_tried")}
     names = _listed(op, mode) if order is None else (order.name,)
-    reasons = {name: _why_not(op, name, calls, config, mode) for name in names}
+    reasons = {name: why_not(op, name, calls, config, mode) for name in names}
     return {name: Candidate(status="unavailable", reason=reason) for name, reason in reasons.items() if reason}
 
 
-def _why_not(op: str, name: str, calls: Mapping[Call, int], config: Config, mode: Mode) -> str | None:
+def why_not(op: str, name: str, calls: Mapping[Call, int], config: Config, mode: Mode) -> str | None:
     """Why a candidate cannot be used in this run, as far as its description tells; or None."""
     if name not in implementation_names(op):
         return f"op '{op}' has no implementation '{name}'; it has {', '.join(implementation_names(op))}"

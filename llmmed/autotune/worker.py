@@ -37,7 +37,7 @@ from llmmed.autotune.journal import (
     Timed,
     Tried,
 )
-from llmmed.autotune.measure import measure_ceilings, measure_op
+from llmmed.autotune.measure import compiled_alone, measure_ceilings, measure_op
 from llmmed.autotune.plan import Candidate, Ceilings, Mode, StepTrial
 from llmmed.autotune.step_clock import StepClock
 from llmmed.autotune.verify import Verdict, forget, verify
@@ -51,7 +51,7 @@ _SHAPES_PER_FUNCTION = 1024  # the gate alone tries dozens; PyTorch's limit of 8
 
 def main() -> None:
     job = Job.read(Path(sys.argv[1]))
-    _end_with_parent()
+    end_with_parent()
     _offer_to_out_of_memory_killer()
     torch._dynamo.config.recompile_limit = _SHAPES_PER_FUNCTION
     torch._dynamo.config.accumulated_recompile_limit = _SHAPES_PER_FUNCTION
@@ -122,8 +122,7 @@ class Worker:
             self._journal.write(Begun(stage="load", op=op.name, name=name))
             implementation = get_implementation(op.name, name)
             function = load_function(op.name, implementation)
-            # A kernel of its own runs in a compiled step as it is; what is made of PyTorch's is compiled by itself.
-            compiled = self._mode != "eager" and (name == DEFAULT or not implementation.kernel_names)
+            compiled = compiled_alone(implementation, self._mode)
             functions[name] = torch.compile(function, fullgraph=True, dynamic=False) if compiled else function
 
         def failed(name: str, error: Exception) -> None:
@@ -266,7 +265,7 @@ def _release(device: torch.device) -> None:
         torch.cuda.empty_cache()
 
 
-def _end_with_parent() -> None:
+def end_with_parent() -> None:
     """The parent holds the other end of standard input. When that closes, this process group ends, compilers too."""
 
     def wait() -> None:
