@@ -222,6 +222,29 @@ def test_all_contestants_train_the_same(optimizer: str) -> None:
     assert second[0][0] < first[0][0]
 
 
+@pytest.mark.gpu
+def test_on_a_gpu_there_are_ceilings_memory_and_device_times(tmp_path: Path) -> None:
+    gpu = [override for override in TINY if not override.startswith("device=")]
+    found, _ = benchmark(tmp_path / "ops", *gpu, "ops=rms_norm", "modes=eager,graphs")
+    assert isinstance(found, OpsResult)
+    rows = {(row.mode, row.implementation): row for row in found.rows}
+    for mode in ("eager", "graphs"):
+        row = rows[mode, "triton"]
+        assert row.status == "verified", row.reason
+        assert row.share_of_ceiling is not None
+        assert 0 < row.share_of_ceiling < 1.1
+        assert row.peak_memory_mib is not None
+        assert row.host_ms is not None
+    assert len(found.ceilings) == 2
+    steps, _ = benchmark(tmp_path / "step", *gpu, *STEP, "contestants=ours_graphs,plain_eager,plain_graphs")
+    assert isinstance(steps, StepResult)
+    for each in steps.rows:
+        assert each.status == "verified", each.reason
+        assert each.peak_memory_gib is not None
+        assert each.device_ms is not None
+        assert {"products", "optimizer"} <= {group for group, ms in each.device_ms.items() if ms > 0}
+
+
 def test_who_computes_something_else_is_out_of_the_comparison() -> None:
     def row(name: str, norm: float) -> StepRow:
         return StepRow(contestant=name, title=name, size="base", status="verified", tokens_per_second=1e9,

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import io
 import math
+import textwrap
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -226,8 +227,7 @@ def _bars(
             if low is not None and high is not None:
                 axis.plot([low, high], [place, place], "|-", color="black", linewidth=1.2, markersize=7)
                 end = high
-        text = f"{value:,.0f}" if value >= 100 else f"{value:#.3g}"
-        axis.text(end + 0.02 * top, place, text, va="center", fontsize=8)
+        axis.text(end + 0.02 * top, place, _short(value), va="center", fontsize=8)
     axis.set_xlim(0, 1.22 * top)
     axis.set_ylim(len(rows) - 0.5, -0.5)
     axis.set_xlabel(label)
@@ -256,7 +256,7 @@ def _breakdown_figure(result: StepResult, rows: Sequence[StepRow]) -> Figure:
                 width = (row.device_ms or {}).get(group, 0.0)
                 axis.barh(place, width, 0.72, left=left, color=colour, hatch=hatch, edgecolor="white", linewidth=0.5)
                 left += width
-            axis.text(left, place, f" {left:#.3g}", va="center", fontsize=8)
+            axis.text(left, place, f" {_short(left)}", va="center", fontsize=8)
         axis.set_yticks(range(len(here)), [_folded(row.title) for row in here])
         axis.set_ylim(len(here) - 0.5, -0.5)
         axis.margins(x=0.08)
@@ -315,11 +315,13 @@ def _plain_log_ticks(axis: object) -> None:
     axis.set_minor_formatter(NullFormatter())
 
 
+def _short(value: float) -> str:
+    return f"{value:,.0f}" if value >= 100 else f"{value:#.3g}"
+
+
 def _thousand(value: float | None) -> float | None:
     return None if value is None else value / 1e3
 
 
 def _folded(title: str, width: int = 30) -> str:
-    import textwrap
-
     return "\n".join(textwrap.wrap(title, width))
