@@ -26,7 +26,7 @@ from llmmed.model import Transformer, flops_per_token
 from llmmed.optim import learning_rate
 from llmmed.training import checkpoint
 from llmmed.training.evaluate import Evaluator
-from llmmed.training.executed import launched_kernels
+from llmmed.training.executed import launched_kernels, prepare_tracing
 from llmmed.training.metrics import JsonLines, SampleSink, Sink, draw_loss, peak_tflops, read_metrics
 from llmmed.training.micro_step import build_micro_step
 from llmmed.training.prefetch import Prefetcher
@@ -198,6 +198,8 @@ class _Run:
         trace = self.trace = StepTrace(
             self.folder / "trace.json.gz", train.profile_steps, first, train.max_steps, self.device
         )
+        if self.device.type == "cuda" and (self.launched is not None or train.profile_steps):
+            prepare_tracing(self.device)
         begun = interval_begun = time.perf_counter()
         interval_first = first
         losses: list[Tensor] = []
