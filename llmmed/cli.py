@@ -5,11 +5,11 @@ A mistake is one line and exit code 1. What is not the user's mistake leaves its
 
 from __future__ import annotations
 
+import logging
 import os
 import signal
 import subprocess
 import sys
-import threading
 import time
 from dataclasses import dataclass
 from pathlib import Path
@@ -30,7 +30,6 @@ from llmmed.files import write_atomically
 from llmmed.signals import INTERRUPTED, Interrupted, StopRequest
 
 _STARTED = time.perf_counter()
-_LEAVE_SECONDS = 5.0
 
 
 @dataclass(frozen=True)
@@ -116,11 +115,11 @@ def _tell_interrupted(folder: Path, reason: str) -> None:
 
 
 def _leave(code: int) -> NoReturn:
-    """Ends the process, also where a library's threads or exit handlers wait for something that does not come."""
-    watchdog = threading.Timer(_LEAVE_SECONDS, os._exit, (code,))
-    watchdog.daemon = True
-    watchdog.start()
-    sys.exit(code)
+    """Ends the process without the exit handlers of libraries: W&B's waits for a server or a service that is gone."""
+    logging.shutdown()
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(code)
 
 
 def _run_job(composed: DictConfig, folder: Path, hydra_config: HydraConf) -> _Job:

@@ -3,10 +3,7 @@
 from __future__ import annotations
 
 import os
-import signal
-import subprocess
 import sys
-import time
 import uuid
 from collections.abc import Callable
 from pathlib import Path
@@ -14,49 +11,9 @@ from pathlib import Path
 import pytest
 
 from llmmed.run_folder import read_status
+from tests.processes import Tagged
 
 TRAIN = ["experiment=smoke", "train.max_steps=100000", "train.eval_every=0", "kernels.cache=none", "hydra.run.dir=run"]
-FEW_SECONDS = 15  # on an idle machine two; tests may share theirs
-
-
-class Tagged:
-    """A process whose descendants can be found, whatever they do: by a mark in their environment."""
-
-    def __init__(self, command: list[str], folder: Path, **environment: str) -> None:
-        self.mark, self.folder = f"LLMMED_TEST={uuid.uuid4()}", folder
-        name, _, value = self.mark.partition("=")
-        self.output = folder / "output.txt"
-        self.process = subprocess.Popen(
-            command, cwd=folder, env=os.environ | environment | {name: value}, stdout=self.output.open("w"),
-            stderr=subprocess.STDOUT, start_new_session=True,
-        )  # fmt: skip
-
-    def wait_until(self, condition: Callable[[], bool]) -> None:
-        deadline = time.monotonic() + 100
-        while not condition():
-            assert self.process.poll() is None, self.output.read_text()
-            assert time.monotonic() < deadline
-            time.sleep(0.02)
-
-    def left(self) -> list[str]:
-        found = []
-        for path in Path("/proc").glob("[0-9]*"):
-            try:
-                if self.mark.encode() in (path / "environ").read_bytes().split(b"\0"):
-                    found.append((path / "cmdline").read_text().replace("\0", " "))
-            except OSError:
-                continue
-        return found
-
-    def ends(self, to: Callable[[int, int], None] = os.kill) -> int:
-        """Sends SIGTERM, waits for the end of it and all its descendants, and returns the exit code."""
-        to(self.process.pid, signal.SIGTERM)
-        code = self.process.wait(FEW_SECONDS)
-        deadline = time.monotonic() + FEW_SECONDS
-        while left := self.left():
-            assert time.monotonic() < deadline, left
-            time.sleep(0.1)
-        return code
 
 
 def says(path: Path, words: str) -> bool:
