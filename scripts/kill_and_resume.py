@@ -54,17 +54,18 @@ def kill_and_resume(folder: Path, kills: int, chance: random.Random) -> int:
         print(undisturbed.output.read_text(), file=sys.stderr)
         return 1
     done: Counter[str] = Counter()
-    halves = finished = 0
+    halves: set[Path] = set()
+    finished = 0
     while done.total() < kills:
         run = f"run{finished}"
         while done.total() < kills:
             # Every stage in turn, so that a few kills already meet all of them.
-            stage = STAGES[done.total() % len(STAGES)]
-            if not killed(folder, run, stage, chance):
+            stage = killed(folder, run, STAGES[done.total() % len(STAGES)], chance)
+            if stage is None:
                 break
             done[stage] += 1
-            half = any((folder / run).glob("checkpoints/.writing-*"))
-            halves += half
+            half = set((folder / run).glob("checkpoints/.writing-*")) - halves
+            halves |= half
             told = f"{reached(folder / run)} steps on disk{' and half a checkpoint' if half else ''}"
             print(f"{done.total():3d}. killed while {stage}, {told}", flush=True)
         last = Life(folder, run)
@@ -75,7 +76,7 @@ def kill_and_resume(folder: Path, kills: int, chance: random.Random) -> int:
         finished += 1
         print(f"{run} finished: bit-identical to the undisturbed run", flush=True)
     stages = ", ".join(f"{count} while {stage}" for stage, count in done.items())
-    print(f"{done.total()} kills ({stages}; {halves} left half a checkpoint)")
+    print(f"{done.total()} kills ({stages}; {len(halves)} left half a checkpoint)")
     print(f"{finished} runs, all bit-identical to the undisturbed one; {time.perf_counter() - began:.0f} s")
     return 0
 
@@ -103,8 +104,11 @@ class Life:
         return True
 
 
-def killed(folder: Path, run: str, stage: str, chance: random.Random) -> bool:
-    """Starts the run or goes on with it, and kills it at that stage. False if it came to its end before."""
+def killed(folder: Path, run: str, stage: str, chance: random.Random) -> str | None:
+    """Starts the run or goes on with it, and kills it at that stage.
+
+    Returns the stage that it was killed at in truth, or None if it came to its end before.
+    """
     if stage == "preparing data":
         shutil.rmtree(folder / "cache", ignore_errors=True)
     first = reached(folder / run)
@@ -119,7 +123,10 @@ def killed(folder: Path, run: str, stage: str, chance: random.Random) -> bool:
     if life.is_at(moments[stage]):
         time.sleep(chance.uniform(0, {"preparing data": 0.5, "training": 0.05}.get(stage, 0.002)))
     life.process.kill()
-    return life.process.wait() != 0
+    if life.process.wait() == 0:
+        return None
+    prepared = "parameters" in life.output.read_text()  # the header is printed after the data is there
+    return "between data and training" if stage == "preparing data" and prepared else stage
 
 
 def logged(run: Path) -> tuple[int, bool]:
