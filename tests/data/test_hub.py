@@ -29,10 +29,15 @@ wait = time.sleep
 time.sleep = lambda seconds: wait(min(seconds, 0.02))  # ours and the libraries' pauses are told, not made
 from llmmed import data
 from llmmed.compose import compose
+from llmmed.data.hub import HubSource
 from llmmed.errors import UserError
 for name, overrides in json.load(sys.stdin).items():
     told = []
     try:
+        if name == "source":
+            source = HubSource(compose(["data=hub", *overrides]).data, told.append)
+            print("ANSWER", json.dumps([name, {"documents": list(source.documents(None)), "told": told}]))
+            continue
         dataset = data.prepare(compose(["data=hub", "train.seq_len=16", *overrides]), told.append)
         tokens = [*dataset.train.tolist(), *dataset.validation.tolist()]
         answer = {"tokens": tokens, "fingerprint": dataset.fingerprint, "from_cache": dataset.from_cache,
@@ -114,16 +119,22 @@ def test_streamed_or_whole_the_tokens_are_the_same(hub: Hub, tmp_path: Path) -> 
 
 
 def test_errors_that_pass_are_waited_for(hub: Hub, tmp_path: Path) -> None:
-    for name, failures in {"meta": [500], "data": [BROKEN], "whole": [503]}.items():
+    for name, failures in {"meta": [500], "data": [BROKEN, 503], "whole": [503]}.items():
         hub.repositories[f"flaky/{name}"] = {f"{name}.jsonl": jsonl(DOCUMENTS)}
         hub.failures[f"/api/datasets/flaky/{name}" if name == "meta" else f"{name}.jsonl"] = failures
+    hub.repositories["flaky/source"] = {"1.jsonl": jsonl(DOCUMENTS[:300]), "2.jsonl": jsonl(DOCUMENTS[300:])}
+    hub.failures["2.jsonl"] = [503] * 8  # more than the library tries
     cases = {
+        "source": ["data.path=flaky/source", "data.streaming=true"],
         "meta": ["data.path=flaky/meta", "data.streaming=true"],
         "data": ["data.path=flaky/data", "data.streaming=true"],
         "whole": ["data.path=flaky/whole", "data.streaming=false"],
     }
     common = ["data.retries=3", "tokenizer.vocab_size=400"]
     answers = prepare({name: [*overrides, *common] for name, overrides in cases.items()}, tmp_path, hub.url)
+    source = answers.pop("source")
+    assert source["documents"] == DOCUMENTS  # each once, also those before the error
+    assert any("trying again in 1 s (1 of 3)" in line for line in source["told"])
     for name, answer in answers.items():
         assert "error" not in answer, (name, answer)
         assert sorted(decoded(answer)) == sorted(DOCUMENTS)
