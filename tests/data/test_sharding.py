@@ -136,7 +136,7 @@ def test_finished_shards_are_not_tokenised_again(tmp_path: Path, monkeypatch: py
         done.append(task.output.name)
 
     monkeypatch.setattr(preparation.shards, "tokenise", failing)
-    with pytest.raises(OSError, match="No space"):
+    with pytest.raises(UserError, match="disk with the prepared data is full"):
         data.prepare(config(path))
     scans = {p: p.stat().st_mtime_ns for p in (tmp_path / "cache").rglob("*.scan.npz")}
     assert len(scans) == shards_in_all
@@ -186,6 +186,31 @@ def test_killed_at_any_moment_it_goes_on_and_ends_the_same(tmp_path: Path, monke
     assert "were tokenised before" in last
     monkeypatch.setattr(text.shards, "__defaults__", (8_000,))
     assert last.splitlines()[-1] == f"{data.prepare(config(path, 'tokenizer.vocab_size=600')).fingerprint} False"
+
+
+def can_mount() -> bool:
+    """Whether a file system of limited size can be made here, in a namespace of its own."""
+    try:
+        return subprocess.run(["unshare", "-Urm", "true"], capture_output=True).returncode == 0
+    except OSError:
+        return False
+
+
+@pytest.mark.skipif(not can_mount(), reason="needs user namespaces: unshare -Urm")
+def test_a_full_disk_is_one_line(tmp_path: Path) -> None:
+    (tmp_path / "disk").mkdir()
+    path = tmp_path / "notes.txt"
+    path.write_text("\n\n".join(f"Term {i}. The organ number {i * i} lies beside it." for i in range(20_000)))
+    script = 'mount -t tmpfs -o size=1500k tmpfs disk && "$@"'
+    done = subprocess.run(
+        ["unshare", "-Urm", "bash", "-c", script, "bash", sys.executable, "-c", PREPARE, str(path)],
+        cwd=tmp_path, capture_output=True, text=True, timeout=60,
+        env=os.environ | {"LLMMED_CACHE": str(tmp_path / "disk"), "PYTHONPATH": os.pathsep.join(sys.path)},
+    )  # fmt: skip
+    assert "training a tokenizer" in done.stdout
+    last = done.stderr.strip().splitlines()[-1]
+    assert "UserError: the disk with the prepared data is full" in last
+    assert "LLMMED_CACHE" in last
 
 
 def test_a_file_that_vanishes_is_one_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
