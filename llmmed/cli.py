@@ -22,7 +22,7 @@ from hydra.errors import HydraException
 from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf
 
-from llmmed import compose, run_folder
+from llmmed import compose, micro_batch, run_folder
 from llmmed.errors import UserError
 from llmmed.files import write_atomically
 
@@ -85,7 +85,9 @@ def _task(composed: DictConfig) -> None:
     if hydra_config.mode == RunMode.MULTIRUN:
         _jobs.append(_run_job(composed, folder, hydra_config))
         return
-    config = compose.validate(composed, hydra_config.overrides.task)
+    overrides = list(hydra_config.overrides.task)
+    composed = micro_batch.resolve(composed, overrides, folder, report=lambda line: print(line, flush=True))
+    config = compose.validate(composed, overrides)
     write_atomically(folder / ".hydra" / "config.yaml", OmegaConf.to_yaml(composed, resolve=True))
     from llmmed.run import run  # torch comes with it, and is not needed to refuse a mistake
 

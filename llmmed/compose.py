@@ -10,7 +10,7 @@ import importlib.util
 import json
 import os
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -33,18 +33,23 @@ _ADAPTER = TypeAdapter(Config)
 
 def compose(overrides: Sequence[str] = ()) -> Config:
     """Composes `configs/train.yaml` with overrides as on the command line. Raises `UserError`."""
-    return validate(compose_yaml(overrides), overrides)
+    composed = compose_yaml(overrides)
+    if asks_for_auto_batch(composed):
+        raise UserError("train.micro_batch_size=auto is resolved by scripts/train.py alone; state a number here")
+    return validate(composed, overrides)
 
 
-def compose_yaml(overrides: Sequence[str] = (), *, with_hydra: bool = False) -> DictConfig:
+def compose_yaml(
+    overrides: Sequence[str] = (), *, with_hydra: bool = False, config_name: str = CONFIG_NAME
+) -> DictConfig:
     """What the YAML files and the overrides give, not yet validated; with `with_hydra`, Hydra's own part too."""
     register()
     GlobalHydra.instance().clear()
     try:
         with hydra.initialize_config_dir(str(config_folder()), version_base="1.3"):
-            return hydra.compose(CONFIG_NAME, list(overrides), return_hydra_config=with_hydra)
+            return hydra.compose(config_name, list(overrides), return_hydra_config=with_hydra)
     except (HydraException, omegaconf.errors.OmegaConfBaseException) as error:
-        raise UserError(explain(error)) from error
+        raise UserError(explain(error, config_name)) from error
 
 
 def validate(composed: DictConfig, overrides: Sequence[str] = ()) -> Config:
@@ -53,7 +58,11 @@ def validate(composed: DictConfig, overrides: Sequence[str] = ()) -> Config:
     Args:
         composed: The composed YAML without Hydra's own part.
         overrides: What the user wrote. Of several problems, one that they wrote is named first.
+
+    `train.micro_batch_size=auto` is validated as one sequence; `micro_batch.resolve` replaces it before a run.
     """
+    if asks_for_auto_batch(composed):
+        composed = with_micro_batch(composed, 1)
     try:
         values = OmegaConf.to_container(composed, resolve=True, throw_on_missing=True)
     except omegaconf.errors.OmegaConfBaseException as error:
@@ -62,16 +71,44 @@ def validate(composed: DictConfig, overrides: Sequence[str] = ()) -> Config:
         # Through JSON, where strict typing still lets a list be a tuple.
         config = _ADAPTER.validate_json(json.dumps(values), strict=True)
     except ValidationError as error:
-        raise UserError(_explain_validation(error, overrides)) from error
+        raise UserError(explain_validation(error, overrides)) from error
     _check_together(config)
     data.check(config)
     return config
+
+
+def asks_for_auto_batch(composed: DictConfig) -> bool:
+    """Whether `train.micro_batch_size` is `auto`. Raises `UserError` if the size of the step would depend on it."""
+    train = composed.get("train")
+    if not isinstance(train, DictConfig) or OmegaConf.is_missing(train, "micro_batch_size"):
+        return False
+    if train.get("micro_batch_size") != "auto":
+        return False
+    stated = OmegaConf.to_container(train, resolve=False)
+    if isinstance(stated, dict) and "micro_batch_size" in str(stated.get("global_batch_tokens")):
+        raise UserError(
+            "train.micro_batch_size=auto needs the size of a step, which must not depend on the GPU: state "
+            "train.global_batch_tokens, a multiple of train.seq_len, for instance train.global_batch_tokens=24576"
+        )
+    return True
+
+
+def with_micro_batch(composed: DictConfig, size: int) -> DictConfig:
+    """A copy with that `train.micro_batch_size`."""
+    copy = composed.copy()
+    OmegaConf.update(copy, "train.micro_batch_size", size)
+    return copy
 
 
 def as_dict(config: Config) -> dict[str, Any]:
     """The whole configuration, resolved, as plain JSON types."""
     values: dict[str, Any] = _ADAPTER.dump_python(config, mode="json")
     return values
+
+
+def from_dict(values: Mapping[str, Any]) -> Config:
+    """The configuration that `as_dict` wrote. Raises `pydantic.ValidationError`."""
+    return _ADAPTER.validate_json(json.dumps(values), strict=True)
 
 
 def config_folder() -> Path:
@@ -113,7 +150,7 @@ def accumulation_steps(train: TrainConfig) -> int:
     return steps
 
 
-def explain(error: Exception) -> str:
+def explain(error: Exception, config_name: str = CONFIG_NAME) -> str:
     """One line for an exception of Hydra or OmegaConf: what was wrong, where, what is allowed."""
     text = str(error)
     if isinstance(error, MissingConfigException):
@@ -125,21 +162,23 @@ def explain(error: Exception) -> str:
         return f"'{error.override}' is not an override; write key=value, for instance train.max_steps=200"
     if isinstance(error, ConfigCompositionException):
         if found := re.search(r"Could not override '([^']+)'\. No match in the defaults list", text):
-            return f"'{found[1]}' is no group; the groups are {', '.join(_groups())}"
+            return f"'{found[1]}' is no group; the groups are {', '.join(_groups(config_name))}"
         if found := re.search(
             r"Could not (?:override|delete|append to config\. An item is already at) '([^']+)'", text
         ):
-            return _explain_key(found[1])
+            return _explain_key(found[1], config_name)
     if isinstance(error, omegaconf.errors.MissingMandatoryValue):
         return f"{getattr(error, 'full_key', None) or 'a key'} has no value; give it one"
     return " ".join(text.split()) or type(error).__name__
 
 
-def _explain_key(key: str) -> str:
+def _explain_key(key: str, config_name: str) -> str:
     """Why a key cannot be overridden: it does not exist. Names what does."""
-    if key in _groups():
+    if key in _groups(config_name):
         return f"'{key}' is a group; it can be {_options(key)}"
-    known = sorted(_keys(OmegaConf.to_container(compose_yaml(), resolve=False)))
+    known = sorted(_keys(OmegaConf.to_container(compose_yaml(config_name=config_name), resolve=False)))
+    if key in known:
+        return f"'{key}' does not go together with what the other overrides choose; leave one of them out"
     parent = key.rpartition(".")[0]
     siblings = [name.rpartition(".")[2] for name in known if name.rpartition(".")[0] == parent]
     near = difflib.get_close_matches(key, known, n=1, cutoff=0.75)
@@ -148,7 +187,8 @@ def _explain_key(key: str) -> str:
     return f"there is no key '{key}': {hint}{where}"
 
 
-def _explain_validation(error: ValidationError, overrides: Sequence[str]) -> str:
+def explain_validation(error: ValidationError, overrides: Sequence[str]) -> str:
+    """One line for a value that is not allowed; of several, one that the user wrote."""
     written = {override.lstrip("+~").partition("=")[0] for override in overrides}
     problems = error.errors()
     problem = next((p for p in problems if ".".join(map(str, p["loc"])) in written), problems[0])
@@ -211,8 +251,9 @@ def _torch_is_cuda_build() -> bool:
     return bool(re.search(r"^cuda[^=\n]*= *['\"]", version.read_text(encoding="utf-8"), re.MULTILINE))
 
 
-def _groups() -> list[str]:
-    return sorted(p.name for p in config_folder().iterdir() if p.is_dir() and p.name != "hydra")
+def _groups(config_name: str) -> list[str]:
+    others = {"hydra", "benchmark" if config_name == CONFIG_NAME else "experiment"}
+    return sorted(p.name for p in config_folder().iterdir() if p.is_dir() and p.name not in others)
 
 
 def _options(group: str) -> str:

@@ -33,6 +33,7 @@ class ModelConfig:
     rope_theta: PositiveFloat
     norm_eps: PositiveFloat
     tie_embeddings: bool
+    init_from: str | None  # a Hugging Face Llama (folder or hub name), or a run or checkpoint of ours
 
 
 @dataclass(config=_STRICT, frozen=True)
@@ -45,6 +46,8 @@ class KernelsConfig:
     margin: Fraction  # a rival must be faster than the default by this share, and by more than the noise
     cache: Literal["use", "refresh", "none"]
     plan: str | None  # somebody's kernels.json, verified again here
+    objective: Literal["time", "memory"]  # what the step is to take least of
+    memory_budget_gib: PositiveFloat | None  # a plan that needs more is out; null: what the GPU has
     budget_seconds: PositiveFloat  # tuning ends after this with the best plan so far
     candidate_seconds: PositiveFloat  # one candidate that takes longer is killed and rejected
 
@@ -59,6 +62,7 @@ class TrainConfig:
     global_batch_tokens: Positive
     precision: Literal["fp32", "bf16", "fp16"]
     compile: Literal["auto", "eager", "compiled", "graphs"]
+    activation_checkpointing: Literal["none", "block"]
     grad_clip: NonNegativeFloat  # 0 switches clipping off
     eval_every: NonNegative  # 0: only at the end
     eval_batches: Positive
@@ -66,9 +70,13 @@ class TrainConfig:
     keep_last: Positive  # the best is kept besides
     patience: NonNegative  # evaluations without a better validation loss that end the run; 0: it is never ended
     log_every: Positive
+    sample_every: NonNegative  # 0: never
+    sample_prompts: Annotated[list[str], Field(min_length=1)]
+    sample_tokens: Positive  # the longest continuation
     resume: str | None  # null, auto, latest, or a run folder
     deterministic: bool
     dry_run: bool
+    profile_steps: NonNegative  # 0: none
 
 
 @dataclass(config=_STRICT, frozen=True)
@@ -81,7 +89,8 @@ class OptimizerConfig:
     betas: tuple[Fraction, Fraction]  # AdamW's
     eps: PositiveFloat  # AdamW's
     momentum: Fraction | None  # Muon's
-    schedule: Literal["cosine", "linear", "constant"]
+    schedule: Literal["cosine", "linear", "constant", "wsd"]
+    decay_ratio: Annotated[float, Field(gt=0, le=1)]  # wsd's
     warmup_steps: NonNegative
     min_lr_ratio: Annotated[float, Field(ge=0, le=1)]
 

@@ -62,7 +62,7 @@ def best_or_newest(run: Path) -> checkpoint.Checkpoint:
     newest = checkpoint.load_latest(run / "checkpoints")
     if newest is None:
         raise UserError(f"{run} has no whole checkpoint; give the folder of a run that wrote one")
-    best = run / "checkpoints" / f"step_{newest.state['best']['step']:08d}"
+    best = run / "checkpoints" / checkpoint.folder_name(newest.state["best"]["step"])
     if best.exists() and checkpoint.damage(best) is None:
         return checkpoint.load(best)
     return newest

@@ -14,7 +14,7 @@ from typing import Any
 
 from rich.console import Console
 
-from llmmed import data, run_folder
+from llmmed import data, init_from, run_folder
 from llmmed.autotune.hardware import describe_hardware
 from llmmed.autotune.plan import KernelPlan, Mode
 from llmmed.autotune.tuner import tune
@@ -23,12 +23,14 @@ from llmmed.compose import as_dict
 from llmmed.config import Config
 from llmmed.errors import UserError
 from llmmed.files import read_json, write_json
-from llmmed.kernels.catalog import load_kernels
-from llmmed.model import Transformer, compute_dtype
+from llmmed.init_from import InitialWeights
+from llmmed.kernels.catalog import default_choice, load_kernels
+from llmmed.model import Transformer
 from llmmed.reporting.kernel_table import print_kernel_table
 from llmmed.reporting.terminal import print_closing, print_header
 from llmmed.reporting.wandb_sink import open_wandb
 from llmmed.training import Interrupted, Result, checkpoint, prepare_backend, resolve_compile, train
+from llmmed.training.executed import compare
 
 logger = logging.getLogger(__name__)
 
@@ -90,12 +92,18 @@ def _run(config: Config, folder: Path, console: Console, started: float) -> None
     dataset = data.prepare(config, report=lambda message: console.print(f"[dim]{message}[/]"))
     print_header(config, dataset, mode, folder, console)
 
+    newest = checkpoint.latest(folder / "checkpoints") if config.train.resume is not None else None
+    initial = init_from.find(config.model) if newest is None else None  # a resumed run has weights of its own
+    if initial is not None:
+        init_from.warn_of_other_tokenizer(initial, dataset.tokenizer_file)
+
     workload = record_workload(config)
-    plan = _plan_of_checkpoint(config, folder, workload, mode)
+    plan = _plan_of_checkpoint(newest, config, workload, mode)
     if plan is None:
         with console.status("tuning") as status:
             plan = tune(config, workload, mode=mode, report=lambda progress: status.update(str(progress)))
     plan.write(folder / "kernels.json")
+    mode = plan.mode
     logger.info("kernels %s: %s", "from the cache" if plan.cached else "chosen", plan.choice)
     print_kernel_table(plan, console)
     if config.train.dry_run:
@@ -104,14 +112,17 @@ def _run(config: Config, folder: Path, console: Console, started: float) -> None
         )
         return
 
-    model = build(config, plan)
+    def launched(names: set[str]) -> None:
+        _confirm_execution(config, plan, names).write(folder / "kernels.json")
+
+    model = build(config, plan, initial)
     sink = open_wandb(config, folder, as_dict(config))
     status_word = "failed"
     summary: dict[str, Any] = plan.summary()
     try:
         result = train(
-            config, model, dataset, folder, plan=plan.to_json(), sinks=[sink] if sink else [],
-            console=console, started=started, resume=config.train.resume is not None,
+            config, model, dataset, folder, plan=plan.to_json(), mode=mode, sinks=[sink] if sink else [],
+            console=console, started=started, resume=config.train.resume is not None, launched=launched,
         )  # fmt: skip
         status_word = "finished"
         summary |= _summary(result, model)
@@ -123,27 +134,35 @@ def _run(config: Config, folder: Path, console: Console, started: float) -> None
     print_closing(summary, plan, folder, console)
 
 
-def _plan_of_checkpoint(config: Config, folder: Path, workload: Workload, mode: Mode) -> KernelPlan | None:
+def _plan_of_checkpoint(path: Path | None, config: Config, workload: Workload, mode: Mode) -> KernelPlan | None:
     """The plan that a resumed run was training with, if this is still the machine and the step that it was made for."""
-    path = checkpoint.latest(folder / "checkpoints") if config.train.resume is not None else None
     if path is None:
         return None
     plan = KernelPlan.from_json(read_json(path / "state.json")["plan"])
     same = (
         plan.policy == config.kernels.policy
-        and plan.mode == mode
+        and (plan.mode == mode or config.train.compile == "auto")
         and plan.hardware == describe_hardware(config.device)
         and plan.workload_fingerprint == workload.fingerprint()
     )
     return plan if same else None
 
 
-def build(config: Config, plan: KernelPlan) -> Transformer:
+def _confirm_execution(config: Config, plan: KernelPlan, launched: set[str]) -> KernelPlan:
+    """The plan with what a trace of the step says of it. Raises `UserError` if something else ran."""
+    if not launched:
+        logger.warning("the profiler saw no kernels, so that nothing shows that the chosen ones ran")
+        return plan
+    called = set(record_workload(config, load_kernels({**default_choice(), **plan.choice})).by_op())
+    return plan.model_copy(update={"executed": compare(plan.choice, called, launched)})
+
+
+def build(config: Config, plan: KernelPlan, initial: InitialWeights | None = None) -> Transformer:
     """The model with the plan's kernels, on the run's device. Parameters are the same under every plan."""
-    kernels = load_kernels(plan.choice)
-    dtype = compute_dtype(config.train.precision)
-    seq_len = config.train.seq_len
-    return Transformer(config.model, kernels, dtype, max_seq_len=seq_len, seed=config.seed, device=config.device)
+    model = Transformer.for_training(config, load_kernels(plan.choice), config.device)
+    if initial is not None:
+        model.load_state_dict(initial.load(config.model))
+    return model
 
 
 def _summary(result: Result, model: Transformer) -> dict[str, Any]:
@@ -153,6 +172,7 @@ def _summary(result: Result, model: Transformer) -> dict[str, Any]:
         "peak_memory_gib": result.peak_memory_gib,
         "final/train_loss": result.train_loss,
         "final/val_loss": result.val_loss,
+        "final/val_accuracy": result.val_accuracy,
         "best/val_loss": result.best_val_loss,
         "best/step": result.best_step,
         "steps": result.steps,

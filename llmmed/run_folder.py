@@ -97,8 +97,11 @@ def shown(folder: Path) -> str:
 
 
 def _comparable(values: dict[str, Any]) -> dict[str, Any]:
-    """A configuration without what may differ between a run and its continuation."""
-    train = {key: value for key, value in values["train"].items() if key != "resume"}
+    """A configuration without what may differ between a run and its continuation.
+
+    The micro-batch is how a step is cut up and not what it computes; with `auto` it is not known here either.
+    """
+    train = {key: value for key, value in values["train"].items() if key not in ("resume", "micro_batch_size")}
     return {**values, "train": train}
 
 

@@ -19,7 +19,7 @@ GROUPS = ("model", "kernels", "train", "data", "tokenizer", "optimizer", "logger
 PUBLIC_KEYS = """
 seed
 model: n_layers d_model n_heads n_kv_heads d_ff vocab_size rope_theta norm_eps tie_embeddings
-kernels: policy pin on_unavailable margin cache plan budget_seconds
+kernels: policy pin on_unavailable margin cache plan objective memory_budget_gib budget_seconds
 train: max_steps seq_len micro_batch_size global_batch_tokens precision compile grad_clip eval_every checkpoint_every
 train: keep_last resume deterministic dry_run
 optimizer: name lr weight_decay betas schedule warmup_steps

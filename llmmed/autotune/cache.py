@@ -1,6 +1,6 @@
 """The tuning cache: what was proved and measured, one JSON file a fingerprint, in the user's cache folder.
 
-It keeps evidence and not choices: margin, pins and policy apply afresh in every run. The fingerprint holds all that
+It keeps evidence and not choices. The fingerprint holds all that
 evidence depends on, so an entry is never out of date; it is only no longer asked for.
 """
 
@@ -13,27 +13,29 @@ import shutil
 import sys
 from collections.abc import Collection, Iterable, Mapping
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from pydantic import BaseModel, ConfigDict, ValidationError
 
 from llmmed.autotune.hardware import UNKNOWN_GPU
-from llmmed.autotune.plan import Candidate, Ceilings, Hardware, Mode, first_problem
+from llmmed.autotune.plan import Candidate, Ceilings, Hardware, Mode, StepEvidence, first_problem
 from llmmed.autotune.workload import Workload
 from llmmed.files import cache_folder, sha256_of, write_json
 from llmmed.kernels import base, catalog, operator
+from llmmed.model import transformer
 
 logger = logging.getLogger(__name__)
 
 
 class Evidence(BaseModel):
-    """What a tuning process found: per op and implementation, and the ceilings if it measured any."""
+    """What a tuning process found: per op and implementation, the ceilings if it measured any, the step's answer."""
 
     model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
 
     ops: dict[str, dict[str, Candidate]]
     ceilings: Ceilings | None = None
+    step: StepEvidence | None = None
 
 
 class _Entry(BaseModel):
@@ -54,10 +56,12 @@ def fingerprint(
     mode: Mode,
     deterministic: bool,
     candidate_seconds: float,
+    step: Mapping[str, Any] | None,
 ) -> str:
     """The hash of everything that evidence depends on: machine, versions, workload, mode, sources, what is tried.
 
-    `candidates` are the implementations to verify, by op; `timed` the ops whose verified ones are measured.
+    `candidates` are the implementations to verify, by op; `timed` the ops whose verified ones are measured; `step` what
+    the step's answer depends on besides, None if it is not asked.
     """
     facts = {
         "hardware": hardware.model_dump(mode="json"),
@@ -72,7 +76,9 @@ def fingerprint(
         "deterministic": deterministic,
         "matmul_precision": torch.get_float32_matmul_precision(),
         "candidate_seconds": candidate_seconds,
+        "step": step,
         "judges": _hash_files(sorted(Path(__file__).parent.glob("*.py"))),
+        "model": _hash_files(sorted(Path(transformer.__file__).parent.glob("*.py"))) if step else None,
         "contract": _hash_files(map(Path, (base.__file__, operator.__file__, catalog.__file__))),
         "sources": {op: source_hash(op) for op in catalog.op_names()},  # all: one op's code may use another's
     }

@@ -14,27 +14,48 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
 
 import torch
 
-from llmmed.autotune.journal import Begun, CeilingsFound, Done, Event, Job, JournalReader, Judged, Stage, Task, Timed
-from llmmed.autotune.plan import Candidate, Ceilings, Mode, Status
+from llmmed.autotune.journal import (
+    Begun,
+    CeilingsFound,
+    Done,
+    Event,
+    Job,
+    JournalReader,
+    Judged,
+    Stage,
+    StepDone,
+    StepTask,
+    Task,
+    Timed,
+    Tried,
+)
+from llmmed.autotune.plan import Candidate, Ceilings, Mode, Status, StepEvidence, StepTrial
 
 logger = logging.getLogger(__name__)
 
 _POLL_SECONDS = 0.05
 _LEAST_WARMING, _MOST_WARMING = 3, 12  # processes; with fewer it is not worth their start
-_DONE = {"verify": "verified", "load": "loaded", "measure": "measured", "ceilings": "measured"}
+_DONE = {
+    "verify": "verified",
+    "load": "loaded",
+    "measure": "measured",
+    "ceilings": "measured",
+    "step": "tried in the step",
+}
 _DOING = {
     "warm": "compiling on all cores",
     "verify": "verifying",
     "load": "loading",
     "measure": "measuring",
     "ceilings": "measuring the device's ceilings",
+    "step": "trying in the step",
 }
 
 
@@ -67,13 +88,18 @@ class Progress:
 class Findings:
     """What is known so far: verdicts by op and name, the ops that are measured, the ceilings.
 
-    `finished` says that nothing was cut short, by the budget or because no process could be started.
+    `step` is what the step said, `step_reason` why it said nothing. `finished` says that nothing was cut short, by the
+    budget or because no process could be started. `seconds` are those that each stage took.
     """
 
     ops: dict[str, dict[str, Candidate]] = field(default_factory=dict)
     measured: set[str] = field(default_factory=set)
     ceilings: Ceilings | None = None
+    trials: list[StepTrial] = field(default_factory=list)
+    step: StepEvidence | None = None
+    step_reason: str = ""
     finished: bool = False
+    seconds: dict[str, float] = field(default_factory=dict)
 
     def add(self, event: Event) -> None:
         if isinstance(event, Judged):
@@ -83,6 +109,10 @@ class Findings:
             self.measured.add(event.op)
         elif isinstance(event, CeilingsFound):
             self.ceilings = event.ceilings
+        elif isinstance(event, Tried):
+            self.trials.append(event.trial)
+        elif isinstance(event, StepDone):
+            self.step, self.step_reason = event.evidence, event.reason
 
     def left(self, tasks: list[Task]) -> list[Task]:
         """The tasks without what is done."""
@@ -103,11 +133,16 @@ def tune_in_child(
     device: Literal["cuda", "cpu"],
     mode: Mode,
     deterministic: bool,
+    step: StepTask | None,
     limits: Limits,
     report: Callable[[Progress], None],
 ) -> Findings:
-    """Tries every candidate of every task, in order; each gets a verdict, the last resort being `not_tried`."""
-    findings = Findings()
+    """Tries every candidate of every task, in order, then, if asked to, the best of them in the step.
+
+    Each candidate gets a verdict, the last resort being `not_tried`. What a task names as verified is measured with the
+    rest, and not verified again.
+    """
+    findings = Findings(ops={task.op: dict(task.verified) for task in tasks})
     reason = ""
     with tempfile.TemporaryDirectory(prefix="llmmed-tuning-") as name:
         folder = Path(name)
@@ -119,12 +154,25 @@ def tune_in_child(
             deterministic=deterministic,
             matmul_precision=torch.get_float32_matmul_precision(),
             tasks=tasks,
+            seconds=limits.deadline - time.perf_counter(),
         )
         if device == "cuda":
+            began = time.perf_counter()
             _warm_up(first, folder, limits, report)
-        while left := findings.left(tasks):
-            journal = folder / f"journal{attempt}.jsonl"
-            job = first.model_copy(update={"journal": journal, "tasks": left, "ceilings": findings.ceilings})
+            findings.seconds["warm"] = time.perf_counter() - began
+        while True:
+            left, confirm = findings.left(tasks), _confirmation(step, findings)
+            if not left and confirm is None:
+                break
+            job = first.model_copy(
+                update={
+                    "journal": folder / f"journal{attempt}.jsonl",
+                    "tasks": left,
+                    "ceilings": findings.ceilings,
+                    "step": confirm,
+                    "seconds": limits.deadline - time.perf_counter(),
+                }
+            )
             reason = _Attempt(job, tasks, findings, limits, report).run(folder / f"job{attempt}.json")
             if reason:
                 break
@@ -134,9 +182,17 @@ def tune_in_child(
     return findings
 
 
+def _confirmation(step: StepTask | None, findings: Findings) -> StepTask | None:
+    """What is left to do in the step: all of it, or what a process that died did not come to."""
+    if step is None or findings.step is not None or findings.step_reason:
+        return None
+    known = {op: step.known.get(op, {}) | findings.ops.get(op, {}) for op in {*step.known, *findings.ops}}
+    return step.model_copy(update={"known": known, "trials": list(findings.trials)})
+
+
 def _warm_up(job: Job, folder: Path, limits: Limits, report: Callable[[Progress], None]) -> None:
     """Fills the compilers' caches from several processes, since one compiles on a single core."""
-    candidates = sum(len(task.verify) for task in job.tasks)
+    candidates = sum(len(task.verify) + len(task.verified) for task in job.tasks)
     count = min((os.cpu_count() or 2) - 1, candidates, _MOST_WARMING)
     if count < _LEAST_WARMING:
         return
@@ -148,7 +204,7 @@ def _warm_up(job: Job, folder: Path, limits: Limits, report: Callable[[Progress]
     with contextlib.ExitStack() as stack:
         arguments = [[str(path), str(share), str(count)] for share in range(count)]
         log = folder / "warm.log"
-        started = [stack.enter_context(_started("llmmed.autotune.warm", each, log)) for each in arguments]
+        started = [stack.enter_context(started_process("llmmed.autotune.warm", each, log)) for each in arguments]
         for process in started:
             with contextlib.suppress(subprocess.TimeoutExpired):
                 process.wait(max(0.0, deadline - time.perf_counter()))
@@ -169,6 +225,7 @@ class _Attempt:
         self._open: Begun | None = None  # what is being tried
         self._open_since = 0.0
         self._logged: tuple[str, str, str] | None = None
+        self._stage, self._stage_since = "start", time.perf_counter()
         self._learnt = False  # whether this process has found anything out
         self._done = False
 
@@ -176,23 +233,30 @@ class _Attempt:
         """Runs the process to its end. Returns why tuning cannot go on, or nothing."""
         self._job.write(job_path)
         log = job_path.with_suffix(".log")
-        with _started("llmmed.autotune.worker", [str(job_path)], log) as process:
+        with started_process("llmmed.autotune.worker", [str(job_path)], log) as process:
             too_slow = self._watch(process)
         self._read()
+        self._account("")
         if self._done:
+            if self._job.step is not None and self._findings.step is None and not self._findings.step_reason:
+                self._findings.step_reason = "there is nothing to choose"
             return ""
         if time.perf_counter() >= self._limits.deadline:
             return f"kernels.budget_seconds={self._limits.budget_seconds:g} was used up"
-        last_words = _last_line(log)
+        last_words = last_line(log)
         if too_slow is not None and self._open is not too_slow:
             return ""  # it came to its end in that very moment
         if self._open is not None and self._open.name:
             self._reject(self._open, too_slow is not None, process.returncode, last_words)
             return ""
+        if self._open is not None and self._open.stage == "step":
+            ended = how_it_ended(process.returncode)
+            self._findings.step_reason = f"the default plan in the step: the process {ended}"
+            return ""
         if self._learnt:
             return ""
         told = f": {last_words}" if last_words else ""
-        reason = f"the tuning process {_how_it_ended(process.returncode)}{told}"
+        reason = f"the tuning process {how_it_ended(process.returncode)}{told}"
         logger.warning("%s; the kernels that are not tuned are PyTorch's", reason)
         return reason
 
@@ -215,12 +279,20 @@ class _Attempt:
             self._findings.add(event)
             if isinstance(event, Begun):
                 self._open, self._open_since = event, time.perf_counter()
+                self._account(event.stage)
                 self._tell(event)
             elif isinstance(event, Done):
                 self._done = True
             else:
                 self._open = None
                 self._learnt = True
+
+    def _account(self, stage: str) -> None:
+        """Books the time since the last change of stage to the stage that ends."""
+        now = time.perf_counter()
+        seconds = self._findings.seconds
+        seconds[self._stage] = seconds.get(self._stage, 0.0) + now - self._stage_since
+        self._stage, self._stage_since = stage, now
 
     def _tell(self, event: Begun) -> None:
         known = [c for op in self._findings.ops.values() for c in op.values()]
@@ -236,18 +308,27 @@ class _Attempt:
         doing = f"while it was {_DONE[culprit.stage]}"
         status: Status = "timed_out" if too_slow else "crashed"
         limit = f"took longer than kernels.candidate_seconds={self._limits.candidate_seconds:g}"
-        reason = limit if too_slow else f"the process {_how_it_ended(exit_code)}"
+        reason = limit if too_slow else f"the process {how_it_ended(exit_code)}"
         told = f": {last_words}" if last_words and not too_slow and exit_code > 0 else ""
+        if culprit.stage == "step":
+            trial = StepTrial(
+                op=culprit.op, name=culprit.name, against="", status="failed", reason=f"{reason} {doing}{told}"
+            )
+            self._findings.trials.append(trial)
+            return
         known = self._findings.ops.setdefault(culprit.op, {})
         before = known.get(culprit.name, Candidate(status="not_tried"))
         known[culprit.name] = before.model_copy(update={"status": status, "reason": f"{reason} {doing}{told}"})
 
 
 @contextlib.contextmanager
-def _started(module: str, arguments: list[str], log: Path) -> Iterator[subprocess.Popen[bytes]]:
+def started_process(
+    module: str, arguments: list[str], log: Path, variables: Mapping[str, str] | None = None
+) -> Iterator[subprocess.Popen[bytes]]:
     """A process, in a group of its own, so that its compilers end with it, whatever happens here."""
     # The child finds what this process finds (`-P`: and nothing else), the implementations of other packages too.
     environment = os.environ | {"PYTHONPATH": os.pathsep.join(entry or os.getcwd() for entry in sys.path)}
+    environment |= variables or {}
     command = [sys.executable, "-P", "-m", module, *arguments]
     with log.open("wb") as output:
         process = subprocess.Popen(
@@ -267,20 +348,20 @@ def _fill_in(findings: Findings, tasks: list[Task], reason: str) -> None:
     """Gives every candidate that tuning did not come to a verdict that says so."""
     for task in tasks:
         known = findings.ops.setdefault(task.op, {})
-        for name in task.verify:
+        for name in [*task.verify, *task.verified]:
             if name not in known:
                 known[name] = Candidate(status="not_tried", reason=f"not tried: {reason}")
             elif task.measure and task.op not in findings.measured and known[name].status == "verified":
                 known[name] = known[name].model_copy(update={"reason": f"verified, not timed: {reason}"})
 
 
-def _how_it_ended(exit_code: int) -> str:
+def how_it_ended(exit_code: int) -> str:
     if exit_code >= 0:
         return f"ended with exit code {exit_code}"
     name = signal.Signals(-exit_code).name
     return f"was killed by {name}" + (" (out of memory?)" if name == "SIGKILL" else "")
 
 
-def _last_line(log: Path) -> str:
+def last_line(log: Path) -> str:
     lines = [line.strip() for line in log.read_text(encoding="utf-8", errors="replace").splitlines() if line.strip()]
     return lines[-1][:200] if lines else ""

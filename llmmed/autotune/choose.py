@@ -5,10 +5,10 @@ The default keeps its seat unless a verified rival beats it by more than the mar
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
-from llmmed.autotune.plan import Candidate
+from llmmed.autotune.plan import Candidate, StepEvidence, StepTrial
 from llmmed.errors import UserError
 from llmmed.kernels.catalog import DEFAULT
 
@@ -49,6 +49,36 @@ def choose(op: str, candidates: Mapping[str, Candidate], margin: float) -> Decis
             warning = f"op '{op}': no candidate passed, so the default is used although it is {_verdict(default)}"
     told = {name: _with_reason(name, c, chosen, candidates, margin) for name, c in candidates.items()}
     return Decision(chosen, told[chosen].reason, told, warning)
+
+
+def confirmed(op: str, alone: Decision, step: StepEvidence | None, trials: Sequence[StepTrial]) -> Decision:
+    """What the step makes of a choice by measurement.
+
+    Args:
+        op: The op.
+        alone: What its implementations show each by itself.
+        step: What the step says of whole plans, None if it did not come to that.
+        trials: Of the op in the step, in order.
+    """
+    last = {trial.name: trial for trial in trials}
+    if step is not None:
+        chosen = step.chosen.choice[op]
+    else:
+        accepted = [trial.name for trial in trials if trial.status == "accepted"]
+        refused = alone.chosen in last and not accepted
+        chosen = accepted[-1] if accepted else DEFAULT if refused else alone.chosen
+    told = dict(alone.candidates)
+    for name, trial in last.items():
+        kept = name == chosen
+        reason = trial.reason
+        if kept:
+            reason = f"best in the step: {trial.reason}"
+        elif trial.status == "accepted":
+            reason = f"accepted at first ({trial.reason}), then given up"
+        told[name] = told[name].model_copy(update={"reason": reason})
+    if chosen == DEFAULT and last:
+        told[DEFAULT] = told[DEFAULT].model_copy(update={"reason": "the default: no rival makes the step better"})
+    return Decision(chosen, told[chosen].reason, told, alone.warning)
 
 
 def force(op: str, candidates: Mapping[str, Candidate], name: str, cause: str, *, fallback: bool) -> Decision:

@@ -10,16 +10,16 @@ import json
 from collections.abc import Iterator
 from pathlib import Path
 from types import TracebackType
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, TypeAdapter
 
-from llmmed.autotune.plan import CallCount, Candidate, Ceilings, Mode
+from llmmed.autotune.plan import CallCount, Candidate, Ceilings, Mode, StepEvidence, StepTrial
 from llmmed.autotune.workload import Workload
 from llmmed.files import write_atomically
 from llmmed.kernels.base import Call
 
-Stage = Literal["warm", "verify", "load", "measure", "ceilings"]
+Stage = Literal["warm", "verify", "load", "measure", "ceilings", "step"]
 
 
 class _Frozen(BaseModel):
@@ -44,6 +44,19 @@ class Task(_Frozen):
         return dict(Workload.from_json({"calls": [call.model_dump() for call in self.calls]}).calls)
 
 
+class StepTask(_Frozen):
+    """What to confirm in the step, when all else is done.
+
+    `config` is the run's as JSON, `pinned` the ops that are not up for choice, `known` the candidates as far as they
+    are known, `trials` what processes before this one found.
+    """
+
+    config: dict[str, Any]
+    pinned: dict[str, str]
+    known: dict[str, dict[str, Candidate]]
+    trials: list[StepTrial] = Field(default_factory=list)
+
+
 class Job(_Frozen):
     """What one tuning process is to do, in order."""
 
@@ -54,6 +67,8 @@ class Job(_Frozen):
     matmul_precision: str  # of float32 products, `torch.get_float32_matmul_precision()`: as the step will have it
     tasks: list[Task]
     ceilings: Ceilings | None = None  # measured already, by a process before this one
+    step: StepTask | None = None
+    seconds: float  # until tuning ends
 
     def write(self, path: Path) -> None:
         write_atomically(path, self.model_dump_json())
@@ -64,7 +79,8 @@ class Job(_Frozen):
 
 
 class Begun(_Frozen):
-    """What is tried next; what it does to the process is its own doing. `ceilings` belong to no candidate."""
+    """What is tried next; what it does to the process is its own doing. `ceilings` belong to no candidate, and neither
+    does the default plan in the step."""
 
     event: Literal["begun"] = "begun"
     stage: Stage
@@ -94,14 +110,30 @@ class CeilingsFound(_Frozen):
     ceilings: Ceilings | None
 
 
+class Tried(_Frozen):
+    """A trial in the step."""
+
+    event: Literal["tried"] = "tried"
+    trial: StepTrial
+
+
+class StepDone(_Frozen):
+    """The step's whole answer, or why there is none."""
+
+    event: Literal["step"] = "step"
+    evidence: StepEvidence | None
+    reason: str = ""
+
+
 class Done(_Frozen):
     """The job is done."""
 
     event: Literal["done"] = "done"
 
 
-Event = Annotated[Begun | Judged | Timed | CeilingsFound | Done, Field(discriminator="event")]
-_EVENT: TypeAdapter[Begun | Judged | Timed | CeilingsFound | Done] = TypeAdapter(Event)
+_AnyEvent = Begun | Judged | Timed | CeilingsFound | Tried | StepDone | Done
+Event = Annotated[_AnyEvent, Field(discriminator="event")]
+_EVENT: TypeAdapter[_AnyEvent] = TypeAdapter(Event)
 
 
 class JournalWriter:

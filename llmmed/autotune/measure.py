@@ -6,8 +6,9 @@ never waits for the host, and the host's own time to issue them is taken in the 
 mode:
 
 * `eager`: the longer of device and host time, since the step pays whichever is longer;
-* `compiled`, `graphs`: the candidate is compiled by itself (`fullgraph=True`, static shapes) and device time alone
-  counts, since the step issues all its launches in one go. What a compiler could fuse across ops, this cannot see.
+* `compiled`, `graphs`: what is made of PyTorch's operations is compiled by itself (`fullgraph=True`, static shapes) and
+  device time alone counts, since the step issues all its launches in one go. What a compiler could fuse across ops,
+  only the step shows.
 
 On a CPU it is plain elapsed time with warm caches, without memory and without a ceiling.
 """
@@ -26,7 +27,8 @@ import torch
 from torch import Tensor
 
 from llmmed.autotune.plan import Ceilings, Mode
-from llmmed.kernels.base import Call, Cost, Inputs, Op
+from llmmed.kernels.base import Call, Cost, Implementation, Inputs, Op
+from llmmed.kernels.catalog import DEFAULT
 
 _SECONDS = {"cuda": 0.25, "cpu": 0.5}  # of timed passes, for each candidate and call
 _ROUNDS = (7, 100)
@@ -126,6 +128,12 @@ def measure_op(
         name: _summarise({c: passes[c][name] for c in calls}, calls, costs, mode, ceilings, memory[name])
         for name in alive
     }
+
+
+def compiled_alone(implementation: Implementation, mode: Mode) -> bool:
+    """Whether a candidate is compiled by itself to be timed: what has kernels of its own runs in a compiled step as it
+    is, and what is made of PyTorch's is up to the compiler."""
+    return mode != "eager" and (implementation.name == DEFAULT or not implementation.kernel_names)
 
 
 def measure_ceilings(device: torch.device, product_dtypes: Sequence[torch.dtype] = ()) -> Ceilings | None:

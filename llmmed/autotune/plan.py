@@ -73,6 +73,53 @@ class OpPlan(_Frozen):
     source_sha256: str  # of the op's folder and of what other packages register for it
 
 
+class StepTrial(_Frozen):
+    """One implementation tried in the real step, in place of what the best plan so far had for its op.
+
+    Gains are what the whole model saves a micro-batch, positive is better: measured at `StepEvidence.trial_depth`
+    layers and scaled by how often the whole model calls the op.
+    """
+
+    op: str
+    name: str
+    against: str  # what it would replace
+    status: Literal["accepted", "rejected", "failed"]
+    reason: str
+    gain_ms: float | None = None
+    gain_ms_low: float | None = None  # 95 % confidence interval of the median of paired differences
+    gain_ms_high: float | None = None
+    memory_gain_mib: float | None = None  # None on a CPU
+
+
+class StepTimes(_Frozen):
+    """A plan in the real step, the whole model: extrapolated from two depths, in ms of a micro-batch and its update."""
+
+    choice: dict[str, str]
+    ms: float
+    ms_low: float
+    ms_high: float
+    peak_memory_gib: float | None  # parameters, optimizer, gradients and activations; None on a CPU
+
+
+class StepEvidence(_Frozen):
+    """What the real step said, forward, backward and, where kernels of the optimizer are chosen, its update.
+
+    `default` is PyTorch's plan (with what is pinned), `chosen` the plan that was left. `modes` are the times of the
+    chosen plan in other modes, where `train.compile=auto` leaves that open; `mode` is the one to train in.
+    """
+
+    trial_depth: int
+    depths: tuple[int, int]
+    trials: list[StepTrial]
+    default: StepTimes
+    chosen: StepTimes
+    reason: str
+    mode: Mode
+    modes: dict[Mode, float] = Field(default_factory=dict)
+    memory_budget_gib: float | None = None
+    finished: bool = True  # False: kernels.budget_seconds ended the trials
+
+
 class Ceilings(_Frozen):
     """What the device reached on the spot: a copy kernel (read + write) and, where an op has products, a product."""
 
@@ -102,9 +149,12 @@ class KernelPlan(_Frozen):
     ops: dict[str, OpPlan]
     hardware: Hardware
     ceilings: Ceilings | None = None
+    step: StepEvidence | None = None  # None: there was nothing to choose in the step, or no time for it
+    executed: dict[str, str] | None = None  # what a trace of a training step says of each op; None: not traced
     workload_fingerprint: str
     cached: bool
     tuning_seconds: float = Field(ge=0)
+    tuning_stages: dict[str, float] = Field(default_factory=dict)  # seconds by stage
 
     @property
     def choice(self) -> dict[str, str]:
@@ -113,7 +163,9 @@ class KernelPlan(_Frozen):
 
     def summary(self) -> dict[str, str | float | bool]:
         """The plan's part of the W&B summary and of `summary.json`."""
-        found: dict[str, str | float | bool] = {}
+        found: dict[str, str | float | bool] = {"execution_mode": self.mode}
+        if self.step is not None:
+            found["step_speedup"] = self.step.default.ms / self.step.chosen.ms
         for name, op in self.ops.items():
             found[f"kernels/{name}"] = op.chosen
             speedup = op.candidates[op.chosen].speedup

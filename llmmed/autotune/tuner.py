@@ -8,18 +8,20 @@ from __future__ import annotations
 import logging
 import time
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import torch
 
 from llmmed.autotune import cache
 from llmmed.autotune.child import Limits, Progress, tune_in_child
-from llmmed.autotune.choose import Decision, choose, force
+from llmmed.autotune.choose import Decision, choose, confirmed, force
 from llmmed.autotune.hardware import describe_hardware
-from llmmed.autotune.journal import Task, call_counts
-from llmmed.autotune.plan import Candidate, Hardware, KernelPlan, Mode, OpPlan
+from llmmed.autotune.journal import StepTask, Task, call_counts
+from llmmed.autotune.plan import Candidate, Hardware, KernelPlan, Mode, OpPlan, StepTrial
 from llmmed.autotune.workload import Workload
+from llmmed.compose import as_dict
 from llmmed.config import Config, KernelsConfig
 from llmmed.errors import UserError
 from llmmed.kernels.base import Call, Unavailable
@@ -51,12 +53,15 @@ def tune(
             _decide(op, order, known[op], config.kernels)  # raises, if it must, before anything is tried
     tasks = _tasks(calls, orders, known, mode)
     hardware = describe_hardware(config.device)
-    evidence, cached = _find_evidence(config, workload, tasks, mode, hardware, report, started)
+    found_out = _find_evidence(config, workload, tasks, orders, known, mode, hardware, report, started)
+    evidence, trials = found_out.evidence, found_out.trials
     ops = {}
     for op in calls:
         found = known[op] | evidence.ops.get(op, {})
         ordered = {name: found[name] for name in _names(op, found)}
         decision = _decide(op, orders[op], ordered, config.kernels)
+        if orders[op] is None:
+            decision = confirmed(op, decision, evidence.step, [trial for trial in trials if trial.op == op])
         if decision.warning:
             logger.warning("%s", decision.warning)
         ops[op] = OpPlan(
@@ -68,13 +73,15 @@ def tune(
         )
     return KernelPlan(
         policy=config.kernels.policy,
-        mode=mode,
+        mode=evidence.step.mode if evidence.step else mode,
         ops=ops,
         hardware=hardware,
         ceilings=evidence.ceilings,
+        step=evidence.step,
         workload_fingerprint=workload.fingerprint(),
-        cached=cached,
+        cached=found_out.cached,
         tuning_seconds=time.perf_counter() - started,
+        tuning_stages=found_out.seconds,
     )
 
 
@@ -135,11 +142,11 @@ def _without_trying(
     if order is not None and order.name == DEFAULT:
         return {DEFAULT: Candidate(status="not_tried")}
     names = _listed(op, mode) if order is None else (order.name,)
-    reasons = {name: _why_not(op, name, calls, config, mode) for name in names}
+    reasons = {name: why_not(op, name, calls, config, mode) for name in names}
     return {name: Candidate(status="unavailable", reason=reason) for name, reason in reasons.items() if reason}
 
 
-def _why_not(op: str, name: str, calls: Mapping[Call, int], config: Config, mode: Mode) -> str | None:
+def why_not(op: str, name: str, calls: Mapping[Call, int], config: Config, mode: Mode) -> str | None:
     """Why a candidate cannot be used in this run, as far as its description tells; or None."""
     if name not in implementation_names(op):
         return f"op '{op}' has no implementation '{name}'; it has {', '.join(implementation_names(op))}"
@@ -181,19 +188,32 @@ def _tasks(
     return tasks
 
 
+@dataclass(frozen=True)
+class _FoundOut:
+    """What tuning gave: evidence, trials in the step (also where that came to no end), seconds by stage."""
+
+    evidence: cache.Evidence
+    trials: list[StepTrial] = field(default_factory=list)
+    seconds: dict[str, float] = field(default_factory=dict)
+    cached: bool = False
+
+
 def _find_evidence(
     config: Config,
     workload: Workload,
     tasks: list[Task],
+    orders: Mapping[str, _Order | None],
+    known: Mapping[str, dict[str, Candidate]],
     mode: Mode,
     hardware: Hardware,
     report: Callable[[Progress], None],
     started: float,
-) -> tuple[cache.Evidence, bool]:
-    """From the cache, or from a tuning process; and whether it came from the cache."""
+) -> _FoundOut:
+    """From the cache, or from a tuning process."""
     if not tasks:
-        return cache.Evidence(ops={}), False
+        return _FoundOut(cache.Evidence(ops={}))
     kernels = config.kernels
+    step = _step_task(config, orders, known) if any(task.measure for task in tasks) else None
     key = cache.fingerprint(
         workload=workload,
         candidates={task.op: task.verify for task in tasks},
@@ -203,24 +223,48 @@ def _find_evidence(
         mode=mode,
         deterministic=config.train.deterministic,
         candidate_seconds=kernels.candidate_seconds,
+        step=_depends_on(config, step) if step else None,
     )
     kept = kernels.cache != "none" and cache.usable(hardware)
     if kept and kernels.cache == "use":
         evidence = cache.load(key)
         if evidence is not None:
-            return evidence, True
+            return _FoundOut(evidence, evidence.step.trials if evidence.step else [], cached=True)
     findings = tune_in_child(
         tasks,
         device=config.device,
         mode=mode,
         deterministic=config.train.deterministic,
+        step=step,
         limits=Limits(kernels.candidate_seconds, kernels.budget_seconds, started + kernels.budget_seconds),
         report=report,
     )
-    evidence = cache.Evidence(ops=findings.ops, ceilings=findings.ceilings)
-    if kept and findings.finished:
+    if step is not None and findings.step is None:
+        logger.info("not confirmed in the step: %s", findings.step_reason or "tuning was cut short")
+    evidence = cache.Evidence(ops=findings.ops, ceilings=findings.ceilings, step=findings.step)
+    if kept and findings.finished and (findings.step is None or findings.step.finished):
         cache.store(key, evidence)
-    return evidence, False
+    return _FoundOut(evidence, findings.trials, findings.seconds)
+
+
+def _step_task(
+    config: Config, orders: Mapping[str, _Order | None], known: Mapping[str, dict[str, Candidate]]
+) -> StepTask:
+    pinned = {op: order.name for op, order in orders.items() if order is not None}
+    return StepTask(config=as_dict(config), pinned=pinned, known=dict(known))
+
+
+def _depends_on(config: Config, step: StepTask) -> dict[str, Any]:
+    """What the step's answer depends on, beside what the ops' own times depend on."""
+    values, kernels = as_dict(config), config.kernels
+    train = ("seq_len", "micro_batch_size", "global_batch_tokens", "precision", "compile", "activation_checkpointing")
+    return {
+        "model": values["model"],
+        "train": {name: values["train"].get(name) for name in train},
+        "optimizer": values["optimizer"]["name"],
+        "terms": [kernels.objective, kernels.margin, kernels.memory_budget_gib],
+        "pinned": step.pinned,
+    }
 
 
 def _decide(op: str, order: _Order | None, candidates: Mapping[str, Candidate], kernels: KernelsConfig) -> Decision:

@@ -20,6 +20,7 @@ import torch
 from torch import Tensor
 
 from llmmed.autotune.journal import Job, Task
+from llmmed.autotune.measure import compiled_alone
 from llmmed.autotune.plan import Mode
 from llmmed.autotune.verify import trials
 from llmmed.kernels.base import Call, Op
@@ -49,13 +50,17 @@ def main() -> None:
 def _units(tasks: list[Task], mode: Mode, device: torch.device) -> Iterator[tuple[Task, str, Call, bool]]:
     """Every call that will be made of a candidate, and whether compiled: the longest to compile first."""
     for task in tasks:
-        for name in task.verify if mode != "eager" and task.measure else ():
-            for call in task.counts():
-                yield task, name, call, True
+        for name in [*task.verify, *task.verified] if task.measure else ():
+            if compiled_alone(get_implementation(task.op, name), mode):
+                for call in task.counts():
+                    yield task, name, call, True
     for task in tasks:
         calls = {trial.call for trial in trials(get_op(task.op), list(task.counts()), None, device)}
         for name in task.verify:
             for call in sorted(calls, key=str) if name != DEFAULT else ():
+                yield task, name, call, False
+        for name in task.verified:
+            for call in task.counts() if name != DEFAULT else ():
                 yield task, name, call, False
 
 

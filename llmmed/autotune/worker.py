@@ -13,6 +13,7 @@ import os
 import signal
 import sys
 import threading
+import time
 from collections.abc import Callable, Mapping
 from dataclasses import asdict
 from pathlib import Path
@@ -20,11 +21,28 @@ from typing import Any
 
 import torch
 
+from llmmed.autotune.choose import choose
+from llmmed.autotune.confirm import Choice, Duel, Failed, confirm, shortlist
 from llmmed.autotune.failures import classify, one_line
-from llmmed.autotune.journal import Begun, CeilingsFound, Done, Job, JournalWriter, Judged, Task, Timed
-from llmmed.autotune.measure import measure_ceilings, measure_op
-from llmmed.autotune.plan import Candidate, Ceilings, Mode
+from llmmed.autotune.journal import (
+    Begun,
+    CeilingsFound,
+    Done,
+    Job,
+    JournalWriter,
+    Judged,
+    StepDone,
+    StepTask,
+    Task,
+    Timed,
+    Tried,
+)
+from llmmed.autotune.measure import compiled_alone, measure_ceilings, measure_op
+from llmmed.autotune.plan import Candidate, Ceilings, Mode, StepTrial
+from llmmed.autotune.step_clock import StepClock
 from llmmed.autotune.verify import Verdict, forget, verify
+from llmmed.compose import from_dict
+from llmmed.config import Config
 from llmmed.kernels.base import Call, Op, Unavailable
 from llmmed.kernels.catalog import DEFAULT, get_implementation, get_op, load_function
 
@@ -33,7 +51,7 @@ _SHAPES_PER_FUNCTION = 1024  # the gate alone tries dozens; PyTorch's limit of 8
 
 def main() -> None:
     job = Job.read(Path(sys.argv[1]))
-    _end_with_parent()
+    end_with_parent()
     _offer_to_out_of_memory_killer()
     torch._dynamo.config.recompile_limit = _SHAPES_PER_FUNCTION
     torch._dynamo.config.accumulated_recompile_limit = _SHAPES_PER_FUNCTION
@@ -55,6 +73,9 @@ class Worker:
         self._mode: Mode = job.mode
         self._deterministic = job.deterministic
         self._ceilings = job.ceilings
+        self._step = job.step
+        self._deadline = time.perf_counter() + job.seconds
+        self._known = {op: dict(found) for op, found in job.step.known.items()} if job.step else {}
 
     def run(self) -> None:
         wanted = self._device.type == "cuda" and any(task.measure for task in self._tasks)
@@ -70,6 +91,8 @@ class Worker:
             forget()
             if task.measure and passed:
                 self._measure(op, passed, calls)
+        if self._step is not None:
+            self._confirm(self._step)
         self._journal.write(Done())
 
     def _measure_ceilings(self) -> Ceilings | None:
@@ -97,8 +120,9 @@ class Worker:
         functions: dict[str, Callable[..., Any]] = {}
         for name in sorted(passed, key=lambda name: (name != DEFAULT, name)):
             self._journal.write(Begun(stage="load", op=op.name, name=name))
-            function = load_function(op.name, get_implementation(op.name, name))
-            compiled = self._mode != "eager"
+            implementation = get_implementation(op.name, name)
+            function = load_function(op.name, implementation)
+            compiled = compiled_alone(implementation, self._mode)
             functions[name] = torch.compile(function, fullgraph=True, dynamic=False) if compiled else function
 
         def failed(name: str, error: Exception) -> None:
@@ -118,7 +142,57 @@ class Worker:
         )
         timed = {name: passed[name].model_copy(update=asdict(found)) for name, found in measurements.items()}
         self._journal.write(Timed(op=op.name, candidates=timed))
+        self._known.setdefault(op.name, {}).update(timed)
         _release(self._device)
+
+    def _confirm(self, task: StepTask) -> None:
+        """Lets the step decide between what passed the gate. Without a choice to make, says nothing."""
+        config = from_dict(task.config)
+        kernels = config.kernels
+        open_ops = {op: found for op, found in self._known.items() if op not in task.pinned and DEFAULT in found}
+        chosen = {op: choose(op, found, kernels.margin).chosen for op, found in open_ops.items()}
+        usable = {op: found[DEFAULT].status == "verified" for op, found in open_ops.items()}
+        base = {op: DEFAULT if usable[op] else chosen[op] for op in open_ops}
+        base |= {op: name if self._passed(op, name) else DEFAULT for op, name in task.pinned.items()}
+        scarce = kernels.objective == "memory" or kernels.memory_budget_gib is not None
+        flips = shortlist(base, open_ops, everything=scarce)
+        if not flips:
+            return
+        self._journal.write(Begun(stage="step"))
+        slowest, since = 3.0, time.perf_counter()
+
+        def told(trial: StepTrial) -> None:
+            nonlocal slowest, since
+            slowest, since = max(slowest, time.perf_counter() - since), time.perf_counter()
+            self._journal.write(Tried(trial=trial))
+            if trial.status == "failed" and (damage := _damage(self._device)) is not None:
+                print(f"ending after {trial.op}.{trial.name} in the step: {damage}", file=sys.stderr, flush=True)
+                os._exit(1)
+
+        clock = _Announcing(config, self._mode, self._journal)
+        modes: tuple[Mode, ...] = ("graphs", "compiled", "eager")
+        leaves_open = config.train.compile == "auto" and self._device.type == "cuda"
+        try:
+            evidence = confirm(
+                clock,
+                base,
+                flips,
+                mode=self._mode,
+                other_modes=[mode for mode in modes if mode != self._mode] if leaves_open else (),
+                objective=kernels.objective,
+                margin=kernels.margin,
+                memory_budget_gib=kernels.memory_budget_gib or _memory_of(self._device),
+                before=task.trials,
+                told=told,
+                time_is_up=lambda: time.perf_counter() + 2 * slowest > self._deadline,
+            )
+            self._journal.write(StepDone(evidence=evidence))
+        except Failed as failure:
+            self._journal.write(StepDone(evidence=None, reason=str(failure)))
+
+    def _passed(self, op: str, name: str) -> bool:
+        found = self._known.get(op, {}).get(name)
+        return found is not None and found.status == "verified"
 
     def _conclude(self, op: str, name: str, candidate: Candidate) -> None:
         """Journals a verdict. Ends the process if the candidate has left the GPU unusable to those that follow."""
@@ -126,10 +200,30 @@ class Worker:
         if damage is not None and candidate.status in ("verified", "wrong", "no_backward"):
             candidate = Candidate(status="crashed", reason=f"left the GPU in error: {damage}")
         self._journal.write(Judged(op=op, name=name, candidate=candidate))
+        self._known.setdefault(op, {})[name] = candidate
         if damage is not None:
             print(f"ending after {op}.{name}: {damage}", file=sys.stderr, flush=True)
             os._exit(1)
         _release(self._device)
+
+
+class _Announcing(StepClock):
+    """Journals what is about to be tried in the step, so that the parent knows what a process died of."""
+
+    def __init__(self, config: Config, mode: Mode, journal: JournalWriter) -> None:
+        super().__init__(config, mode)
+        self._journal = journal
+
+    def duel(self, champion: Choice, op: str, name: str) -> Duel:
+        self._journal.write(Begun(stage="step", op=op, name=name))
+        return super().duel(champion, op, name)
+
+
+def _memory_of(device: torch.device) -> float | None:
+    """What a plan may take of a GPU, in GiB: a little is left to the driver, the compiler and other programs."""
+    if device.type != "cuda":
+        return None
+    return 0.94 * torch.cuda.get_device_properties(device).total_memory / 2**30
 
 
 def _as_candidate(verdict: Verdict) -> Candidate:
@@ -171,7 +265,7 @@ def _release(device: torch.device) -> None:
         torch.cuda.empty_cache()
 
 
-def _end_with_parent() -> None:
+def end_with_parent() -> None:
     """The parent holds the other end of standard input. When that closes, this process group ends, compilers too."""
 
     def wait() -> None:

@@ -21,7 +21,6 @@ from llmmed.config import Config
 from llmmed.files import sha256_of
 from llmmed.kernels.base import Call, Kernels, TensorSpec
 from llmmed.kernels.catalog import default_choice, get_op, load_kernels
-from llmmed.model.precision import compute_dtype
 from llmmed.model.transformer import Transformer
 from llmmed.optim import build_muon
 
@@ -51,22 +50,32 @@ class Workload:
         return cls({Call.from_json(entry): entry["count"] for entry in data["calls"]})
 
 
-def record_workload(config: Config) -> Workload:
+def record_workload(config: Config, kernels: Kernels | None = None) -> Workload:
     """What one micro-batch of the run and the optimizer's step call, at the run's shapes and in its compute dtype.
 
-    Takes no memory and no device.
+    Takes no memory and no device. `kernels` are the default's unless given.
     """
-    train = config.train
 
-    def micro_batch(kernels: Kernels) -> None:
-        dtype = compute_dtype(train.precision)
-        model = Transformer(config.model, kernels, dtype, max_seq_len=train.seq_len, device="meta")
-        tokens = torch.zeros(train.micro_batch_size, train.seq_len, dtype=torch.int64, device="meta")
-        model(tokens, tokens, torch.ones((), device="meta")).backward()
+    def step(recording: Kernels) -> None:
+        model = _micro_batch(config, recording)
         if config.optimizer.name == "muon":
             build_muon(model, config.optimizer).step()
 
-    return record_calls(micro_batch, load_kernels(default_choice()))
+    return record_calls(step, kernels or load_kernels(default_choice()))
+
+
+def record_micro_batch(config: Config) -> Workload:
+    """What one micro-batch alone calls: `record_workload` without the optimizer."""
+    return record_calls(lambda recording: _micro_batch(config, recording), load_kernels(default_choice()))
+
+
+def _micro_batch(config: Config, kernels: Kernels) -> Transformer:
+    """Forward and backward on the meta device; returns the model with its gradients."""
+    train = config.train
+    model = Transformer.for_training(config, kernels, "meta")
+    tokens = torch.zeros(train.micro_batch_size, train.seq_len, dtype=torch.int64, device="meta")
+    model(tokens, tokens, torch.ones((), device="meta")).backward()
+    return model
 
 
 def record_calls(function: Callable[[Kernels], object], kernels: Kernels) -> Workload:

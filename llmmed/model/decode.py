@@ -8,6 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from llmmed.kernels.base import Kernels
 from llmmed.kernels.swiglu.halves import halves
 from llmmed.model.transformer import Block, Transformer, _add_rms_norm
 
@@ -16,11 +17,12 @@ class Decoder:
     """Logits of the next token, and the state to go on from. For one sequence or several of one length.
 
     Args:
-        model: In no mode of its own; its parameters and kernels are used as they are.
+        model: In no mode of its own; its parameters are used as they are.
+        kernels: Another table than the model's.
     """
 
-    def __init__(self, model: Transformer) -> None:
-        self._model = model
+    def __init__(self, model: Transformer, kernels: Kernels | None = None) -> None:
+        self._model, self._kernels = model, kernels or model.kernels
         self._cache: list[tuple[Tensor, Tensor]] = []  # per layer, keys and values [batch, seen, n_kv_heads, d_head]
         self.seen = 0
 
@@ -37,7 +39,7 @@ class Decoder:
         update, residual = F.embedding(tokens, model.token_embedding).to(model.compute_dtype), None
         for index, layer in enumerate(model.layers):
             assert isinstance(layer, Block)
-            kernels, dtype = model.kernels, model.compute_dtype
+            kernels, dtype = self._kernels, model.compute_dtype
             normed, residual = _add_rms_norm(kernels, update, residual, layer.attention_norm, layer.eps)
             qkv = F.linear(normed, layer.qkv_projection.to(dtype)).view(*normed.shape[:2], -1, layer.d_head)
             q, k, v = qkv.split(layer.heads, dim=2)
@@ -46,10 +48,9 @@ class Decoder:
             normed, residual = _add_rms_norm(kernels, update, residual, layer.mlp_norm, layer.eps)
             gate, up = halves(F.linear(normed, layer.gate_up_projection.to(dtype)))
             update = F.linear(kernels.swiglu(gate, up), layer.down_projection.to(dtype))
-        hidden, _ = _add_rms_norm(model.kernels, update, residual, model.final_norm, model.config.norm_eps)
+        hidden, _ = _add_rms_norm(self._kernels, update, residual, model.final_norm, model.config.norm_eps)
         self.seen = end
-        head = model.token_embedding if model.lm_head is None else model.lm_head
-        return F.linear(hidden[:, -1], head.to(model.compute_dtype)).float()
+        return F.linear(hidden[:, -1], model.head.to(model.compute_dtype)).float()
 
     def _attend(self, index: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         if self.seen:
@@ -66,13 +67,21 @@ class Decoder:
 
 
 def sample(
-    model: Transformer, prompt: list[int], *, max_tokens: int, temperature: float, top_p: float, seed: int, end: int
+    model: Transformer,
+    prompt: list[int],
+    *,
+    max_tokens: int,
+    temperature: float,
+    top_p: float,
+    seed: int,
+    end: int,
+    kernels: Kernels | None = None,
 ) -> Iterator[int]:
-    """Token after token, until `end` or `max_tokens`.
+    """Token after token, until `end` or `max_tokens`; `kernels` is a table to use in place of the model's.
 
     Temperature 0 takes the likeliest; otherwise the nucleus of `top_p` (Holtzman et al. 2020, arXiv:1904.09751).
     """
-    decoder = Decoder(model)
+    decoder = Decoder(model, kernels)
     generator = torch.Generator().manual_seed(seed)
     logits = decoder.advance(torch.tensor([prompt], device=model.cos.device))
     for produced in range(1, max_tokens + 1):

@@ -134,7 +134,7 @@ def from_hf_config_dict(data: Mapping[str, Any], *, name: str) -> ModelConfig:
         if found != allowed:
             raise UserError(f"the Hugging Face config.json has {key}={found!r}; only {allowed!r} is supported")
     ours = {mine: fields[theirs] for mine, theirs in _FIELDS.items()}
-    return ModelConfig(name=name, rope_theta=fields["rope_theta"], **ours)
+    return ModelConfig(name=name, rope_theta=float(fields["rope_theta"]), init_from=None, **ours)
 
 
 def _names(config: ModelConfig) -> dict[str, tuple[str, ...]]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
+from typing import Any
 
 import torch
 from torch import nn
@@ -16,9 +17,15 @@ def build_adamw(parameters: Iterable[nn.Parameter], config: OptimizerConfig) -> 
     The learning rate is a 0-d tensor, so that a schedule neither recompiles nor synchronises.
     """
     given = list(parameters)
-    groups = [
-        {"params": [p for p in given if p.ndim >= 2], "weight_decay": config.weight_decay},
+    lr = torch.tensor(config.lr, dtype=torch.float32, device=given[0].device)
+    groups = decay_groups(given, config.weight_decay)
+    return torch.optim.AdamW(groups, lr=lr, betas=config.betas, eps=config.eps, fused=True)
+
+
+def decay_groups(parameters: Iterable[nn.Parameter], weight_decay: float) -> list[dict[str, Any]]:
+    """An optimizer's parameter groups: matrices, which decay, and everything else, which does not."""
+    given = list(parameters)
+    return [
+        {"params": [p for p in given if p.ndim >= 2], "weight_decay": weight_decay},
         {"params": [p for p in given if p.ndim < 2], "weight_decay": 0.0},
     ]
-    lr = torch.tensor(config.lr, dtype=torch.float32, device=given[0].device)
-    return torch.optim.AdamW(groups, lr=lr, betas=config.betas, eps=config.eps, fused=True)

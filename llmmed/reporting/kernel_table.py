@@ -10,7 +10,7 @@ from rich.markup import escape
 from rich.table import Table
 from rich.text import Text
 
-from llmmed.autotune.plan import Candidate, KernelPlan, OpPlan, Status
+from llmmed.autotune.plan import Candidate, KernelPlan, OpPlan, Status, StepEvidence
 from llmmed.kernels.catalog import DEFAULT
 
 _ABSENT = "\N{EN DASH}"
@@ -73,10 +73,28 @@ def closing_line(plan: KernelPlan) -> str:
         speedup = op.candidates[op.chosen].speedup
         gain = f" ({speedup:.2f}x)" if op.chosen != DEFAULT and speedup is not None else ""
         groups.setdefault(op.chosen, []).append(f"{name}{gain}")
+    step = _step_line(plan.step) if plan.step is not None else ""
     chosen = "; ".join(f"[bold]{escape(name)}[/] for {', '.join(ops)}" for name, ops in groups.items())
     how = f"{plan.mode} mode; times are those of all calls of a micro-batch, forward and backward"
-    source = "from the tuning cache" if plan.cached else f"found in {plan.tuning_seconds:.1f} s"
-    return f"Chosen, {source}: {chosen}.\n[dim]{how}[/]"
+    source = "from the tuning cache" if plan.cached else f"found in {plan.tuning_seconds:.1f} s{_stages(plan)}"
+    return f"Chosen, {source}: {chosen}.\n{step}[dim]{how}[/]"
+
+
+def _step_line(step: StepEvidence) -> str:
+    """What the real step said of the whole plan."""
+    default, chosen = step.default, step.chosen
+    text = f"In the step: {_three_digits(chosen.ms)} ms with these, {_three_digits(default.ms)} with PyTorch's"
+    if default.peak_memory_gib is not None and chosen.peak_memory_gib is not None:
+        text += f"; {chosen.peak_memory_gib:.2f} GiB, {default.peak_memory_gib:.2f} with PyTorch's"
+    others = ", ".join(f"{mode} {_three_digits(ms)}" for mode, ms in step.modes.items() if mode != step.mode)
+    text += f" ({step.mode}; {others} ms)" if others else ""
+    return f"{text}. {'' if step.finished else 'kernels.budget_seconds ended the trials. '}\n"
+
+
+def _stages(plan: KernelPlan) -> str:
+    """Where the time went, by stage; what took less than a second is not told."""
+    told = ", ".join(f"{name} {seconds:.0f}" for name, seconds in plan.tuning_stages.items() if seconds >= 1)
+    return f" ({told})" if told else ""
 
 
 @dataclass(frozen=True)

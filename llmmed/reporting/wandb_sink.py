@@ -8,12 +8,13 @@ from __future__ import annotations
 import logging
 import queue
 import threading
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from llmmed.config import Config
 from llmmed.files import read_json, write_json
+from llmmed.training.metrics import Sample
 
 logger = logging.getLogger(__name__)
 
@@ -34,6 +35,16 @@ class WandbSink:
     def log(self, metrics: Mapping[str, float], step: int) -> None:
         values = dict(metrics)
         self._put(lambda: self._run.log(values, step=step))
+
+    def log_samples(self, samples: Sequence[Sample], step: int) -> None:
+        rows = [[sample.prompt, sample.text] for sample in samples]
+
+        def send() -> None:
+            import wandb
+
+            self._run.log({"samples": wandb.Table(columns=["prompt", "text"], data=rows)}, step=step)
+
+        self._put(send)
 
     def finish(self, summary: Mapping[str, object], status: str) -> None:
         """Writes the summary and ends the W&B run; waits a minute at most."""

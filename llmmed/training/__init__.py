@@ -1,7 +1,7 @@
 """Training: `loop` runs it, `step` is one optimizer step, the rest is what it needs around it.
 
-`execution` sets up the backend, `evaluate` the validation loss, `checkpoint` what is kept, `metrics` what is written,
-`progress` what is shown, `signals` how it is stopped.
+`execution` sets up the backend, `prefetch` brings the batches, `evaluate` validates, `samples` writes text,
+`checkpoint` keeps, `metrics` records, `profiling` traces, `progress` shows, `signals` stops it; `fits` tries a size.
 """
 
 from llmmed.training.execution import prepare_backend, resolve_compile

@@ -45,7 +45,7 @@ def save(
 ) -> Path:
     """Writes the checkpoint of `step` into `folder` and removes all but the last `keep` and that of step `best`."""
     folder.mkdir(parents=True, exist_ok=True)
-    target = folder / _name(step)
+    target = folder / folder_name(step)
     temporary = Path(tempfile.mkdtemp(dir=folder, prefix=".writing-"))
     try:
         save_file(
@@ -68,13 +68,14 @@ def save(
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
     for old in sorted(folder.glob("step_*"))[:-keep]:
-        if old.name != _name(best):
+        if best is None or old.name != folder_name(best):
             shutil.rmtree(old, ignore_errors=True)
     return target
 
 
-def _name(step: int | None) -> str:
-    return "" if step is None else f"step_{step:08d}"
+def folder_name(step: int) -> str:
+    """Of the checkpoint of a step, inside `checkpoints/`."""
+    return f"step_{step:08d}"
 
 
 def load_latest(folder: Path) -> Checkpoint | None:

@@ -1,4 +1,4 @@
-"""The validation loss over a fixed set: the same windows at every evaluation and in every run of the same data."""
+"""The validation over a fixed set: the same windows at every evaluation and in every run of the same data."""
 
 from __future__ import annotations
 
@@ -6,23 +6,34 @@ import math
 from collections.abc import Callable
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from llmmed.config import TrainConfig
 from llmmed.data import Batches, Dataset
+from llmmed.model import IGNORE_INDEX, Transformer
+
+_CHUNK = 2**24  # logits at once: all of a batch would be gigabytes
 
 
 class Evaluator:
     """Args:
-    loss: `(tokens, targets) -> mean loss`, as the training calls it: [batch, seq] int64 each.
+    model: On its device. Its kernels compute the loss, as in the training.
     dataset: Its validation tokens.
     train: `eval_batches` windows of micro-batch size at most; fewer where the validation set is smaller.
+    compiled: Whether the forward pass is compiled.
     """
 
-    def __init__(
-        self, loss: Callable[[Tensor, Tensor], Tensor], dataset: Dataset, train: TrainConfig, device: torch.device
-    ) -> None:
-        self._loss, self._device = loss, device
+    def __init__(self, model: Transformer, dataset: Dataset, train: TrainConfig, *, compiled: bool) -> None:
+        self._model, self._device = model, model.token_embedding.device
+
+        def forward(tokens: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
+            hidden_states = model.hidden_states(tokens)
+            return model.loss(hidden_states, targets), hidden_states
+
+        self._forward: Callable[[Tensor, Tensor], tuple[Tensor, Tensor]] = (
+            torch.compile(forward, fullgraph=True, dynamic=False) if compiled else forward
+        )
         self._bytes_per_token = dataset.bytes_per_token
         # A set shorter than a batch fills it by starting again: the shapes stay those of the training.
         windows = Batches(
@@ -32,15 +43,39 @@ class Evaluator:
 
     @torch.no_grad()
     def run(self) -> dict[str, float]:
-        """`val/loss` in nats a token, `val/perplexity`, and `val/bits_per_byte` where the text is known."""
-        total = torch.zeros(
-            (), dtype=torch.float64 if self._device.type == "cpu" else torch.float32, device=self._device
-        )
+        """`val/loss` in nats a token, `val/perplexity`, `val/accuracy` as the share of tokens that the model finds the
+        likeliest, and `val/bits_per_byte` where the text is known."""
+        on_cpu = self._device.type == "cpu"
+        total = torch.zeros((), dtype=torch.float64 if on_cpu else torch.float32, device=self._device)
+        right = torch.zeros((), dtype=torch.int64, device=self._device)
         for batch in self._batches:
             moved = batch.to(self._device, non_blocking=True)
-            total += self._loss(moved[:, :-1].contiguous(), moved[:, 1:].contiguous())
-        loss = float(total) / len(self._batches)
-        found = {"val/loss": loss, "val/perplexity": math.exp(min(loss, 700.0))}
+            targets = moved[:, 1:].contiguous()
+            loss, hidden_states = self._forward(moved[:, :-1].contiguous(), targets)
+            total += loss
+            right += count_right(hidden_states.flatten(0, 1), self._model.head, targets.flatten())
+        loss_value = float(total) / len(self._batches)
+        found = {
+            "val/loss": loss_value,
+            "val/perplexity": math.exp(min(loss_value, 700.0)),
+            "val/accuracy": int(right) / sum(batch[:, 1:].numel() for batch in self._batches),
+        }
         if self._bytes_per_token:
-            found["val/bits_per_byte"] = loss / math.log(2) / self._bytes_per_token
+            found["val/bits_per_byte"] = loss_value / math.log(2) / self._bytes_per_token
         return found
+
+
+def count_right(hidden_states: Tensor, head: Tensor, targets: Tensor, chunk: int = _CHUNK) -> Tensor:
+    """How many targets are the likeliest token, a 0-d int64 tensor. Never holds more than `chunk` logits.
+
+    Args:
+        hidden_states: [rows, d_model] in the compute dtype, in which the logits are compared.
+        head: [vocab, d_model].
+        targets: [rows] int64; `IGNORE_INDEX` is never right.
+        chunk: Logits at once, but one row at least.
+    """
+    rows, weight = max(1, chunk // head.shape[0]), head.to(hidden_states.dtype)
+    right = torch.zeros((), dtype=torch.int64, device=targets.device)
+    for some, wanted in zip(hidden_states.split(rows), targets.split(rows), strict=True):
+        right += ((F.linear(some, weight).argmax(-1) == wanted) & (wanted != IGNORE_INDEX)).sum()
+    return right

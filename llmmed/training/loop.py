@@ -3,10 +3,8 @@
 from __future__ import annotations
 
 import logging
-import queue
 import statistics
 import sys
-import threading
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
@@ -17,24 +15,30 @@ import torch
 from rich.console import Console
 from torch import Tensor
 
+from llmmed.autotune.plan import Mode
 from llmmed.compose import accumulation_steps, as_dict
-from llmmed.config import Config
+from llmmed.config import Config, TrainConfig
 from llmmed.data import Batches, Dataset
 from llmmed.errors import UserError
 from llmmed.files import write_atomically
+from llmmed.micro_batch import divisors
 from llmmed.model import Transformer, flops_per_token
 from llmmed.optim import learning_rate
 from llmmed.training import checkpoint
 from llmmed.training.evaluate import Evaluator
-from llmmed.training.execution import resolve_compile
-from llmmed.training.metrics import MetricsFile, Sink, draw_loss, peak_tflops, read_metrics
-from llmmed.training.micro_step import GraphedMicroStep, LaunchedMicroStep, MicroStep
+from llmmed.training.executed import launched_kernels
+from llmmed.training.metrics import JsonLines, SampleSink, Sink, draw_loss, peak_tflops, read_metrics
+from llmmed.training.micro_step import build_micro_step
+from llmmed.training.prefetch import Prefetcher
+from llmmed.training.profiling import StepTrace
 from llmmed.training.progress import TrainingProgress
+from llmmed.training.samples import Sampler, shown
 from llmmed.training.signals import Interrupted, StopRequest
 from llmmed.training.step import Stepper
 
 logger = logging.getLogger(__name__)
 
+_TRACED_STEP = 2  # after the first of this process: compiled and captured, and early enough to matter
 _MOST_SKIPPED_IN_A_ROW = 50  # more, and the loss is not overflowing but broken
 
 
@@ -45,6 +49,7 @@ class Result:
     steps: int
     train_loss: float
     val_loss: float
+    val_accuracy: float
     best_val_loss: float
     best_step: int
     tokens_per_second: float
@@ -62,10 +67,12 @@ def train(
     folder: Path,
     *,
     plan: Mapping[str, Any],
+    mode: Mode,
     sinks: Sequence[Sink],
     console: Console,
     started: float,
     resume: bool,
+    launched: Callable[[set[str]], None] | None = None,
 ) -> Result:
     """Trains to `train.max_steps`.
 
@@ -75,10 +82,12 @@ def train(
         dataset: Prepared.
         folder: The run folder: checkpoints, metrics.jsonl, loss.png and the tokenizer go there.
         plan: The kernel plan as JSON, kept in every checkpoint.
+        mode: How the step runs.
         sinks: Take the metrics as well.
         console: For progress.
         started: `time.perf_counter()` at the start of the process.
         resume: Whether to go on from the newest checkpoint in `folder`, if there is one.
+        launched: On a GPU, told once the names of all kernels that a step launches; what it raises ends the run.
 
     Raises:
         Interrupted: SIGTERM or SIGINT came; a checkpoint is written.
@@ -86,7 +95,7 @@ def train(
     """
     if dataset.tokenizer_file is not None:
         write_atomically(folder / "tokenizer.json", dataset.tokenizer_file.read_bytes())
-    run = _Run(config, model, dataset, folder, plan, sinks, started)
+    run = _Run(config, model, dataset, folder, plan, mode, sinks, started, launched)
     first = run.restore() if resume else 0
     progress = TrainingProgress(console, first, config.train.max_steps)
     if first:
@@ -95,14 +104,23 @@ def train(
         with StopRequest() as stop, progress:
             run.loop(first, stop, progress)
     except torch.cuda.OutOfMemoryError as error:
-        smaller = max(1, config.train.micro_batch_size // 2)
-        raise UserError(
-            f"out of GPU memory in training with train.micro_batch_size={config.train.micro_batch_size}; try "
-            f"train.micro_batch_size={smaller} train.global_batch_tokens={config.train.global_batch_tokens}"
-        ) from error
+        raise UserError(out_of_memory(config.train)) from error
     finally:
         run.close()
     return run.result()
+
+
+def out_of_memory(train: TrainConfig) -> str:
+    """What to do about it: the next smaller micro-batch that makes up the same step, or else another way."""
+    smaller = [size for size in divisors(train) if size < train.micro_batch_size]
+    said = f"out of GPU memory in training with train.micro_batch_size={train.micro_batch_size}; try "
+    if smaller:
+        said += f"train.micro_batch_size={smaller[-1]} train.global_batch_tokens={train.global_batch_tokens}"
+    if train.activation_checkpointing == "none":
+        said += f"{' or ' if smaller else ''}train.activation_checkpointing=block"
+    elif not smaller:
+        said += "a shorter train.seq_len or a smaller model"
+    return said
 
 
 @dataclass
@@ -125,30 +143,25 @@ class _Run:
     """The state of one training run."""
 
     def __init__(
-        self, config: Config, model: Transformer, dataset: Dataset, folder: Path, plan: Mapping[str, Any],
-        sinks: Sequence[Sink], started: float,
+        self, config: Config, model: Transformer, dataset: Dataset, folder: Path, plan: Mapping[str, Any], mode: Mode,
+        sinks: Sequence[Sink], started: float, launched: Callable[[set[str]], None] | None,
     ) -> None:  # fmt: skip
         self.config, self.model, self.dataset, self.folder = config, model, dataset, folder
         self.plan, self.sinks, self.started = plan, sinks, started
         self.device = next(model.parameters()).device
-        loss: Callable[..., Tensor] = model
-        mode = resolve_compile(config)
-        if mode != "eager":
-            loss = torch.compile(model, fullgraph=True, dynamic=False)
+        self.launched = launched if self.device.type == "cuda" else None
         self.count = accumulation_steps(config.train)
-        parameters = list(model.parameters())
-        micro_step: MicroStep = LaunchedMicroStep(loss, parameters)
-        if mode == "graphs":
-            micro_step = GraphedMicroStep(loss, parameters, accumulates=self.count > 1)
-        self.stepper = Stepper(model, micro_step, config)
-        self.evaluator = Evaluator(loss, dataset, config.train, self.device)
+        self.stepper = Stepper(model, build_micro_step(model, mode, accumulates=self.count > 1), config)
+        self.evaluator = Evaluator(model, dataset, config.train, compiled=mode != "eager")
+        self.sampler: Sampler | None = None
         self.batches = Batches(
             dataset.train, config.train.seq_len, config.train.micro_batch_size, config.seed, shuffle=True,
             name=f"the training part of data={dataset.name}",
         )  # fmt: skip
         self.peak = peak_tflops(self.device, config.train.precision)
         self.flops = flops_per_token(config.model, config.train.seq_len)
-        self.file: MetricsFile | None = None
+        self.file: JsonLines | None = None
+        self.trace: StepTrace | None = None
         self.seconds_before = 0.0
         self.first_step_seconds = 0.0
         self.speeds: list[float] = []  # tokens a second, of each log interval after the first
@@ -177,13 +190,21 @@ class _Run:
 
     def loop(self, first: int, stop: StopRequest, progress: TrainingProgress) -> None:
         train = self.config.train
-        self.file = MetricsFile(self.folder / "metrics.jsonl", from_step=first)
+        self.file = JsonLines(self.folder / "metrics.jsonl", from_step=first)
+        if train.sample_every and self.dataset.tokenizer_file is None:
+            progress.note(f"train.sample_every={train.sample_every}: data={self.dataset.name} has no text to sample")
+        elif train.sample_every:
+            self.sampler = Sampler(self.model, self.dataset, self.config, self.folder, from_step=first)
+        trace = self.trace = StepTrace(
+            self.folder / "trace.json.gz", train.profile_steps, first, train.max_steps, self.device
+        )
         begun = interval_begun = time.perf_counter()
         interval_first = first
         losses: list[Tensor] = []
-        with _Prefetcher(self.batches, first * self.count, train.max_steps * self.count, self.device) as source:
+        with Prefetcher(self.batches, first * self.count, train.max_steps * self.count, self.device) as source:
             for step in range(first, train.max_steps):
-                loss, norm = self.stepper.run(step, (source.next() for _ in range(self.count)), self.count)
+                trace.before(step)
+                loss, norm = self._step(step, source, traced=step == first + _TRACED_STEP and not trace.recording)
                 losses.append(loss)
                 done = self.done = step + 1
                 progress.advance(done)
@@ -191,6 +212,8 @@ class _Run:
                     self._synchronize()
                     self.first_step_seconds = time.perf_counter() - self.started
                     interval_begun, interval_first = time.perf_counter(), done
+                if (told := trace.after(done)) is not None:
+                    progress.note(told)
                 stopping = stop.name  # read once: a signal that comes later waits for the next step
                 last = done == train.max_steps or stopping is not None
                 if done % train.log_every == 0 or last or done == 1:
@@ -209,13 +232,29 @@ class _Run:
                 saved = (train.checkpoint_every and done % train.checkpoint_every == 0) or last or improved or enough
                 if saved:
                     self._save(done)
-                if evaluated or saved:
+                sampled = self.sampler is not None and done % train.sample_every == 0
+                if sampled:
+                    self._sample(done, progress)
+                if evaluated or saved or sampled or told:
                     interval_begun, interval_first = time.perf_counter(), done
                 if enough:
                     progress.note(f"step {done}: {self.best.waited} evaluations without a better validation loss")
                     return
                 if stopping is not None and done < train.max_steps:
                     raise Interrupted(f"{stopping} after step {done}; its checkpoint is written")
+
+    def _step(self, step: int, source: Prefetcher, *, traced: bool) -> tuple[Tensor, Tensor]:
+        """One optimizer step: its loss and gradient norm. A traced one also tells which kernels it launched."""
+
+        def run() -> tuple[Tensor, Tensor]:
+            return self.stepper.run(step, (source.next() for _ in range(self.count)), self.count)
+
+        if self.launched is None or not traced:
+            return run()
+        results: list[tuple[Tensor, Tensor]] = []
+        names = launched_kernels(lambda: results.append(run()))
+        self.launched(names)
+        return results[0]
 
     def _evaluate(self, done: int, progress: TrainingProgress) -> bool:
         """Whether the validation loss is the best so far."""
@@ -226,7 +265,19 @@ class _Run:
         progress.note(f"step {done}: validation loss {found['val/loss']:.4f}{', the best so far' if improved else ''}")
         return improved
 
+    def _sample(self, done: int, progress: TrainingProgress) -> None:
+        assert self.sampler is not None
+        samples = self.sampler.run(done)
+        progress.note(f"step {done}: {shown(samples)}")
+        for sink in self.sinks:
+            if isinstance(sink, SampleSink):
+                sink.log_samples(samples, done)
+
     def close(self) -> None:
+        if self.trace is not None:
+            self.trace.write(self.done)  # of a run that ended while it was recorded
+        if self.sampler is not None:
+            self.sampler.close()
         if self.file is not None:
             self.file.close()
             metrics = read_metrics(self.folder / "metrics.jsonl")
@@ -239,6 +290,7 @@ class _Run:
             steps=self.done,
             train_loss=self.last.get("loss", float("nan")),
             val_loss=self.last.get("val/loss", float("nan")),
+            val_accuracy=self.last.get("val/accuracy", float("nan")),
             best_val_loss=self.best.loss,
             best_step=self.best.step,
             tokens_per_second=speed,
@@ -309,48 +361,3 @@ class _Run:
     def _synchronize(self) -> None:
         if self.device.type == "cuda":
             torch.cuda.synchronize(self.device)
-
-
-class _Prefetcher:
-    """Cuts the next batches in a thread and sends them to the device while it computes. Their order is the index's."""
-
-    def __init__(self, batches: Batches, start: int, stop: int, device: torch.device) -> None:
-        self._device = device
-        self._queue: queue.Queue[Tensor | BaseException] = queue.Queue(maxsize=4)
-        self._stopping = threading.Event()
-        self._thread = threading.Thread(target=self._fill, args=(batches, start, stop), daemon=True)
-
-    def __enter__(self) -> _Prefetcher:
-        self._thread.start()
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self._stopping.set()
-        while self._thread.is_alive():
-            _drain(self._queue)
-            self._thread.join(timeout=0.01)
-
-    def next(self) -> Tensor:
-        """The next batch on the device. Raises what cutting it raised."""
-        found = self._queue.get()
-        if isinstance(found, BaseException):
-            raise found
-        return found.to(self._device, non_blocking=True)
-
-    def _fill(self, batches: Batches, start: int, stop: int) -> None:
-        try:
-            for index in range(start, stop):
-                batch = batches.get(index)
-                self._queue.put(batch.pin_memory() if self._device.type == "cuda" else batch)
-                if self._stopping.is_set():
-                    return
-        except BaseException as error:  # noqa: BLE001 - whatever it is, the training thread must learn of it
-            self._queue.put(error)
-
-
-def _drain(waiting: queue.Queue[Any]) -> None:
-    try:
-        while True:
-            waiting.get_nowait()
-    except queue.Empty:
-        return

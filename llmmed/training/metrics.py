@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Protocol
+from typing import Protocol, runtime_checkable
 
 import torch
 
@@ -42,8 +43,26 @@ class Sink(Protocol):
     def finish(self, summary: Mapping[str, object], status: str) -> None: ...
 
 
-class MetricsFile:
-    """`metrics.jsonl`: one line an entry. Lines after `from_step` belong to a run that was cut off and are removed."""
+@dataclass(frozen=True)
+class Sample:
+    """Text that the model wrote: `text` continues `prompt`."""
+
+    prompt: str
+    text: str
+
+
+@runtime_checkable
+class SampleSink(Protocol):
+    """A sink that takes text too."""
+
+    def log_samples(self, samples: Sequence[Sample], step: int) -> None: ...
+
+
+class JsonLines:
+    """`metrics.jsonl`, `samples.jsonl`: one line an entry, with its step.
+
+    Lines after `from_step` belong to a run that was cut off and are removed.
+    """
 
     def __init__(self, path: Path, from_step: int) -> None:
         self._path = path
@@ -51,8 +70,8 @@ class MetricsFile:
         write_atomically(path, "".join(json.dumps(entry) + "\n" for entry in kept))
         self._file = path.open("a", encoding="utf-8", buffering=1)
 
-    def write(self, step: int, metrics: Mapping[str, float]) -> None:
-        self._file.write(json.dumps({"step": step, **metrics}) + "\n")
+    def write(self, step: int, values: Mapping[str, object]) -> None:
+        self._file.write(json.dumps({"step": step, **values}) + "\n")
 
     def close(self) -> None:
         self._file.close()

@@ -8,6 +8,8 @@ from typing import Protocol
 import torch
 from torch import Tensor, nn
 
+from llmmed.autotune.plan import Mode
+
 Loss = Callable[[Tensor, Tensor, Tensor], Tensor]
 """`(tokens, targets, scale) -> scale * mean loss`: the model itself or its compiled form."""
 
@@ -21,6 +23,16 @@ class MicroStep(Protocol):
         Returns the scaled loss, 0-d, valid until the next call.
         """
         ...
+
+
+def build_micro_step(model: nn.Module, mode: Mode, *, accumulates: bool) -> MicroStep:
+    """The micro-step of a run: `mode` says whether the model is compiled and replayed, `accumulates` whether a step has
+    several."""
+    loss: Loss = model if mode == "eager" else torch.compile(model, fullgraph=True, dynamic=False)
+    parameters = list(model.parameters())
+    if mode == "graphs":
+        return GraphedMicroStep(loss, parameters, accumulates=accumulates)
+    return LaunchedMicroStep(loss, parameters)
 
 
 class LaunchedMicroStep:
@@ -49,6 +61,7 @@ class GraphedMicroStep:
     def __init__(self, loss: Loss, parameters: Sequence[nn.Parameter], *, accumulates: bool) -> None:
         self._loss, self._parameters, self._accumulates = loss, parameters, accumulates
         self._graphs: dict[bool, tuple[torch.cuda.CUDAGraph, Tensor]] = {}
+        self.gradients: list[Tensor] = []  # of the parameters, in the graphs' memory
 
     def run(self, batch: Tensor, scale: Tensor, *, first: bool) -> Tensor:
         if not self._graphs:
@@ -75,6 +88,7 @@ class GraphedMicroStep:
             with torch.cuda.graph(graph, pool=pool):
                 loss = _forward_and_backward(self._loss, self._batch, self._scale)
             self._graphs[first] = (graph, loss)
+        self.gradients = [p.grad if p.grad is not None else torch.zeros_like(p) for p in self._parameters]
 
 
 def _forward_and_backward(loss_of: Loss, batch: Tensor, scale: Tensor) -> Tensor:

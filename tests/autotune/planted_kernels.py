@@ -70,6 +70,24 @@ def raises_when_measured(x: Tensor, weight: Tensor, eps: float) -> Tensor:
     return raises(x, weight, eps) if _measured() else right(x, weight, eps)
 
 
+def slow_in_the_step(x: Tensor, weight: Tensor, eps: float) -> Tensor:
+    if _in_the_step():
+        time.sleep(0.02)
+    return fast(x, weight, eps)
+
+
+def wrong_in_the_step(x: Tensor, weight: Tensor, eps: float) -> Tensor:
+    return fast(x, weight, eps) * (1.2 if _in_the_step() else 1.0)
+
+
+def dies_in_the_step(x: Tensor, weight: Tensor, eps: float) -> Tensor:
+    return dies(x, weight, eps) if _in_the_step() else fast(x, weight, eps)
+
+
+def fast(x: Tensor, weight: Tensor, eps: float) -> Tensor:
+    return torch.nn.functional.rms_norm(x, (x.shape[-1],), weight, eps)
+
+
 def _die() -> NoReturn:
     os.kill(os.getpid(), signal.SIGSEGV)
     raise AssertionError("still alive")
@@ -77,6 +95,10 @@ def _die() -> NoReturn:
 
 def _measured() -> bool:
     return any(frame.filename.endswith("measure.py") for frame in inspect.stack(context=0))
+
+
+def _in_the_step() -> bool:
+    return any(frame.filename.endswith("step_clock.py") for frame in inspect.stack(context=0))
 
 
 def _unavailable() -> NoReturn:
@@ -104,6 +126,9 @@ LEAVES = _implementation("leaves", leaves)
 HANGS_WHEN_MEASURED = _implementation("hangs_when_measured", hangs_when_measured)
 DIES_WHEN_MEASURED = _implementation("dies_when_measured", dies_when_measured)
 RAISES_WHEN_MEASURED = _implementation("raises_when_measured", raises_when_measured)
+SLOW_IN_THE_STEP = _implementation("slow_in_the_step", slow_in_the_step)
+WRONG_IN_THE_STEP = _implementation("wrong_in_the_step", wrong_in_the_step)
+DIES_IN_THE_STEP = _implementation("dies_in_the_step", dies_in_the_step)
 UNAVAILABLE = Implementation("unavailable", load=_unavailable)
 BREAKS = Implementation("breaks", load=_breaks)
 GPU_ONLY = Implementation("gpu_only", load=lambda: right, devices=("cuda",))

@@ -36,6 +36,7 @@ def facts(norms: Workload) -> dict[str, Any]:
         "mode": "eager",
         "deterministic": False,
         "candidate_seconds": 60.0,
+        "step": None,
     }
 
 
@@ -96,6 +97,7 @@ def test_the_fingerprint_holds_what_evidence_depends_on(facts: dict[str, Any], n
         "mode": "compiled",
         "deterministic": True,
         "candidate_seconds": 1.0,
+        "step": {"model": "another"},
     }
     found = {name: cache.fingerprint(**(facts | {name: value})) for name, value in changes.items()}
     assert set(found) == set(facts)

@@ -44,7 +44,12 @@ def test_survives_the_disk(plan: KernelPlan, tmp_path: Path) -> None:
 
 def test_summary(plan: KernelPlan) -> None:
     assert plan.choice == {"rms_norm": "triton"}
-    assert plan.summary() == {"kernels/rms_norm": "triton", "kernels/rms_norm/speedup": 2.0, "use_triton_rmsnorm": True}
+    assert plan.summary() == {
+        "execution_mode": "eager",
+        "kernels/rms_norm": "triton",
+        "kernels/rms_norm/speedup": 2.0,
+        "use_triton_rmsnorm": True,
+    }
 
 
 def test_is_immutable_and_finite(plan: KernelPlan) -> None:

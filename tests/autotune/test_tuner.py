@@ -124,6 +124,25 @@ def test_every_kind_of_failure_has_its_reason_and_the_others_go_on(tiny: Config,
     assert not plan.cached
 
 
+@pytest.mark.slow
+def test_the_step_has_the_last_word(tiny: Config, norms: Workload, plant: Plant) -> None:
+    names = ("slow_in_the_step", "wrong_in_the_step", "dies_in_the_step")
+    plant(*names)
+    # Where memory counts, none is left out for being slow alone.
+    plan = tune(with_kernels(tiny, objective="memory"), norms, mode="eager")
+    found = {name: candidates(plan)[name] for name in names}
+    assert {c.status for c in found.values()} == {"verified"}
+    assert all(c.timed for c in found.values())
+    assert plan.choice == {"rms_norm": "pytorch"}
+    assert "the step loses" in found["slow_in_the_step"].reason
+    assert "in the step the gradient of " in found["wrong_in_the_step"].reason
+    assert found["dies_in_the_step"].reason == "the process was killed by SIGSEGV while it was tried in the step"
+    assert plan.step is not None
+    assert {trial.name for trial in plan.step.trials} == set(names)
+    assert plan.step.default.choice["rms_norm"] == "pytorch"
+    assert plan.step.default.ms > 0
+
+
 def test_a_real_workload_is_tuned_once_and_then_read_from_the_cache(
     tiny: Config, plant: Plant, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -288,9 +307,10 @@ def test_the_tuning_process_does_not_outlive_its_parent(norms: Workload, plant: 
         deterministic=False,
         matmul_precision="highest",
         tasks=[Task.of("rms_norm", norms.by_op()["rms_norm"], ["hangs"], measure=True)],
+        seconds=60.0,
     )
     job.write(tmp_path / "job.json")
-    with child._started("llmmed.autotune.worker", [str(tmp_path / "job.json")], tmp_path / "log") as process:
+    with child.started_process("llmmed.autotune.worker", [str(tmp_path / "job.json")], tmp_path / "log") as process:
         reader, events = JournalReader(job.journal), list[Event]()
         while not events:
             assert process.poll() is None, (tmp_path / "log").read_text()

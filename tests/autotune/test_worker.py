@@ -55,6 +55,7 @@ def test_a_job_survives_the_disk(tmp_path: Path, norms: Workload) -> None:
         matmul_precision="highest",
         tasks=[task(norms, "pytorch", "triton").model_copy(update={"verified": {"liger": VERIFIED}})],
         ceilings=Ceilings(copy_gb_per_second=3000),
+        seconds=60.0,
     )
     job.write(tmp_path / "job.json")
     read = Job.read(tmp_path / "job.json")

@@ -17,7 +17,7 @@ from llmmed.compose import compose
 from llmmed.config import Config
 from llmmed.kernels.base import Call, Kernels, TensorSpec, tensor_spec
 from llmmed.kernels.catalog import default_choice, load_kernels
-from llmmed.model import Transformer, compute_dtype
+from llmmed.model import Transformer
 
 LAYERS, WIDTH, HEADS, KV_HEADS, BATCH, SEQ = 3, 64, 4, 2, 2, 16
 D_HEAD = WIDTH // HEADS
@@ -81,16 +81,33 @@ def test_records_what_the_optimizer_orthogonalises(config: Config) -> None:
 
 @pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
 @pytest.mark.parametrize("precision", ["fp32", "bf16", "fp16"])
-def test_a_real_step_calls_what_was_recorded(config: Config, precision: str, device: str) -> None:
-    config = replace(config, train=replace(config.train, precision=precision))
+@pytest.mark.parametrize("checkpointing", ["none", "block"])
+def test_a_real_step_calls_what_was_recorded(config: Config, checkpointing: str, precision: str, device: str) -> None:
+    train = replace(config.train, precision=precision, activation_checkpointing=checkpointing)
+    config = replace(config, train=train)
 
     def step(kernels: Kernels) -> None:
-        model = Transformer(config.model, kernels, compute_dtype(precision), max_seq_len=SEQ, device=device)
+        model = Transformer.for_training(config, kernels, device)
         tokens = torch.randint(config.model.vocab_size, (BATCH, SEQ), device=device)
         model(tokens, tokens, torch.ones((), device=device)).backward()
         assert all(parameter.grad is not None for parameter in model.parameters())
 
     assert record_calls(step, load_kernels(default_choice())) == record_workload(config)
+
+
+def test_checkpointed_blocks_are_recorded_twice(config: Config) -> None:
+    plain = record_workload(config).calls
+    checkpointed = record_workload(replace(config, train=replace(config.train, activation_checkpointing="block"))).calls
+    assert checkpointed.keys() == plain.keys()
+    outside = {"rms_norm", "cross_entropy", "linear_cross_entropy"}  # the last norm of all, and the head
+    for call, count in plain.items():
+        if call.op == "rms_norm":
+            assert (count, checkpointed[call]) == (2 * LAYERS + 1, 4 * LAYERS + 1)
+        elif call.op == "add_rms_norm":
+            assert (count, checkpointed[call]) == (2 * LAYERS, 4 * LAYERS - 1)
+        else:
+            assert checkpointed[call] == (count if call.op in outside else 2 * count), call.op
+    assert {call.op for call in plain} >= {"rotary", "attention", "swiglu"}
 
 
 def test_the_fingerprint_tells_runs_apart(config: Config) -> None:

@@ -23,6 +23,7 @@ def tiny() -> ModelConfig:
         rope_theta=10_000.0,
         norm_eps=1e-5,
         tie_embeddings=False,
+        init_from=None,
     )
 
 

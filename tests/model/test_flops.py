@@ -36,6 +36,7 @@ def test_the_count_is_that_of_the_built_model(kernels: Kernels, size: str, tied:
         rope_theta=10_000.0,
         norm_eps=1e-5,
         tie_embeddings=tied,
+        init_from=None,
     )
     model = Transformer(config, kernels, torch.bfloat16, max_seq_len=64, device="meta")
     assert parameter_count(config) == sum(parameter.numel() for parameter in model.parameters())

@@ -198,3 +198,36 @@ def test_heads_that_do_not_fit_are_told(
 ) -> None:
     with pytest.raises(UserError, match=message):
         build(replace(tiny, **change), kernels)
+
+
+@pytest.mark.parametrize("backend", [None, "aot_eager_decomp_partition"])
+def test_checkpointed_blocks_give_the_same_gradients(tiny: ModelConfig, kernels: Kernels, backend: str | None) -> None:
+    torch._dynamo.reset()
+    plain = build(tiny, kernels)
+    checkpointed = Transformer(tiny, kernels, torch.float32, max_seq_len=SEQ, checkpoint_blocks=True)
+    run = checkpointed if backend is None else torch.compile(checkpointed, fullgraph=True, backend=backend)
+    tokens, targets = draw_tokens(tiny)
+    random_state = torch.get_rng_state()
+    found = gradients(checkpointed, run, tokens, targets)
+    assert torch.equal(torch.get_rng_state(), random_state)
+    for name, expected in gradients(plain, plain, tokens, targets).items():
+        tolerance = 0 if backend is None else 1e-6  # eager runs the same kernels in the same order
+        torch.testing.assert_close(found[name], expected, atol=tolerance, rtol=0, msg=name)
+
+
+def test_checkpointed_blocks_keep_only_what_enters_them(tiny: ModelConfig, kernels: Kernels) -> None:
+    def kept(checkpoint_blocks: bool) -> int:
+        model = Transformer(tiny, kernels, torch.float32, max_seq_len=SEQ, checkpoint_blocks=checkpoint_blocks)
+        parameters = {parameter.data_ptr() for parameter in model.parameters()}
+        saved: dict[int, int] = {}
+
+        def pack(tensor: Tensor) -> Tensor:
+            if tensor.data_ptr() not in parameters:
+                saved[tensor.data_ptr()] = tensor.untyped_storage().nbytes()
+            return tensor
+
+        with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+            model(*draw_tokens(tiny))
+        return sum(saved.values())
+
+    assert kept(checkpoint_blocks=True) < 0.5 * kept(checkpoint_blocks=False)

@@ -16,16 +16,30 @@ def rates(schedule: str, steps: int = 100) -> list[float]:
     return [learning_rate(step, config, steps) for step in range(steps)]
 
 
-@pytest.mark.parametrize("schedule", ["cosine", "linear", "constant"])
+@pytest.mark.parametrize("schedule", ["cosine", "linear", "constant", "wsd"])
 def test_warm_up_is_linear_and_reaches_the_rate(schedule: str) -> None:
     assert rates(schedule)[:10] == pytest.approx([(i + 1) / 10 for i in range(10)])
 
 
-@pytest.mark.parametrize("schedule", ["cosine", "linear"])
+@pytest.mark.parametrize("schedule", ["cosine", "linear", "wsd"])
 def test_decay_ends_at_the_floor(schedule: str) -> None:
     found = rates(schedule)
     assert found[-1] == pytest.approx(0.1)
     assert all(a >= b for a, b in itertools.pairwise(found[10:]))
+
+
+def test_wsd_is_stable_until_the_decay() -> None:
+    found = rates("wsd")
+    assert found[10:80] == [1.0] * 70
+    assert found[80] == pytest.approx(1 - 0.9 / 20)
+    assert found[89] == pytest.approx(1 - 0.9 / 2)
+
+
+def test_wsd_that_is_all_decay_begins_after_the_warm_up() -> None:
+    config = compose(["optimizer.lr=1.0", "optimizer.warmup_steps=10", "optimizer.schedule=wsd",
+                      "optimizer.decay_ratio=1.0"]).optimizer  # fmt: skip
+    assert learning_rate(10, config, 100) == pytest.approx(1 - 0.9 / 90)
+    assert learning_rate(99, config, 100) == pytest.approx(0.1)
 
 
 def test_shapes() -> None:

@@ -11,6 +11,7 @@ import pytest
 
 from llmmed.compose import as_dict, compose
 from llmmed.reporting.wandb_sink import open_wandb
+from llmmed.training.metrics import Sample
 
 pytest.importorskip("wandb")
 
@@ -47,6 +48,7 @@ def test_metrics_summary_and_configuration_are_in_the_offline_file(tmp_path: Pat
     assert sink is not None
     for step in (1, 2, 3):
         sink.log({"loss": 1.0 / step}, step)
+    sink.log_samples([Sample("The heart", " beats.")], 3)
     sink.finish({"kernels/rms_norm": "triton", "use_triton_rmsnorm": True, "final/val_loss": 0.25}, "finished")
 
     found = records(next((tmp_path / "wandb").glob("offline-run*/*.wandb")))
@@ -62,6 +64,8 @@ def test_metrics_summary_and_configuration_are_in_the_offline_file(tmp_path: Pat
         for r in found
         if r.WhichOneof("record_type") == "history"
     ]
+    texts = next((tmp_path / "wandb").glob("offline-run*/files/media/table/samples_3_*.json"))
+    assert json.loads(texts.read_text()) == {"columns": ["prompt", "text"], "data": [["The heart", " beats."]]}
     assert [(entry["_step"], entry["loss"]) for entry in history] == [(1, 1.0), (2, 0.5), (3, pytest.approx(1 / 3))]
 
     summary = {}

@@ -13,6 +13,7 @@ from llmmed.compose import compose
 from llmmed.data import biomed
 from llmmed.kernels.catalog import default_choice, implementation_names, load_kernels
 from llmmed.model import Transformer, compute_dtype
+from llmmed.training.execution import resolve_compile
 from llmmed.training.loop import train
 from llmmed.training.metrics import read_metrics
 
@@ -38,8 +39,10 @@ def curve(folder: Path, precision: str, mode: str, kernels: dict[str, str]) -> d
         device="cuda",
     )
     with (folder / "console.txt").open("w") as file:
-        train(config, model, data.prepare(config), folder, plan={}, sinks=[], console=Console(file=file), started=0.0,
-              resume=False)  # fmt: skip
+        train(
+            config, model, data.prepare(config), folder, plan={}, mode=resolve_compile(config), sinks=[],
+            console=Console(file=file), started=0.0, resume=False,
+        )  # fmt: skip
     entries = [entry for entry in read_metrics(folder / "metrics.jsonl") if "loss" in entry]
     assert len(entries) == STEPS
     return {key: torch.tensor([entry[key] for entry in entries]) for key in ("loss", "grad_norm")}

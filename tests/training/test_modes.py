@@ -10,6 +10,7 @@ from rich.console import Console
 
 from llmmed.kernels.catalog import default_choice, load_kernels
 from llmmed.model import Transformer, compute_dtype
+from llmmed.training.execution import resolve_compile
 from llmmed.training.loop import train
 from tests.training.tiny import pattern, tiny_config
 
@@ -33,7 +34,18 @@ def weights(folder: Path, mode: str, precision: str, accumulated: int, kernels: 
         config.model, load_kernels(default_choice() | kernels), compute_dtype(precision), max_seq_len=16, device="cuda"
     )
     console = Console(file=(folder / "console.txt").open("w"))
-    train(config, model, pattern(), folder, plan={}, sinks=[], console=console, started=0.0, resume=False)
+    train(
+        config,
+        model,
+        pattern(),
+        folder,
+        plan={},
+        mode=resolve_compile(config),
+        sinks=[],
+        console=console,
+        started=0.0,
+        resume=False,
+    )
     return [parameter.detach().float() for parameter in model.parameters()]
 
 

@@ -12,7 +12,8 @@ from llmmed.compose import compose
 from llmmed.config import Config
 from llmmed.data import Dataset
 from llmmed.kernels.catalog import default_choice, load_kernels
-from llmmed.model import Transformer, compute_dtype
+from llmmed.model import Transformer
+from llmmed.training.execution import resolve_compile
 from llmmed.training.loop import Result, train
 from llmmed.training.metrics import Sink
 
@@ -54,9 +55,7 @@ def pattern() -> Dataset:
 
 
 def build(config: Config) -> Transformer:
-    kernels = load_kernels(default_choice())
-    dtype = compute_dtype(config.train.precision)
-    return Transformer(config.model, kernels, dtype, max_seq_len=config.train.seq_len, seed=config.seed)
+    return Transformer.for_training(config, load_kernels(default_choice()), "cpu")
 
 
 def run(
@@ -78,5 +77,14 @@ def run_with(
     folder.mkdir(exist_ok=True, parents=True)
     quiet = Console(file=(folder / "console.txt").open("a"))
     return train(
-        config, model, dataset or pattern(), folder, plan={}, sinks=sinks, console=quiet, started=0.0, resume=resume
+        config,
+        model,
+        dataset or pattern(),
+        folder,
+        plan={},
+        mode=resolve_compile(config),
+        sinks=sinks,
+        console=quiet,
+        started=0.0,
+        resume=resume,
     )

@@ -1,0 +1,322 @@
+"""The confirmation: which flips of one implementation the real step wants, one after the other, from the default plan.
+
+What is fast alone can be slow in the step, where it keeps the compiler from fusing its neighbours, or where the host
+and not the device is waited for. Nothing here knows a clock: `Arena` is what measures, `step_clock.py` the real one.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Literal, Protocol
+
+from llmmed.autotune.plan import Candidate, Mode, StepEvidence, StepTimes, StepTrial
+from llmmed.kernels.catalog import DEFAULT, get_implementation
+
+Choice = Mapping[str, str]
+Objective = Literal["time", "memory"]
+
+_HOPELESS = 1.15  # alone, times what it would replace: beyond, the step is not asked
+_REVISITED = 0.02  # of the step: a flip that matters less is looked at again once the plan around it has changed
+_EQUAL_MEMORY = 0.01  # of the step's: below, two plans take the same
+
+
+@dataclass(frozen=True)
+class Flip:
+    """An implementation to try for an op, and what it saves alone, in ms of a micro-batch (negative: it costs)."""
+
+    op: str
+    name: str
+    alone_ms: float
+
+
+@dataclass(frozen=True)
+class Duel:
+    """What a challenger saves the whole model's step against the champion: ms with its 95 % interval, and memory."""
+
+    gain_ms: float
+    gain_ms_low: float
+    gain_ms_high: float
+    memory_gain_mib: float | None
+
+
+class Failed(Exception):
+    """The challenger cannot be part of the step, or computes something else in it. The message is the reason."""
+
+
+class Arena(Protocol):
+    """Where plans meet.
+
+    `trial_depth` is the number of layers that a duel has, `depths` those that the whole model's time is drawn from.
+    """
+
+    trial_depth: int
+    depths: tuple[int, int]
+
+    def set_default(self, choice: Choice) -> None:
+        """Takes the plan that all others must agree with. Raises `Failed` if it cannot run in this mode."""
+        ...
+
+    def called(self, choice: Choice) -> set[str]:
+        """The ops that a step under this plan calls: a fused op leaves its parts without work."""
+        ...
+
+    def duel(self, champion: Choice, op: str, name: str) -> Duel:
+        """Times the champion against itself with one op flipped. Raises `Failed`."""
+        ...
+
+    def whole(self, choice: Choice, other: Choice, mode: Mode | None = None) -> tuple[StepTimes, StepTimes]:
+        """Two plans, the whole model. Raises `Failed`."""
+        ...
+
+
+@dataclass(frozen=True)
+class Terms:
+    """What counts.
+
+    Args:
+        objective: What to take least of.
+        step_ms: The default plan's whole step, by which small is judged.
+        peak_mib: Its peak memory, None on a CPU.
+        budget_mib: The memory that a plan may take, None for any.
+    """
+
+    objective: Objective
+    step_ms: float
+    peak_mib: float | None = None
+    budget_mib: float | None = None
+
+
+def shortlist(base: Choice, candidates: Mapping[str, Mapping[str, Candidate]], *, everything: bool) -> list[Flip]:
+    """The flips worth a look in the step: parts before the fused ops that would replace them, then by what they save.
+
+    Args:
+        base: The plan to start from.
+        candidates: Of the ops that are up for choice.
+        everything: Whether to try even what is slower alone, because memory counts.
+    """
+    flips = []
+    for op, found in candidates.items():
+        standing = found[base[op]].total_ms
+        for name, candidate in found.items():
+            if name == base[op] or candidate.status != "verified" or candidate.total_ms is None:
+                continue
+            if everything or standing is None or candidate.total_ms <= _HOPELESS * standing:
+                flips.append(Flip(op, name, (standing or candidate.total_ms) - candidate.total_ms))
+    return sorted(flips, key=lambda flip: (_depth_of_fusion(flip.op), -flip.alone_ms))
+
+
+def confirm(
+    arena: Arena,
+    base: Choice,
+    flips: Sequence[Flip],
+    *,
+    mode: Mode,
+    other_modes: Sequence[Mode],
+    objective: Objective,
+    margin: float,
+    memory_budget_gib: float | None,
+    before: Sequence[StepTrial],
+    told: Callable[[StepTrial], None],
+    time_is_up: Callable[[], bool],
+) -> StepEvidence:
+    """Starts from a plan, tries flips, and holds what is left against that plan once more.
+
+    Args:
+        arena: Measures.
+        base: The default plan.
+        flips: In the order to try them.
+        mode: How the step runs.
+        other_modes: How else it might run, where that is open.
+        objective: What to take least of.
+        margin: The share by which another plan must beat the default, e.g. 0.01.
+        memory_budget_gib: What a plan may take, None for any.
+        before: Trials of a process that died.
+        told: Hears of every trial at once.
+        time_is_up: Asked before each trial.
+
+    Raises:
+        Failed: not even the default plan runs.
+    """
+    arena.set_default(base)
+    start, _ = arena.whole(base, base)
+    terms = Terms(objective, start.ms, _mib(start.peak_memory_gib), _mib(memory_budget_gib))
+    left, trials, finished = contest(base, flips, arena, terms, before=before, told=told, time_is_up=time_is_up)
+    default, chosen = (start, start) if left == dict(base) else arena.whole(base, left)
+    keeps, reason = _keeps_its_seat(default, chosen, terms, margin)
+    if keeps:
+        chosen = default
+    modes = {mode: chosen.ms}
+    for other in other_modes if not time_is_up() else ():
+        try:
+            modes[other] = arena.whole(chosen.choice, chosen.choice, other)[0].ms
+        except Failed:
+            continue
+    best = min(modes, key=lambda each: modes[each])
+    if modes[best] * (1 + margin) > modes[mode]:
+        best = mode
+    return StepEvidence(
+        trial_depth=arena.trial_depth,
+        depths=arena.depths,
+        trials=trials,
+        default=default,
+        chosen=chosen,
+        reason=reason,
+        mode=best,
+        modes=modes,
+        memory_budget_gib=memory_budget_gib,
+        finished=finished,
+    )
+
+
+def contest(
+    base: Choice,
+    flips: Sequence[Flip],
+    arena: Arena,
+    terms: Terms,
+    *,
+    before: Sequence[StepTrial],
+    told: Callable[[StepTrial], None],
+    time_is_up: Callable[[], bool],
+) -> tuple[dict[str, str], list[StepTrial], bool]:
+    """Flips one implementation after the other and keeps what the step gains from.
+
+    Args:
+        base: The plan to start from.
+        flips: In the order to try them.
+        arena: Measures.
+        terms: What counts.
+        before: Trials of a process that died; they are not repeated.
+        told: Hears of every trial at once.
+        time_is_up: Asked before each trial.
+
+    Returns:
+        The plan that was left, all trials, and whether they came to their end.
+    """
+    state = _State(dict(base), arena, terms, list(before), told)
+    for trial in before:
+        if trial.status == "accepted":
+            state.take(trial)
+    tried = {(trial.op, trial.name) for trial in before}
+    for flip in flips:
+        if (flip.op, flip.name) in tried:
+            continue
+        if time_is_up():
+            return state.champion, state.trials, False
+        state.attempt(flip.op, flip.name)
+    for op, name in state.to_revisit(base):
+        if time_is_up():
+            return state.champion, state.trials, False
+        state.attempt(op, name)
+    return state.champion, state.trials, True
+
+
+class _State:
+    def __init__(
+        self,
+        champion: dict[str, str],
+        arena: Arena,
+        terms: Terms,
+        trials: list[StepTrial],
+        told: Callable[[StepTrial], None],
+    ) -> None:
+        self.champion, self.trials = champion, trials
+        self._arena, self._terms, self._told = arena, terms, told
+        self._peak = terms.peak_mib
+
+    def take(self, trial: StepTrial) -> None:
+        self.champion[trial.op] = trial.name
+        if self._peak is not None and trial.memory_gain_mib is not None:
+            self._peak -= trial.memory_gain_mib
+
+    def attempt(self, op: str, name: str) -> None:
+        against = self.champion[op]
+        if op not in self._arena.called(self.champion):
+            trial = StepTrial(
+                op=op, name=name, against=against, status="rejected", reason=f"the chosen plan does not call {op}"
+            )
+        else:
+            trial = self._fight(op, name, against)
+        self.trials.append(trial)
+        if trial.status == "accepted":
+            self.take(trial)
+        self._told(trial)
+
+    def _fight(self, op: str, name: str, against: str) -> StepTrial:
+        try:
+            duel = self._arena.duel(dict(self.champion), op, name)
+        except Failed as failure:
+            return StepTrial(op=op, name=name, against=against, status="failed", reason=str(failure))
+        verdict, reason = self._judge(duel)
+        return StepTrial(
+            op=op,
+            name=name,
+            against=against,
+            status=verdict,
+            reason=reason,
+            gain_ms=duel.gain_ms,
+            gain_ms_low=duel.gain_ms_low,
+            gain_ms_high=duel.gain_ms_high,
+            memory_gain_mib=duel.memory_gain_mib,
+        )
+
+    def _judge(self, duel: Duel) -> tuple[Literal["accepted", "rejected"], str]:
+        saved, budget, peak = duel.memory_gain_mib, self._terms.budget_mib, self._peak
+        share = duel.gain_ms / self._terms.step_ms
+        time = f"the step {'gains' if share >= 0 else 'loses'} {abs(share):.1%}"
+        if saved is not None and peak is not None:
+            if budget is not None and peak > budget:
+                took = "accepted" if saved > _EQUAL_MEMORY * peak else "rejected"
+                return took, f"the plan does not fit; this takes {saved:+,.0f} MiB off ({time})"  # type: ignore[return-value]
+            if budget is not None and peak - saved > budget:
+                return "rejected", f"needs {-saved:,.0f} MiB more, which kernels.memory_budget_gib does not allow"
+            if self._terms.objective == "memory" and abs(saved) > _EQUAL_MEMORY * peak:
+                return "accepted" if saved > 0 else "rejected", f"the step takes {-saved:+,.0f} MiB; {time}"
+        if duel.gain_ms_low > 0:
+            return "accepted", time
+        if duel.gain_ms_high < 0:
+            return "rejected", f"{time} ({duel.gain_ms:+.3g} ms)"
+        low, high = duel.gain_ms_low / self._terms.step_ms, duel.gain_ms_high / self._terms.step_ms
+        return "rejected", f"within the step's noise ({low:+.1%} to {high:+.1%})"
+
+    def to_revisit(self, base: Choice) -> list[tuple[str, str]]:
+        """Close decisions that were made against another plan than the one that is left."""
+        found: dict[str, tuple[str, str]] = {}
+        last_change = max((i for i, t in enumerate(self.trials) if t.status == "accepted"), default=-1)
+        for index, trial in enumerate(self.trials):
+            close = trial.gain_ms is not None and abs(trial.gain_ms) < _REVISITED * self._terms.step_ms
+            if index >= last_change or not close:
+                continue
+            if trial.status == "rejected":
+                found[trial.op] = (trial.op, trial.name)
+            elif self.champion[trial.op] == trial.name:
+                found[trial.op] = (trial.op, base[trial.op])
+        return list(found.values())
+
+
+def _keeps_its_seat(default: StepTimes, chosen: StepTimes, terms: Terms, margin: float) -> tuple[bool, str]:
+    """Whether the default plan stays although flips were accepted, and why not or why."""
+    if chosen.choice == default.choice:
+        return True, "no other implementation makes the step better"
+    before, after = _mib(default.peak_memory_gib), _mib(chosen.peak_memory_gib)
+    share = default.ms / chosen.ms - 1
+    time = f"the step is {abs(share):.1%} {'faster' if share >= 0 else 'slower'} than PyTorch's"
+    if before is not None and after is not None:
+        memory = f"takes {after / 1024:.2f} GiB instead of {before / 1024:.2f}"
+        if terms.budget_mib is not None and before > terms.budget_mib:
+            limit = f"{terms.budget_mib / 1024:.2f} GiB"
+            return False, f"PyTorch's plan does not fit {limit}; this one {memory}, and {time}"
+        if terms.objective == "memory":
+            return after >= before * (1 - _EQUAL_MEMORY), f"{memory}; {time}"
+    if share > margin and chosen.ms_high < default.ms_low:
+        return False, time
+    return True, f"gains no more than kernels.margin={margin:g} or the noise: {time}"
+
+
+def _mib(gib: float | None) -> float | None:
+    return None if gib is None else gib * 1024
+
+
+def _depth_of_fusion(op: str) -> int:
+    """How many levels of other ops the default of an op calls."""
+    return max((1 + _depth_of_fusion(part) for part in get_implementation(op, DEFAULT).uses), default=0)

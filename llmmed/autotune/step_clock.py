@@ -1,0 +1,351 @@
+"""The step's clock: plans side by side in the real model's forward and backward pass, at reduced depths.
+
+A plan is built as the training will build it: same shapes, same dtype, same mode. All share one set of parameters.
+What a shallow model shows is carried over to the whole one: a plan's time is a line in the number of layers, drawn
+through two depths, and what a flip saves is scaled by how often the whole model calls the op.
+"""
+
+from __future__ import annotations
+
+import gc
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import replace
+from statistics import median
+
+import torch
+from torch import Tensor, nn
+
+from llmmed.autotune.confirm import Choice, Duel, Failed
+from llmmed.autotune.failures import classify
+from llmmed.autotune.measure import median_interval
+from llmmed.autotune.plan import Mode, StepTimes
+from llmmed.autotune.workload import record_micro_batch, record_workload
+from llmmed.compose import accumulation_steps
+from llmmed.config import Config
+from llmmed.kernels.catalog import default_choice, load_kernels
+from llmmed.model import Transformer, compute_dtype, parameter_count
+from llmmed.optim import build_optimizers
+from llmmed.training.micro_step import GraphedMicroStep, LaunchedMicroStep
+
+DEPTHS = (1, 2)
+_SECONDS = {"cuda": 0.6, "cpu": 2.0}  # of timed steps in one duel
+_SAMPLE_SECONDS = {"cuda": 0.008, "cpu": 0.02}  # of each timed stretch; a single step if that takes longer
+_ROUNDS = (9, 60)
+_WARM_UP = 3
+# Two right plans round differently; this much of a gradient's norm is no error, nor four times what the default's own
+# two ways of running it differ by. The gate has judged the ops before: here it is stale or foreign memory that shows.
+_DIFFERENCE = {torch.float32: 2e-3, torch.bfloat16: 0.06, torch.float16: 0.03}
+
+
+class StepClock:
+    """Builds plans at reduced depth and times them in turns.
+
+    Args:
+        config: The run's.
+        mode: How the step runs.
+    """
+
+    def __init__(self, config: Config, mode: Mode) -> None:
+        self._config, self._mode = config, mode
+        self.device = torch.device(config.device)
+        self.layers = config.model.n_layers
+        self.trial_depth = min(DEPTHS[1], self.layers)
+        self.depths = (min(DEPTHS[0], self.layers), self.trial_depth)
+        self._weights = Transformer.for_training(
+            _shallow(config, self.trial_depth), load_kernels(default_choice()), config.device
+        )
+        generator = torch.Generator(self.device).manual_seed(0)
+        shape = (2, config.train.micro_batch_size, config.train.seq_len + 1)
+        self._batches = torch.randint(config.model.vocab_size, shape, generator=generator, device=self.device)
+        self._scale = torch.ones((), device=self.device)
+        self._in_model = set(record_micro_batch(config).by_op())
+        self._kept: dict[tuple[tuple[str, str], ...], _Subject] = {}
+        self._truth: dict[str, Tensor] = {}
+        self._allowed: dict[str, float] = {}
+        self._called: dict[tuple[tuple[str, str], ...], set[str]] = {}
+        self._calls = {depth: self._count_calls(depth) for depth in (self.trial_depth, self.layers)}
+
+    def called(self, choice: Choice) -> set[str]:
+        """The ops that a step under this plan calls."""
+        key = tuple(sorted(choice.items()))
+        if key not in self._called:
+            kernels = load_kernels({**default_choice(), **choice})
+            self._called[key] = set(record_workload(_shallow(self._config, 1), kernels).by_op())
+        return self._called[key]
+
+    def set_default(self, choice: Choice) -> None:
+        """Takes the gradients that every plan has to agree with: this plan's, launched one by one.
+
+        Raises:
+            Failed: this plan cannot be built in the run's mode.
+        """
+        launched = self._build(choice, self.trial_depth, "eager")
+        self._truth = launched.gradients(self._batches[1])
+        del launched
+        base = self._subject(choice)
+        floor = _DIFFERENCE[compute_dtype(self._config.train.precision)]
+        self._allowed = {n: max(floor, 4 * d) for n, d in self._differences(base).items()}
+
+    def duel(self, champion: Choice, op: str, name: str) -> Duel:
+        """What one flip saves the whole model. Raises `Failed`."""
+        challenger = {**champion, op: name}
+        if op not in self._in_model:
+            return self._optimizer_duel(champion, challenger)
+        self._keep(champion)
+        standing, subject = self._subject(champion), self._subject(challenger)
+        self._check(subject)
+        scale = self._calls[self.layers][op] / self._calls[self.trial_depth][op]
+        try:
+            gains = [scale * (a - b) for a, b in self._pairs(standing.run, subject.run)]
+        except Exception as error:
+            raise Failed(_failure(error)) from error
+        saved = None
+        if standing.memory_mib is not None and subject.memory_mib is not None:
+            saved = scale * (standing.memory_mib - subject.memory_mib)
+        return Duel(*median_interval(gains), saved)
+
+    def whole(self, choice: Choice, other: Choice, mode: Mode | None = None) -> tuple[StepTimes, StepTimes]:
+        """Two plans in the whole model, each with its interval. Raises `Failed`."""
+        lines: list[list[tuple[float, float]]] = []
+        memory: list[list[float | None]] = []
+        for depth in dict.fromkeys(self.depths):
+            subjects = [self._subject(each, depth, mode) for each in (choice, other)]
+            lines.append(self._pairs(subjects[0].run, subjects[1].run))
+            memory.append([subject.memory_mib for subject in subjects])
+        update = [self._update_ms(each) for each in (choice, other)]
+        return (
+            self._times(choice, [[p[0] for p in line] for line in lines], [m[0] for m in memory], update[0]),
+            self._times(other, [[p[1] for p in line] for line in lines], [m[1] for m in memory], update[1]),
+        )
+
+    def milliseconds(self, choice: Choice, mode: Mode) -> float:
+        """A plan's step in another mode, the whole model. Raises `Failed`."""
+        return self.whole(choice, choice, mode)[0].ms
+
+    def forget(self) -> None:
+        """Frees every plan that was built."""
+        self._kept.clear()
+        _release(self.device)
+
+    def _count_calls(self, depth: int) -> dict[str, int]:
+        """How often a micro-batch calls each op at some depth."""
+        recorded = record_micro_batch(_shallow(self._config, depth)).by_op()
+        return {op: sum(calls.values()) for op, calls in recorded.items()}
+
+    def _times(
+        self, choice: Choice, samples: list[list[float]], memory: list[float | None], update: float
+    ) -> StepTimes:
+        """The line through both depths, at the whole model's; interval ends add up, which errs to the wide side."""
+        intervals = [median_interval(each) for each in samples]
+        count = accumulation_steps(self._config.train)
+        reach = (self.layers - self.depths[0]) / (self.depths[1] - self.depths[0]) if len(samples) > 1 else 0.0
+        near, far = intervals[0], intervals[-1]
+        middle = near[0] + reach * (far[0] - near[0])
+        spread = (1 + reach) * (near[2] - near[1]) / 2 + reach * (far[2] - far[1]) / 2
+        peak = None
+        if memory[0] is not None and memory[-1] is not None:
+            activations = memory[0] + reach * (memory[-1] - memory[0])
+            peak = (activations + _static_mib(self._config)) / 1024
+        return StepTimes(
+            choice=dict(choice),
+            ms=count * middle + update,
+            ms_low=count * (middle - spread) + update,
+            ms_high=count * (middle + spread) + update,
+            peak_memory_gib=peak,
+        )
+
+    def _pairs(self, first: Callable[[], object], second: Callable[[], object]) -> list[tuple[float, float]]:
+        """Times in ms, taken in turns and in changing order, so that a drift of the clock rate meets both."""
+        kind = self.device.type
+        once = max(self._sample(each, 1) for each in (first, second)) / 1e3
+        number = max(1, round(_SAMPLE_SECONDS[kind] / once))
+        least, most = _ROUNDS
+        rounds = max(least, min(most, int(_SECONDS[kind] / (2 * number * once))))
+        pairs = []
+        for index in range(rounds):
+            if index % 2:
+                after = self._sample(second, number)
+                pairs.append((self._sample(first, number), after))
+            else:
+                before = self._sample(first, number)
+                pairs.append((before, self._sample(second, number)))
+        return pairs
+
+    def _sample(self, run: Callable[[], object], number: int) -> float:
+        self._synchronize()
+        start = time.perf_counter()
+        for _ in range(number):
+            run()
+        self._synchronize()
+        return (time.perf_counter() - start) * 1e3 / number
+
+    def _subject(self, choice: Choice, depth: int | None = None, mode: Mode | None = None) -> _Subject:
+        """A plan, built unless it is still there."""
+        mode = mode or self._mode
+        depth = depth or self.trial_depth
+        key = _key(choice, depth, mode)
+        if key not in self._kept:
+            self._kept[key] = self._build(choice, depth, mode)
+        return self._kept[key]
+
+    def _keep(self, choice: Choice) -> None:
+        """Forgets all plans but this one, since each holds the memory of a step."""
+        wanted = _key(choice, self.trial_depth, self._mode)
+        self._kept = {key: subject for key, subject in self._kept.items() if key == wanted}
+        _release(self.device)
+
+    def _build(self, choice: Choice, depth: int, mode: Mode) -> _Subject:
+        try:
+            return _Subject(self, self._config, self._weights, self._batches[0], self._scale, choice, depth, mode)
+        except Exception as error:  # whatever a plan raises rejects that plan alone
+            raise Failed(_failure(error)) from error
+
+    def _check(self, subject: _Subject) -> None:
+        for name, difference in self._differences(subject).items():
+            if not difference <= self._allowed[name]:
+                raise Failed(
+                    f"in the step the gradient of {name} differs by {difference:.1e} from PyTorch's, allowed "
+                    f"{self._allowed[name]:.1e}"
+                )
+
+    def _differences(self, subject: _Subject) -> dict[str, float]:
+        """Of every gradient from the default's, relative, on another batch than the one that was captured."""
+        try:
+            found = subject.gradients(self._batches[1])
+        except Exception as error:
+            raise Failed(_failure(error)) from error
+        names = list(self._truth)
+        ratios = [(found[n] - self._truth[n]).norm() / self._truth[n].norm().clamp(min=1e-30) for n in names]
+        return dict(zip(names, torch.stack(ratios).tolist(), strict=True))
+
+    def _optimizer_duel(self, champion: Choice, challenger: Choice) -> Duel:
+        try:
+            updates = [_update(self._config, choice) for choice in (champion, challenger)]
+            for _ in range(_WARM_UP):
+                for update in updates:
+                    update()
+            return Duel(*median_interval([a - b for a, b in self._pairs(*updates)]), 0.0 if self._on_gpu else None)
+        except Exception as error:
+            raise Failed(_failure(error)) from error
+        finally:
+            _release(self.device)
+
+    def _update_ms(self, choice: Choice) -> float:
+        """The optimizer's update, where it calls ops of the table; what is the same under every plan is left out."""
+        if self.called(choice) <= self._in_model:
+            return 0.0
+        update = _update(self._config, choice)
+        for _ in range(_WARM_UP):
+            update()
+        found = median(self._sample(update, 2) for _ in range(_ROUNDS[0]))
+        _release(self.device)
+        return found
+
+    @property
+    def _on_gpu(self) -> bool:
+        return self.device.type == "cuda"
+
+    def _synchronize(self) -> None:
+        if self._on_gpu:
+            torch.cuda.synchronize(self.device)
+
+
+class _Subject:
+    """A plan at some depth, warmed up and ready to run on a fixed batch [batch, seq + 1]."""
+
+    def __init__(
+        self, clock: StepClock, config: Config, weights: Transformer, batch: Tensor, scale: Tensor, choice: Choice,
+        depth: int, mode: Mode,
+    ) -> None:  # fmt: skip
+        model = _at_depth(config, weights, choice, depth)
+        self._names = [name for name, _ in model.named_parameters()]
+        self._parameters = list(model.parameters())
+        loss: Callable[..., Tensor] = model
+        if mode != "eager":
+            loss = torch.compile(model, fullgraph=True, dynamic=False)
+        self._batch, self._scale = batch, scale
+        self._micro_step: LaunchedMicroStep | GraphedMicroStep = LaunchedMicroStep(loss, self._parameters)
+        self.run()  # compiles
+        self.memory_mib = self._peak_mib() if batch.device.type == "cuda" else None
+        if mode == "graphs":
+            self._micro_step = GraphedMicroStep(loss, self._parameters, accumulates=False)
+        for _ in range(_WARM_UP):
+            self.run()
+
+    def run(self) -> None:
+        self._micro_step.run(self._batch, self._scale, first=True)
+
+    def gradients(self, batch: Tensor) -> dict[str, Tensor]:
+        """Of every parameter, copied, on another batch."""
+        self._micro_step.run(batch, self._scale, first=True)
+        grads = zip(self._names, self._current_gradients(), strict=True)
+        return {name: gradient.clone() for name, gradient in grads}
+
+    def _current_gradients(self) -> list[Tensor]:
+        if isinstance(self._micro_step, GraphedMicroStep):
+            return self._micro_step.gradients
+        return [p.grad if p.grad is not None else torch.zeros_like(p) for p in self._parameters]
+
+    def _peak_mib(self) -> float:
+        """Of gradients and activations. Taken launched: of a replayed graph the allocator sees nothing."""
+        device = self._batch.device
+        for parameter in self._parameters:
+            parameter.grad = None
+        _release(device)
+        before = torch.cuda.memory_allocated(device)
+        torch.cuda.reset_peak_memory_stats(device)
+        self.run()
+        torch.cuda.synchronize(device)
+        return (torch.cuda.max_memory_allocated(device) - before) / 2**20
+
+
+def _at_depth(config: Config, weights: Transformer, choice: Choice, depth: int) -> Transformer:
+    """A model of fewer layers under a plan, on the parameters that all plans share."""
+    kernels = load_kernels({**default_choice(), **choice})
+    model = Transformer.for_training(_shallow(config, depth), kernels, "meta")
+    shared: Mapping[str, nn.Parameter] = dict(weights.named_parameters())
+    model.load_state_dict({name: shared[name] for name, _ in model.named_parameters()}, assign=True)
+    model.cos, model.sin = weights.cos, weights.sin
+    return model
+
+
+def _shallow(config: Config, depth: int) -> Config:
+    return replace(config, model=replace(config.model, n_layers=depth))
+
+
+def _update(config: Config, choice: Choice) -> Callable[[], None]:
+    """The optimizer's step of the whole model under a plan, on random gradients."""
+    kernels = load_kernels({**default_choice(), **choice})
+    model = Transformer.for_training(config, kernels, config.device)
+    for parameter in model.parameters():
+        parameter.grad = torch.randn_like(parameter)
+    optimizers = build_optimizers(model, config.optimizer)
+
+    def update() -> None:
+        for optimizer in optimizers:
+            optimizer.step()
+
+    return update
+
+
+def _static_mib(config: Config) -> float:
+    """Parameters and the optimizer's state: gradients are measured with the activations."""
+    states = 2 if config.optimizer.name == "adamw" else 1  # a little more with Muon, whose AdamW part has two
+    return parameter_count(config.model) * 4 * (1 + states) / 2**20
+
+
+def _key(choice: Choice, depth: int, mode: Mode) -> tuple[tuple[str, str], ...]:
+    return (*sorted(choice.items()), ("", f"{depth} {mode}"))
+
+
+def _failure(error: Exception) -> str:
+    status, reason = classify(error)
+    words = status.replace("_", " ")
+    return reason if reason.startswith(words) else f"{words} in the step: {reason}"
+
+
+def _release(device: torch.device) -> None:
+    gc.collect()
+    if device.type == "cuda":
+        torch.cuda.empty_cache()

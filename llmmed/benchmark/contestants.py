@@ -1,0 +1,262 @@
+"""Who takes part in `benchmark=step`, and how each trains: same weights, batches, optimizer, clipping and precision.
+
+Ours keeps parameters in float32 and casts explicitly; the rivals do what their users do: float32 parameters under
+autocast, fused AdamW or `torch.optim.Muon`, `clip_grad_norm_`, gradients set to None.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import importlib.util
+import time
+from collections.abc import Callable, Mapping
+from contextlib import AbstractContextManager
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor, nn
+
+from llmmed.autotune.plan import KernelPlan, Mode
+from llmmed.autotune.tuner import tune
+from llmmed.autotune.workload import record_workload
+from llmmed.benchmark import plain_llama
+from llmmed.benchmark.breakdown import annotated, in_range
+from llmmed.compose import accumulation_steps
+from llmmed.config import Config
+from llmmed.kernels.base import Kernels, Unavailable
+from llmmed.kernels.catalog import default_choice, load_kernels
+from llmmed.model import Transformer, compute_dtype, hf_config_dict, to_hf_state_dict
+from llmmed.optim.adamw import decay_groups
+from llmmed.training import prepare_backend, resolve_compile
+from llmmed.training.micro_step import build_micro_step
+from llmmed.training.step import Stepper
+
+
+@dataclass(frozen=True)
+class Contestant:
+    """One way to train the model.
+
+    Args:
+        name: Its key in `contestants=`; the part before the first underline is its family.
+        title: For people.
+        overrides: What it changes in the run's configuration.
+        mode: How its step runs; None leaves that to `train.compile`.
+        liger: Whether Liger's kernels replace Hugging Face's.
+    """
+
+    name: str
+    title: str
+    overrides: tuple[str, ...] = ()
+    mode: Mode | None = None
+    liger: bool = False
+
+    @property
+    def family(self) -> str:
+        """`ours`, `plain` or `hf`."""
+        return self.name.partition("_")[0]
+
+    def why_not(self, device: str) -> str | None:
+        """Why it cannot take part here, or None."""
+        if self.mode == "graphs" and device != "cuda":
+            return "CUDA graphs need a CUDA GPU"
+        if self.family == "hf" and importlib.util.find_spec("transformers") is None:
+            return "transformers is not installed; pip install 'llmmed[peers]'"
+        if self.liger and importlib.util.find_spec("liger_kernel") is None:
+            return "Liger is not installed; pip install 'llmmed[peers]'"
+        if self.liger and device != "cuda":
+            return "Liger's kernels need a CUDA GPU"
+        return None
+
+
+def _ours(mode: Mode) -> tuple[str, ...]:
+    return ("kernels=pytorch", f"train.compile={mode}")
+
+
+# The order in which they run: what is cut off by `seconds` stands last.
+CONTESTANTS = (
+    Contestant("ours_auto", "llmmed, kernels=auto", ("kernels=auto",)),
+    Contestant("plain_compiled", "plain PyTorch, torch.compile", mode="compiled"),
+    Contestant("hf_liger", "Hugging Face + Liger, eager", mode="eager", liger=True),
+    Contestant("hf_eager", "Hugging Face, eager", mode="eager"),
+    Contestant("plain_eager", "plain PyTorch, eager", mode="eager"),
+    Contestant("ours_graphs", "llmmed, kernels=pytorch, graphs", _ours("graphs"), "graphs"),
+    Contestant("ours_eager", "llmmed, kernels=pytorch, eager", _ours("eager"), "eager"),
+    Contestant("plain_graphs", "plain PyTorch, torch.compile with CUDA graphs", mode="graphs"),
+    Contestant("ours_compiled", "llmmed, kernels=pytorch, compiled", _ours("compiled"), "compiled"),
+    Contestant("hf_compiled", "Hugging Face, torch.compile", mode="compiled"),
+)
+
+
+class Trainee(Protocol):
+    """A contestant that is ready to train."""
+
+    excluded_seconds: float  # spent on what a user of it would not do
+
+    @property
+    def choice(self) -> Mapping[str, str] | None:
+        """The kernels of ours."""
+        ...
+
+    def step(self, index: int, micro_batches: list[Tensor]) -> tuple[Tensor, Tensor]:
+        """One optimizer step over micro-batches [batch, seq + 1]: the mean loss and the gradients' norm, 0-d."""
+        ...
+
+    def annotated(self) -> AbstractContextManager[None]:
+        """Marks parts of the step for the profiler, where the mode lets it."""
+        ...
+
+
+def build(contestant: Contestant, config: Config) -> Trainee:
+    """On the run's device, with the weights that everybody starts from. Raises `Unavailable`."""
+    if reason := contestant.why_not(config.device):
+        raise Unavailable(reason)
+    prepare_backend(config)
+    if contestant.family == "ours":
+        return _Ours(config)
+    return _Rival(contestant, config)
+
+
+class _Ours:
+    """As `llmmed.training.loop` trains."""
+
+    excluded_seconds = 0.0
+
+    def __init__(self, config: Config) -> None:
+        self.plan: KernelPlan = tune(config, record_workload(config), mode=resolve_compile(config))
+        self._mode = self.plan.mode
+        self.choice: Mapping[str, str] | None = self.plan.choice
+        self._model = Transformer.for_training(config, load_kernels(self.plan.choice), config.device)
+        accumulates = accumulation_steps(config.train) > 1
+        self._stepper = Stepper(self._model, build_micro_step(self._model, self._mode, accumulates=accumulates), config)
+
+    def step(self, index: int, micro_batches: list[Tensor]) -> tuple[Tensor, Tensor]:
+        return self._stepper.run(index, micro_batches, len(micro_batches))
+
+    @contextlib.contextmanager
+    def annotated(self) -> Any:
+        if self._mode != "eager":
+            yield
+            return
+        kernels = self._model.kernels
+        wrapped = {op: in_range(function, _PARTS[op]) for op, function in kernels.functions.items() if op in _PARTS}
+        self._model.set_kernels(Kernels({**kernels.functions, **wrapped}, kernels.chosen))
+        yield
+        self._model.set_kernels(kernels)
+
+
+_PARTS = {
+    "rms_norm": "norm",
+    "add_rms_norm": "norm",
+    "rotary": "rotary",
+    "swiglu": "swiglu",
+    "attention": "attention",
+    "linear_cross_entropy": "loss",
+}
+
+
+class _Rival:
+    """Somebody else's model in the loop that its users write."""
+
+    choice: Mapping[str, str] | None = None
+
+    def __init__(self, contestant: Contestant, config: Config) -> None:
+        self._contestant, self._config = contestant, config
+        begun = time.perf_counter()
+        weights = Transformer.for_training(config, load_kernels(default_choice()), "cpu")
+        self.excluded_seconds = time.perf_counter() - begun
+        self._model = (
+            _plain(weights, config) if contestant.family == "plain" else _hugging_face(weights, contestant, config)
+        )
+        self._call: Callable[..., Tensor] = self._model
+        if contestant.mode == "compiled":
+            self._call = torch.compile(self._model, dynamic=False)
+        elif contestant.mode == "graphs":
+            self._call = torch.compile(self._model, dynamic=False, mode="reduce-overhead")
+        self._parameters = list(self._model.parameters())
+        self._optimizers = _optimizers(self._model, config)
+        self._scaler = torch.amp.GradScaler(config.device, enabled=config.train.precision == "fp16")
+
+    def step(self, index: int, micro_batches: list[Tensor]) -> tuple[Tensor, Tensor]:
+        train, dtype = self._config.train, compute_dtype(self._config.train.precision)
+        total = torch.zeros((), device=self._config.device)
+        for batch in micro_batches:
+            with torch.autocast(self._config.device, dtype=dtype, enabled=dtype != torch.float32):
+                loss = self._call(batch[:, :-1].contiguous(), batch[:, 1:].contiguous())
+            if len(micro_batches) > 1:
+                loss = loss / len(micro_batches)
+            self._scaler.scale(loss).backward()
+            total += loss.detach()
+        for optimizer in self._optimizers:
+            self._scaler.unscale_(optimizer)
+        norm = torch.nn.utils.clip_grad_norm_(self._parameters, train.grad_clip or float("inf"))
+        for optimizer in self._optimizers:
+            self._scaler.step(optimizer)
+        self._scaler.update()
+        for optimizer in self._optimizers:
+            optimizer.zero_grad(set_to_none=True)
+        return total, norm
+
+    def annotated(self) -> AbstractContextManager[None]:
+        if self._contestant.mode != "eager":
+            return contextlib.nullcontext()
+        if self._contestant.family == "plain":
+            functions = {(plain_llama, "rotate"): "rotary", (plain_llama, "gated"): "swiglu"}
+            return annotated(self._model, {"RMSNorm": "norm"}, functions)
+        from transformers.models.llama import modeling_llama
+
+        classes = {"LlamaRMSNorm": "norm", "LigerRMSNorm": "norm", "LlamaMLP": "swiglu", "LigerSwiGLUMLP": "swiglu"}
+        classes |= {"LlamaRotaryEmbedding": "rotary"}
+        return annotated(self._model, classes, {(modeling_llama, "apply_rotary_pos_emb"): "rotary"})
+
+
+def _plain(weights: Transformer, config: Config) -> nn.Module:
+    model = plain_llama.PlainLlama(config.model, config.train.seq_len)
+    model.load_state_dict(plain_llama.plain_state_dict(weights.state_dict()))
+    return model.to(config.device)
+
+
+def _hugging_face(weights: Transformer, contestant: Contestant, config: Config) -> nn.Module:
+    if contestant.liger:
+        from liger_kernel.transformers import apply_liger_kernel_to_llama
+
+        apply_liger_kernel_to_llama()
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    fields = hf_config_dict(config.model, max_seq_len=config.train.seq_len, attn_implementation="sdpa", use_cache=False)
+    model: nn.Module = LlamaForCausalLM(LlamaConfig(**fields))
+    model.load_state_dict(to_hf_state_dict(weights, config.model), strict=not config.model.tie_embeddings)
+    return _LossOnly(model.to(config.device))
+
+
+class _LossOnly(nn.Module):
+    """Hugging Face's model with our arguments. It gets the targets as they are, so that all compute the same loss."""
+
+    def __init__(self, model: nn.Module) -> None:
+        super().__init__()
+        self.model = model
+
+    def forward(self, tokens: Tensor, targets: Tensor) -> Tensor:
+        loss: Tensor = self.model(input_ids=tokens, labels=targets, shift_labels=targets, use_cache=False).loss
+        return loss
+
+
+def _optimizers(model: nn.Module, config: Config) -> list[torch.optim.Optimizer]:
+    given = config.optimizer
+    rest, found = list(model.parameters()), []
+    if given.name == "muon":
+        assert given.momentum is not None
+        hidden = [p for name, p in model.named_parameters() if ("blocks." in name or "layers." in name) and p.ndim == 2]
+        found.append(
+            torch.optim.Muon(
+                hidden,
+                lr=given.lr,
+                weight_decay=given.weight_decay,
+                momentum=given.momentum,
+                adjust_lr_fn="match_rms_adamw",
+            )
+        )
+        taken = set(map(id, hidden))
+        rest = [p for p in rest if id(p) not in taken]
+    groups = decay_groups(rest, given.weight_decay)
+    return [*found, torch.optim.AdamW(groups, lr=given.lr, betas=given.betas, eps=given.eps, fused=True)]

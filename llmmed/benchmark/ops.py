@@ -1,0 +1,217 @@
+"""Times every implementation of every op: verified once for each compute dtype, then measured at every size and mode.
+
+A pass is one size, dtype and mode, all ops after another, in a process of its own: the autotuner's, so that a candidate
+that crashes or hangs costs that candidate alone.
+"""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+
+from llmmed.autotune.child import Findings, Limits, Progress, tune_in_child
+from llmmed.autotune.journal import Task
+from llmmed.autotune.plan import Candidate, Ceilings, Mode
+from llmmed.autotune.tuner import why_not
+from llmmed.autotune.workload import record_workload
+from llmmed.benchmark.results import OpRow
+from llmmed.benchmark.settings import ALL, DtypeName, OpsSettings, config_of
+from llmmed.config import Config
+from llmmed.errors import UserError
+from llmmed.kernels.base import Call
+from llmmed.kernels.catalog import COMPILED, DEFAULT, implementation_names
+from llmmed.training import prepare_backend
+
+_PEERS = ("liger",)  # implementations by other projects
+_CARRIED = (
+    "unavailable",
+    "wrong",
+    "no_backward",
+    "crashed",
+    "failed_to_compile",
+    "timed_out",
+)  # verdicts that another size keeps
+_STAGES = {"warm": 0.0, "ceilings": 0.0, "verify": 0.1, "load": 0.6, "measure": 0.7}  # how far an op is, for the bar
+
+Tell = Callable[[float, str], None]
+"""Told how much is done, from 0 to 1, and what is being done."""
+
+
+def run_ops(
+    settings: OpsSettings, overrides: Sequence[str], tell: Tell
+) -> Iterator[tuple[list[OpRow], dict[str, Ceilings]]]:
+    """Everything that the settings ask for, within their time; gives what is known after every pass.
+
+    `overrides` are the command line's. Ceilings are by size, dtype and mode: each process measures its own.
+    """
+    deadline = time.perf_counter() + settings.seconds
+    passes = _passes(settings, overrides)
+    verdicts = _Verdicts()
+    rows: list[OpRow] = []
+    ceilings: dict[str, Ceilings] = {}
+    order = {op: place for place, op in enumerate(settings.op_names)}
+    for index, each in enumerate(passes):
+
+        def report(progress: Progress, each: _Pass = each, index: int = index) -> None:
+            ops = list(each.calls)
+            done = ops.index(progress.op) + _STAGES[progress.stage] if progress.op in ops else 0.0
+            tell((index + done / len(ops)) / len(passes), f"{each.title}: {_what(progress)}")
+
+        tell(index / len(passes), each.title)
+        found, measured = _run(each, settings, verdicts, deadline, report)
+        rows += found
+        if measured is not None:
+            ceilings[each.title] = measured
+        tell((index + 1) / len(passes), each.title)
+        yield sorted(rows, key=lambda row: order[row.op]), ceilings  # sizes stay in their order within an op
+
+
+@dataclass(frozen=True)
+class _Pass:
+    size: str
+    dtype: DtypeName
+    mode: Mode
+    config: Config
+    calls: dict[str, dict[Call, int]]  # by op; every distinct call once
+
+    @property
+    def title(self) -> str:
+        return f"{self.size} {self.dtype} {self.mode}"
+
+
+@dataclass
+class _Verdicts:
+    """What is known of candidates without their times: by op and dtype, and of failures under the clock by mode too."""
+
+    gate: dict[tuple[str, str], dict[str, Candidate]] = field(default_factory=dict)
+    clock: dict[tuple[str, str, Mode], dict[str, Candidate]] = field(default_factory=dict)
+
+    def learn(self, each: _Pass, op: str, name: str, found: Candidate) -> None:
+        gate = self.gate.setdefault((op, each.dtype), {})
+        verified = found.relative_error is not None and found.status != "wrong"
+        if verified:
+            gate[name] = Candidate(
+                status="verified", relative_error=found.relative_error, worst_ratio=found.worst_ratio
+            )
+        if found.status in _CARRIED:
+            where = f" (at size {each.size})" if found.status != "unavailable" else ""
+            bad = found.model_copy(update={"reason": found.reason + where})
+            (self.clock.setdefault((op, each.dtype, each.mode), {}) if verified else gate)[name] = bad
+
+    def of(self, each: _Pass, op: str) -> dict[str, Candidate]:
+        return self.gate.get((op, each.dtype), {}) | self.clock.get((op, each.dtype, each.mode), {})
+
+
+def _passes(settings: OpsSettings, overrides: Sequence[str]) -> list[_Pass]:
+    """By dtype, then size, then mode. An op whose calls do not depend on the dtype is not measured in a second one."""
+    passes: list[_Pass] = []
+    seen: set[tuple[Mode, tuple[Call, ...]]] = set()
+    sizes: list[str | None] = [*settings.sizes] or [None]
+    for dtype in settings.dtypes:
+        for size in sizes:
+            config = config_of(size, dtype, overrides)
+            workload = record_workload(config).by_op()
+            for op in settings.ops:
+                if op != ALL and op not in workload:
+                    raise UserError(f"ops={op}: a step with optimizer={config.optimizer.name} does not call it")
+            calls = {op: dict.fromkeys(workload[op], 1) for op in settings.op_names if op in workload}
+            for mode in settings.modes:
+                fresh = {op: found for op, found in calls.items() if (mode, tuple(found)) not in seen}
+                seen.update((mode, tuple(found)) for found in calls.values())
+                if fresh:
+                    passes.append(_Pass(config.model.name, dtype, mode, config, fresh))
+    return passes
+
+
+def _run(
+    each: _Pass, settings: OpsSettings, verdicts: _Verdicts, deadline: float, report: Callable[[Progress], None]
+) -> tuple[list[OpRow], Ceilings | None]:
+    prepare_backend(each.config)
+    settled: dict[str, dict[str, Candidate]] = {}
+    tasks = []
+    for op, calls in each.calls.items():
+        names = _names(op, each.mode, settings.peers)
+        reasons = {name: why_not(op, name, calls, each.config, each.mode) for name in names}
+        settled[op] = {
+            name: Candidate(status="unavailable", reason=reason) for name, reason in reasons.items() if reason
+        }
+        known = {n: c for n, c in verdicts.of(each, op).items() if n in names and n not in settled[op]}
+        settled[op] |= {name: candidate for name, candidate in known.items() if candidate.status != "verified"}
+        verified = {name: candidate for name, candidate in known.items() if candidate.status == "verified"}
+        fresh = [name for name in names if name not in known and name not in settled[op]]
+        task = Task.of(op, calls, fresh, measure=True)
+        tasks.append(task.model_copy(update={"verified": verified}))
+    findings = tune_in_child(
+        tasks,
+        device=each.config.device,
+        mode=each.mode,
+        deterministic=each.config.train.deterministic,
+        step=None,
+        limits=Limits(each.config.kernels.candidate_seconds, settings.seconds, deadline),
+        report=report,
+    )
+    for op, found in findings.ops.items():
+        for name, candidate in found.items():
+            verdicts.learn(each, op, name, candidate)
+    return list(_rows(each, settings, settled, findings)), findings.ceilings
+
+
+def _rows(
+    each: _Pass, settings: OpsSettings, settled: Mapping[str, dict[str, Candidate]], findings: Findings
+) -> Iterator[OpRow]:
+    for op, calls in each.calls.items():
+        candidates = findings.ops.get(op, {}) | settled[op]
+        default = candidates.get(DEFAULT)
+        for name in _names(op, each.mode, settings.peers):
+            candidate = candidates.get(name)
+            if candidate is None:
+                continue
+            row = OpRow(
+                op=op,
+                size=each.size,
+                shapes="; ".join(call.describe() for call in calls),
+                dtype=each.dtype,
+                mode=each.mode,
+                implementation=name,
+                reason=candidate.reason.replace("kernels.budget_seconds", "seconds"),
+                least_ms=_least_ms(candidate),
+                **{key: getattr(candidate, key) for key in _COPIED},
+            )
+            yield row.model_copy(update=_speedup(default, candidate))
+
+
+_COPIED = (
+    "status", "relative_error", "forward_ms", "backward_ms", "host_ms", "total_ms", "total_ms_low", "total_ms_high",
+    "peak_memory_mib", "share_of_ceiling",
+)  # fmt: skip
+
+
+def _speedup(default: Candidate | None, candidate: Candidate) -> dict[str, float]:
+    """Against PyTorch's; its interval is from the ends of both, so that it errs to the wide."""
+    if default is None or not default.total_ms or not candidate.total_ms:
+        return {}
+    if default is candidate:
+        return {"speedup": 1.0, "speedup_low": 1.0, "speedup_high": 1.0}
+    return {
+        "speedup": default.total_ms / candidate.total_ms,
+        "speedup_low": (default.total_ms_low or 0.0) / (candidate.total_ms_high or math.inf),
+        "speedup_high": (default.total_ms_high or 0.0) / (candidate.total_ms_low or math.inf),
+    }
+
+
+def _least_ms(candidate: Candidate) -> float | None:
+    share, forward, backward = candidate.share_of_ceiling, candidate.forward_ms, candidate.backward_ms
+    return share * (forward + backward) if share is not None and forward is not None and backward is not None else None
+
+
+def _names(op: str, mode: Mode, peers: bool) -> list[str]:
+    """In a compiled step PyTorch's implementation is compiled, so that `compiled` says nothing new."""
+    names = implementation_names(op)
+    return [n for n in names if (mode == "eager" or n != COMPILED) and (peers or n not in _PEERS)]
+
+
+def _what(progress: Progress) -> str:
+    doing = {"warm": "compiling", "ceilings": "the device's ceilings", "load": "compiling", "measure": "timing"}
+    return " ".join(filter(None, (doing.get(progress.stage, "verifying"), progress.op, progress.name)))

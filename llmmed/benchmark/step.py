@@ -1,0 +1,198 @@
+"""Compares whole training steps: every contestant in a process of its own, one at a time, in rounds.
+
+In every second round the order is reversed, so that a drift of the clock rate or a busy neighbour meets all of them. In
+its first round a contestant finds empty compiler caches, later its own.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import subprocess
+import tempfile
+import time
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from statistics import median
+from typing import TYPE_CHECKING
+
+from llmmed.autotune.child import how_it_ended, last_line, started_process
+from llmmed.autotune.measure import median_interval
+from llmmed.benchmark.contestants import CONTESTANTS, Contestant
+from llmmed.benchmark.results import StepRow, StepShape
+from llmmed.benchmark.settings import ALL, StepSettings, config_of
+from llmmed.benchmark.step_worker import StepFound, StepJob
+from llmmed.config import Config
+from llmmed.errors import UserError
+from llmmed.model import flops_per_token, parameter_count
+
+if TYPE_CHECKING:
+    from llmmed.benchmark.ops import Tell
+
+# The first step from equal weights and batches; in 16 bits, where one rounds more often than another. Two mistakes
+# that a rival could make, a rotary of other pairs and a loss over other targets, move the norm by far more.
+_LOSS_TOLERANCE, _NORM_TOLERANCE = 0.002, 0.02
+
+
+def run_step(
+    settings: StepSettings, overrides: Sequence[str], folder: Path, tell: Tell
+) -> Iterator[tuple[list[StepShape], list[StepRow]]]:
+    """Everything that the settings ask for, within their time; gives what is known after every process.
+
+    The log of every process goes into the folder.
+    """
+    deadline = time.perf_counter() + settings.seconds
+    sizes: list[str | None] = [*settings.sizes] or [None]
+    entries = [
+        _Entry(contestant, size, config_of(size, None, [*overrides, *contestant.overrides]))
+        for size in sizes
+        for contestant in _chosen(settings)
+    ]
+    configs = {entry.config.model.name: entry.config for entry in reversed(entries)}
+    shapes = [_shape(configs[name]) for name in dict.fromkeys(entry.config.model.name for entry in entries)]
+    with tempfile.TemporaryDirectory(prefix="llmmed-step-") as caches:
+        for number in range(settings.rounds):
+            for index, entry in enumerate(entries if number % 2 == 0 else entries[::-1]):
+                done, who = number + index / len(entries), f"{entry.config.model.name}: {entry.contestant.title}"
+                tell(done / settings.rounds, f"round {number + 1} of {settings.rounds}, {who}")
+                entry.run(settings, overrides, folder, Path(caches), number, deadline)
+                yield shapes, _compared([each.row() for each in entries if each.found or each.failure])
+    tell(1.0, "done")
+
+
+def _chosen(settings: StepSettings) -> list[Contestant]:
+    names = [contestant.name for contestant in CONTESTANTS]
+    if ALL in settings.contestants:
+        return list(CONTESTANTS)
+    for name in settings.contestants:
+        if name not in names:
+            raise UserError(f"contestants={name}: there is no such contestant; there are {', '.join(names)}, or all")
+    return [next(each for each in CONTESTANTS if each.name == name) for name in settings.contestants]
+
+
+@dataclass
+class _Entry:
+    """A contestant at a size, and what its processes found."""
+
+    contestant: Contestant
+    size: str | None
+    config: Config
+    found: list[StepFound] = field(default_factory=list)
+    failure: StepFound | None = None
+    seconds: float = 0.0  # that its last process took
+
+    def run(
+        self, settings: StepSettings, overrides: Sequence[str], folder: Path, caches: Path, number: int, deadline: float
+    ) -> None:
+        """One process, unless it has failed before, cannot run here, or there is no time left."""
+        if self.failure is not None:
+            return
+        if reason := self.contestant.why_not(self.config.device):
+            self.failure = StepFound(status="unavailable", reason=reason)
+            return
+        left = deadline - time.perf_counter()
+        if left <= self.seconds:
+            if not self.found:
+                self.failure = StepFound(status="not_tried", reason=f"seconds={settings.seconds:g} was used up")
+            return
+        limit = min(left, settings.contestant_seconds)
+        begun = time.perf_counter()
+        found = self._process(settings, overrides, folder, caches, number, limit)
+        self.seconds = time.perf_counter() - begun
+        if found.status == "verified":
+            self.found.append(found)
+        elif found.status != "timed_out" or not self.found:
+            self.failure = found
+
+    def _process(
+        self, settings: StepSettings, overrides: Sequence[str], folder: Path, caches: Path, number: int, limit: float
+    ) -> StepFound:
+        name = f"{self.config.model.name}_{self.contestant.name}"
+        log, result = folder / f"{name}_{number + 1}.log", caches / f"{name}_{number}.json"
+        own = [*(o for o in overrides if not o.startswith("sizes=")), *([f"model={self.size}"] if self.size else [])]
+        own += [*self.contestant.overrides, f"kernels.budget_seconds={settings.contestant_seconds / 2:g}"]
+        own += ["optimizer.schedule=constant", "optimizer.warmup_steps=0"]  # as the rivals train
+        variables = {
+            "TORCHINDUCTOR_CACHE_DIR": str(caches / name / "inductor"),
+            "TRITON_CACHE_DIR": str(caches / name / "triton"),
+            "LLMMED_CACHE": str(caches / name / "llmmed"),
+            "HF_HUB_OFFLINE": "1",
+        }
+        job = caches / f"{name}_{number}.job"
+        StepJob(contestant=self.contestant.name, overrides=own, started=time.time(), result=result).write(job)
+        with started_process("llmmed.benchmark.step_worker", [str(job)], log, variables) as process:
+            with contextlib.suppress(subprocess.TimeoutExpired):
+                process.wait(limit)
+            ended = process.poll()
+        if result.exists():
+            return StepFound.read(result)
+        if ended is None:
+            key = "contestant_seconds" if limit == settings.contestant_seconds else "seconds"
+            return StepFound(status="timed_out", reason=f"{key}={getattr(settings, key):g} was used up")
+        words = last_line(log)
+        return StepFound(status="crashed", reason=f"the process {how_it_ended(ended)}{f': {words}' if words else ''}")
+
+    def row(self) -> StepRow:
+        config, title = self.config, self.contestant.title
+        row = StepRow(contestant=self.contestant.name, title=title, size=config.model.name, status="verified")
+        if not self.found:
+            assert self.failure is not None
+            return row.model_copy(update={"status": self.failure.status, "reason": self.failure.reason})
+        first = self.found[0]
+        samples = [sample for found in self.found for sample in found.samples]
+        speed, low, high = median_interval(samples)
+        memory = [found.peak_memory_gib for found in self.found if found.peak_memory_gib is not None]
+        again = [found.first_step_seconds for found in self.found[1:] if found.first_step_seconds is not None]
+        flops = flops_per_token(config.model, config.train.seq_len)
+        reason = f"in a later round: {self.failure.reason}" if self.failure is not None else ""
+        update = {
+            "reason": reason,
+            "rounds": len(self.found),
+            "tokens_per_second": speed,
+            "tokens_per_second_low": low,
+            "tokens_per_second_high": high,
+            "step_ms": 1e3 * config.train.global_batch_tokens / speed,
+            "mfu": speed * flops / (first.peak_tflops * 1e12) if first.peak_tflops else None,
+            "peak_memory_gib": max(memory) if memory else None,
+            "first_step_seconds": first.first_step_seconds,
+            "first_step_again_seconds": median(again) if again else None,
+            "samples": samples,
+        }
+        copied = ("first_loss", "first_gradient_norm", "last_loss", "device_ms", "kernels")
+        return row.model_copy(update=update | {name: getattr(first, name) for name in copied})
+
+
+def _compared(rows: list[StepRow]) -> list[StepRow]:
+    """Whoever does not compute what the others compute has no place in the comparison."""
+    checked = []
+    for row in rows:
+        others = [each for each in rows if each.size == row.size and each.first_loss is not None]
+        problem = _difference(row, others) if row.first_loss is not None else None
+        if problem is None:
+            checked.append(row)
+        else:
+            empty = StepRow(contestant=row.contestant, title=row.title, size=row.size, status="wrong", reason=problem)
+            checked.append(empty)
+    return checked
+
+
+def _difference(row: StepRow, everybody: Sequence[StepRow]) -> str | None:
+    """How far a contestant's first step lies from the median of all, if that is too far."""
+    for name, tolerance in (("first_loss", _LOSS_TOLERANCE), ("first_gradient_norm", _NORM_TOLERANCE)):
+        middle, own = median([getattr(each, name) for each in everybody]), getattr(row, name)
+        if not abs(own - middle) <= tolerance * abs(middle):
+            words = name.replace("first_", "").replace("_", " ")
+            return f"{words} of the first step {own:.5g}; the median of all contestants is {middle:.5g}"
+    return None
+
+
+def _shape(config: Config) -> StepShape:
+    return StepShape(
+        size=config.model.name,
+        parameters=parameter_count(config.model),
+        batch=config.train.micro_batch_size,
+        seq_len=config.train.seq_len,
+        vocabulary=config.model.vocab_size,
+        precision=config.train.precision,
+        optimizer=config.optimizer.name,
+    )

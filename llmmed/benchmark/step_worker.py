@@ -1,0 +1,157 @@
+"""One contestant of `benchmark=step`, in a process of its own: trains, times blocks of steps, profiles, writes a file.
+
+Run as `python -m llmmed.benchmark.step_worker <job.json>` by `step.py`.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+import time
+from pathlib import Path
+
+import torch
+from pydantic import BaseModel, ConfigDict, Field
+
+from llmmed import compose
+from llmmed.autotune.failures import classify
+from llmmed.autotune.plan import Status
+from llmmed.autotune.worker import end_with_parent
+from llmmed.benchmark.breakdown import measure_breakdown
+from llmmed.benchmark.contestants import CONTESTANTS, Contestant, Trainee, build
+from llmmed.benchmark.settings import StepSettings, compose_benchmark
+from llmmed.compose import accumulation_steps
+from llmmed.config import Config
+from llmmed.errors import UserError
+from llmmed.files import write_atomically
+
+_BATCHES = 4  # different ones, in turns
+
+
+class _Frozen(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+
+class StepJob(_Frozen):
+    """What the process is to do; `started` is the `time.time()` of its start."""
+
+    contestant: str
+    overrides: list[str]
+    started: float
+    result: Path
+
+    def write(self, path: Path) -> None:
+        write_atomically(path, self.model_dump_json())
+
+
+class StepFound(_Frozen):
+    """What one process found out; the numbers as in `results.StepRow`."""
+
+    status: Status
+    reason: str = ""
+    samples: list[float] = Field(default_factory=list)  # tokens/s
+    peak_memory_gib: float | None = None
+    peak_tflops: float | None = None  # of the device
+    first_step_seconds: float | None = None
+    first_loss: float | None = None
+    first_gradient_norm: float | None = None
+    last_loss: float | None = None
+    device_ms: dict[str, float] | None = None
+    kernels: dict[str, str] | None = None
+
+    @classmethod
+    def read(cls, path: Path) -> StepFound:
+        return cls.model_validate_json(path.read_text(encoding="utf-8"))
+
+
+def main() -> None:
+    job = StepJob.model_validate_json(Path(sys.argv[1]).read_text(encoding="utf-8"))
+    end_with_parent()
+    compose.register()
+    contestant = next(each for each in CONTESTANTS if each.name == job.contestant)
+    try:
+        settings, config = compose_benchmark(job.overrides)
+        assert isinstance(settings, StepSettings)
+        found = compete(contestant, settings, config, job.started)
+    except UserError as error:
+        found = StepFound(status="crashed", reason=str(error))
+    except Exception as error:  # noqa: BLE001 - whatever a contestant raises puts that contestant alone out
+        status, reason = classify(error)
+        found = StepFound(status=status, reason=reason)
+    write_atomically(job.result, found.model_dump_json())
+    os._exit(0)  # at once: what a contestant left behind, say a thread, must not hold the process
+
+
+def compete(contestant: Contestant, settings: StepSettings, config: Config, started: float) -> StepFound:
+    """Builds, trains and measures. Raises whatever the contestant raises."""
+    from llmmed.training.metrics import peak_tflops
+
+    device = torch.device(config.device)
+    trainee = build(contestant, config)
+    steps = _Steps(trainee, _batches(config, device), device)
+    loss, norm = steps.run(1)
+    first_step_seconds = time.time() - started - trainee.excluded_seconds
+    first_loss, first_norm = loss.item(), norm.item()
+    steps.run(settings.warm_up_steps)
+    samples = []
+    for _ in range(settings.blocks):
+        begun = time.perf_counter()
+        loss, _ = steps.run(settings.block_steps)
+        samples.append(settings.block_steps * config.train.global_batch_tokens / (time.perf_counter() - begun))
+    last_loss = loss.item()
+    memory = torch.cuda.max_memory_allocated(device) / 2**30 if device.type == "cuda" else None
+    device_ms = None
+    if settings.profile_steps:
+        with trainee.annotated():
+            steps.run(1)
+            device_ms = measure_breakdown(steps.one, settings.profile_steps, device)
+    return StepFound(
+        status="verified",
+        samples=samples,
+        peak_memory_gib=memory,
+        peak_tflops=peak_tflops(device, config.train.precision),
+        first_step_seconds=first_step_seconds,
+        first_loss=first_loss,
+        first_gradient_norm=first_norm,
+        last_loss=last_loss,
+        device_ms=device_ms,
+        kernels=dict(trainee.choice) if trainee.choice is not None else None,
+    )
+
+
+class _Steps:
+    """Steps one after another; the host waits for the device only after the last of a call."""
+
+    def __init__(self, trainee: Trainee, batches: list[list[torch.Tensor]], device: torch.device) -> None:
+        self._trainee, self._batches, self._device = trainee, batches, device
+        self._index = 0
+
+    def one(self) -> tuple[torch.Tensor, torch.Tensor]:
+        found = self._trainee.step(self._index, self._batches[self._index % len(self._batches)])
+        self._index += 1
+        return found
+
+    def run(self, count: int) -> tuple[torch.Tensor, torch.Tensor]:
+        found = (torch.empty(0), torch.empty(0))
+        for _ in range(count):
+            found = self.one()
+        if self._device.type == "cuda":
+            torch.cuda.synchronize(self._device)
+        return found
+
+
+def _batches(config: Config, device: torch.device) -> list[list[torch.Tensor]]:
+    """Random tokens, the same for every contestant: [micro-batch, seq + 1]."""
+    generator = torch.Generator().manual_seed(config.seed)
+    shape = (config.train.micro_batch_size, config.train.seq_len + 1)
+    return [
+        [
+            torch.randint(config.model.vocab_size, shape, generator=generator).to(device)
+            for _ in range(accumulation_steps(config.train))
+        ]
+        for _ in range(_BATCHES)
+    ]
+
+
+if __name__ == "__main__":
+    main()

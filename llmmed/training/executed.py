@@ -1,0 +1,80 @@
+"""Chosen = executed: the kernels that a traced training step launched, held against the plan.
+
+A plan says what is to run; a compiler's cache or a backend's own choice may say otherwise, and nobody would notice.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Collection, Mapping
+
+import torch
+from torch._C._autograd import DeviceType
+
+from llmmed.errors import UserError
+from llmmed.kernels.base import Unavailable
+from llmmed.kernels.catalog import DEFAULT, get_implementation, implementation_names
+
+NOT_CALLED = "not called under this plan"
+
+
+def launched_kernels(run: Callable[[], object]) -> set[str]:
+    """The names of the GPU kernels that `run` launches, replays of CUDA graphs included."""
+    activities = [torch.profiler.ProfilerActivity.CUDA]
+    with torch.profiler.profile(activities=activities) as profiler:
+        run()
+        torch.cuda.synchronize()
+    return {event.name for event in profiler.events() if event.device_type == DeviceType.CUDA}
+
+
+def compare(choice: Mapping[str, str], called: Collection[str], launched: Collection[str]) -> dict[str, str]:
+    """What the trace says of each op.
+
+    Args:
+        choice: The plan's, op -> implementation.
+        called: The ops that a step under this plan calls.
+        launched: Names of kernels, as the profiler gives them.
+
+    Raises:
+        UserError: an op's chosen implementation did not run, or another one did; it names the op.
+    """
+    found = {}
+    for op, name in choice.items():
+        if op not in called:
+            found[op] = NOT_CALLED
+            continue
+        foreign = {k for other in _others(op, name) for k in other if _seen(k, launched)}
+        if foreign:
+            raise UserError(
+                f"op '{op}': the plan says {name}, but the training step launched {', '.join(sorted(foreign))}; "
+                f"please report this with kernels.json, and pin kernels.pin.{op}={name} or {DEFAULT} until then"
+            )
+        expected = get_implementation(op, name).kernel_names
+        seen = [kernel for kernel in expected if _seen(kernel, launched)]
+        if expected and not seen:
+            raise UserError(
+                f"op '{op}': the plan says {name}, but the training step launched none of {', '.join(expected)}; "
+                f"please report this with kernels.json, and use kernels.pin.{op}={DEFAULT} until then"
+            )
+        found[op] = f"seen: {', '.join(seen)}" if seen else "no kernel of another implementation of ours was seen"
+    return found
+
+
+def _others(op: str, chosen: str) -> list[tuple[str, ...]]:
+    """The kernels of other implementations that carry the op's name: those of PyTorch's backends, which the default
+    may take as well, tell nothing."""
+    own: tuple[str, ...] = get_implementation(op, chosen).kernel_names
+    others = []
+    for name in implementation_names(op):
+        try:
+            kernels = get_implementation(op, name).kernel_names
+        except Unavailable:
+            continue
+        others.append(tuple(k for k in kernels if k.startswith(f"{op}_") and k not in own))
+    return others
+
+
+def _seen(kernel: str, launched: Collection[str]) -> bool:
+    """Whether a name occurs, from the start of a word: `rms_norm_...` is no part of `add_rms_norm_...`."""
+    pattern = re.compile(rf"(?<![A-Za-z0-9_]){re.escape(kernel)}")
+    return any(pattern.search(name) for name in launched)

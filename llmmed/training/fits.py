@@ -1,0 +1,61 @@
+"""Tries whether a micro-batch fits into the GPU's memory. Run as `python -m llmmed.training.fits <config.json>`.
+
+Exit code 0 if it does, `micro_batch.TOO_LARGE` if not. A process of its own, so that nothing of it stays on the device.
+"""
+
+from __future__ import annotations
+
+import os
+import signal
+import sys
+import threading
+from pathlib import Path
+
+import torch
+from pydantic import TypeAdapter
+
+from llmmed.compose import accumulation_steps
+from llmmed.config import Config
+from llmmed.kernels.catalog import default_choice, load_kernels
+from llmmed.micro_batch import TOO_LARGE
+from llmmed.model import Transformer
+from llmmed.training.execution import prepare_backend, resolve_compile
+from llmmed.training.micro_step import build_micro_step
+from llmmed.training.step import Stepper
+
+_SHARE = 0.92  # of the free memory; the rest is for other kernels than PyTorch's, evaluation and fragmentation
+
+
+def main() -> None:
+    threading.Thread(target=_end_with_parent, daemon=True).start()
+    config = TypeAdapter(Config).validate_json(Path(sys.argv[1]).read_text(encoding="utf-8"))
+    sys.exit(0 if fits(config) else TOO_LARGE)
+
+
+def fits(config: Config) -> bool:
+    """Two whole steps, with PyTorch's kernels and in the mode of the run, on random tokens."""
+    device = torch.device(config.device)
+    limit = torch.cuda.mem_get_info(device)[0] * _SHARE
+    prepare_backend(config)
+    count = min(2, accumulation_steps(config.train))
+    try:
+        model = Transformer.for_training(config, load_kernels(default_choice()), device)
+        micro_step = build_micro_step(model, resolve_compile(config), accumulates=count > 1)
+        stepper = Stepper(model, micro_step, config)
+        shape = (config.train.micro_batch_size, config.train.seq_len + 1)
+        for step in range(2):
+            batches = [torch.randint(config.model.vocab_size, shape, device=device) for _ in range(count)]
+            stepper.run(step, batches, count)
+        torch.cuda.synchronize(device)
+    except torch.cuda.OutOfMemoryError:
+        return False
+    return torch.cuda.max_memory_reserved(device) <= limit
+
+
+def _end_with_parent() -> None:
+    os.read(sys.stdin.fileno(), 1)
+    os.killpg(0, signal.SIGKILL)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,63 @@
+"""What the model writes while it learns: continuations of fixed prompts, into `samples.jsonl`."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import torch
+from tokenizers import Tokenizer
+
+from llmmed.config import Config
+from llmmed.data import Dataset
+from llmmed.kernels.catalog import default_choice, load_kernels
+from llmmed.model import Transformer
+from llmmed.model.decode import sample
+from llmmed.training.metrics import JsonLines, Sample
+
+_TEMPERATURE, _TOP_P = 0.8, 0.95
+_SHOWN = 100  # characters, in the line on the terminal
+
+
+class Sampler:
+    """Continues `train.sample_prompts` with the weights as they are. Changes nothing that the training depends on.
+
+    Args:
+        model: The one in training. The text is written with PyTorch's kernels, which take any length.
+        dataset: Its tokenizer is used; there must be one.
+        config: The run's.
+        folder: The run folder. Samples after `from_step` belong to a run that was cut off and are removed.
+    """
+
+    def __init__(self, model: Transformer, dataset: Dataset, config: Config, folder: Path, from_step: int) -> None:
+        self._model, self._train, self._seed, self._end = model, config.train, config.seed, dataset.end_token
+        self._tokenizer = Tokenizer.from_file(str(dataset.tokenizer_file))
+        self._kernels = load_kernels(default_choice())
+        self._file = JsonLines(folder / "samples.jsonl", from_step)
+
+    def run(self, step: int) -> list[Sample]:
+        """One sample a prompt, the same draw at every step, kept in the file."""
+        samples = [Sample(prompt, self._continue(prompt)) for prompt in self._train.sample_prompts]
+        for found in samples:
+            self._file.write(step, {"prompt": found.prompt, "text": found.text})
+        return samples
+
+    def close(self) -> None:
+        self._file.close()
+
+    def _continue(self, prompt: str) -> str:
+        room = self._train.seq_len
+        # A document begins after the end of another.
+        tokens = self._tokenizer.encode(prompt, add_special_tokens=False).ids[: room // 2] or [self._end]
+        count = min(self._train.sample_tokens, room - len(tokens))
+        with torch.no_grad():
+            found = sample(
+                self._model, tokens, max_tokens=count, temperature=_TEMPERATURE, top_p=_TOP_P, seed=self._seed,
+                end=self._end, kernels=self._kernels,
+            )  # fmt: skip
+            return str(self._tokenizer.decode(list(found)))
+
+
+def shown(samples: list[Sample]) -> str:
+    """The first sample as one short line."""
+    text = " ".join(f"{samples[0].prompt}{samples[0].text}".split())
+    return f'"{text}"' if len(text) <= _SHOWN else f'"{text[:_SHOWN]} ..."'

@@ -1,0 +1,209 @@
+"""The confirmation in the step, with an arena whose times are known."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import pytest
+
+from llmmed.autotune.confirm import Choice, Duel, Failed, Terms, confirm, contest, shortlist
+from llmmed.autotune.plan import Candidate, Mode, StepEvidence, StepTimes, StepTrial
+
+BASE = {"rms_norm": "pytorch", "add_rms_norm": "pytorch", "rotary": "pytorch", "swiglu": "pytorch"}
+
+
+@dataclass
+class Known:
+    """An arena that knows what each plan costs, in ms and MiB, and how noisy its clock is."""
+
+    costs: dict[tuple[tuple[str, str], ...], float] = field(default_factory=dict)  # of partial choices, added up
+    memory: dict[tuple[str, str], float] = field(default_factory=dict)
+    noise: float = 0.01
+    fails: tuple[tuple[str, str], ...] = ()
+    modes: Mapping[str, float] = field(default_factory=dict)
+    asked: list[tuple[str, str]] = field(default_factory=list)
+    trial_depth: int = 2
+    depths: tuple[int, int] = (1, 2)
+
+    def ms(self, choice: Choice) -> float:
+        found = [value for parts, value in self.costs.items() if all(choice[op] == name for op, name in parts)]
+        return 10.0 + sum(found)
+
+    def mib(self, choice: Choice) -> float:
+        return 1000.0 + sum(value for part, value in self.memory.items() if part in choice.items())
+
+    def set_default(self, choice: Choice) -> None:
+        if ("default", "fails") in self.fails:
+            raise Failed("out of memory in the step: too much")
+
+    def called(self, choice: Choice) -> set[str]:
+        return {"add_rms_norm", "rotary", "swiglu"} | ({"rms_norm"} if choice["add_rms_norm"] == "pytorch" else set())
+
+    def duel(self, champion: Choice, op: str, name: str) -> Duel:
+        self.asked.append((op, name))
+        if (op, name) in self.fails:
+            raise Failed("crashed in the step: no such tile")
+        challenger = {**champion, op: name}
+        gain = self.ms(champion) - self.ms(challenger)
+        return Duel(gain, gain - self.noise, gain + self.noise, self.mib(champion) - self.mib(challenger))
+
+    def whole(self, choice: Choice, other: Choice, mode: Mode | None = None) -> tuple[StepTimes, StepTimes]:
+        if mode is not None and mode not in self.modes:
+            raise Failed("failed to compile in the step: no")
+        factor = self.modes[mode] if mode else 1.0
+        a, b = (
+            StepTimes(
+                choice=dict(c),
+                ms=factor * self.ms(c),
+                ms_low=factor * self.ms(c) - self.noise,
+                ms_high=factor * self.ms(c) + self.noise,
+                peak_memory_gib=self.mib(c) / 1024,
+            )
+            for c in (choice, other)
+        )
+        return a, b
+
+
+def decide(arena: Known, *flips: tuple[str, str], **change: Any) -> StepEvidence:
+    found = {op: {"pytorch": timed(1.0)} for op in BASE}
+    for op, name in flips:
+        found[op][name] = timed(0.9)
+    terms: dict[str, Any] = {
+        "mode": "graphs", "other_modes": (), "objective": "time", "margin": 0.01, "memory_budget_gib": None,
+        "before": (), "told": lambda trial: None, "time_is_up": lambda: False,
+    }  # fmt: skip
+    return confirm(arena, BASE, shortlist(BASE, found, everything=False), **{**terms, **change})
+
+
+def timed(ms: float) -> Candidate:
+    return Candidate(status="verified", total_ms=ms, total_ms_low=ms, total_ms_high=ms)
+
+
+def test_only_what_the_step_gains_from_is_taken() -> None:
+    arena = Known({(("rotary", "triton"),): -1.0, (("swiglu", "triton"),): +0.5})
+    step = decide(arena, ("rotary", "triton"), ("swiglu", "triton"))
+    assert step.chosen.choice == {**BASE, "rotary": "triton"}
+    assert {(t.op, t.status) for t in step.trials} == {("rotary", "accepted"), ("swiglu", "rejected")}
+    assert step.default.ms == 10.0
+    assert step.chosen.ms == 9.0
+    assert "11.1% faster" in step.reason
+    rotary = next(trial for trial in step.trials if trial.op == "rotary")
+    assert rotary.gain_ms == pytest.approx(1.0)
+    assert "gains 10.0%" in rotary.reason
+
+
+def test_noise_changes_nothing() -> None:
+    arena = Known({(("rotary", "triton"),): -0.3}, noise=0.4)
+    step = decide(arena, ("rotary", "triton"))
+    assert step.chosen == step.default
+    assert "within the step's noise" in step.trials[0].reason
+
+
+def test_the_whole_plan_must_beat_the_margin() -> None:
+    arena = Known({(("rotary", "triton"),): -0.05})
+    step = decide(arena, ("rotary", "triton"))
+    assert step.trials[0].status == "accepted"
+    assert step.chosen.choice == BASE
+    assert "kernels.margin=0.01" in step.reason
+
+
+def test_an_interaction_is_found_when_the_plan_around_has_changed() -> None:
+    # rotary alone costs a little; together with swiglu it gains.
+    together = (("rotary", "triton"), ("swiglu", "triton"))
+    arena = Known({(("rotary", "triton"),): 0.05, (("swiglu", "triton"),): -1.0, together: -0.5})
+    found = {
+        op: {"pytorch": timed(1.0), "triton": timed(0.5 if op == "rotary" else 0.9)} for op in ("rotary", "swiglu")
+    }
+    flips = shortlist(BASE, found, everything=False)
+    assert [flip.op for flip in flips] == ["rotary", "swiglu"]
+    left, trials, finished = contest(
+        BASE, flips, arena, Terms("time", 10.0), before=(), told=lambda t: None, time_is_up=lambda: False
+    )
+    assert left == {**BASE, "rotary": "triton", "swiglu": "triton"}
+    assert [(t.op, t.status) for t in trials] == [
+        ("rotary", "rejected"),
+        ("swiglu", "accepted"),
+        ("rotary", "accepted"),
+    ]
+    assert finished
+
+
+def test_parts_are_tried_before_the_fused_op_and_then_have_no_work() -> None:
+    arena = Known({(("add_rms_norm", "triton"),): -1.0})
+    found = {op: {"pytorch": timed(1.0), "triton": timed(0.5)} for op in ("add_rms_norm", "rms_norm")}
+    flips = shortlist(BASE, found, everything=False)
+    assert [flip.op for flip in flips] == ["rms_norm", "add_rms_norm"]
+    again = [*flips, flips[0]]
+    _, trials, _ = contest(
+        BASE, again[1:], arena, Terms("time", 10.0), before=(), told=lambda t: None, time_is_up=lambda: False
+    )
+    assert trials[-1].reason == "the chosen plan does not call rms_norm"
+
+
+def test_what_is_slower_alone_is_asked_only_where_memory_counts() -> None:
+    found = {"rotary": {"pytorch": timed(1.0), "triton": timed(2.0)}}
+    assert not shortlist(BASE, found, everything=False)
+    assert [flip.name for flip in shortlist(BASE, found, everything=True)] == ["triton"]
+
+
+def test_a_failure_in_the_step_is_a_reason_and_the_others_go_on() -> None:
+    arena = Known({(("swiglu", "triton"),): -1.0}, fails=(("rotary", "triton"),))
+    step = decide(arena, ("rotary", "triton"), ("swiglu", "triton"))
+    assert {t.op: (t.status, t.reason) for t in step.trials}["rotary"] == (
+        "failed",
+        "crashed in the step: no such tile",
+    )
+    assert step.chosen.choice["swiglu"] == "triton"
+
+
+def test_trials_of_a_process_that_died_are_not_repeated() -> None:
+    arena = Known({(("rotary", "triton"),): -1.0})
+    before = [
+        StepTrial(op="rotary", name="triton", against="pytorch", status="accepted", reason="", gain_ms=1.0),
+        StepTrial(op="swiglu", name="triton", against="", status="failed", reason="the process was killed by SIGSEGV"),
+    ]
+    step = decide(arena, ("rotary", "triton"), ("swiglu", "triton"), before=before)
+    assert arena.asked == []
+    assert step.chosen.choice == {**BASE, "rotary": "triton"}
+
+
+def test_the_budget_leaves_the_best_so_far() -> None:
+    arena = Known({(("rotary", "triton"),): -1.0, (("swiglu", "triton"),): -1.0})
+    answers = iter([False, True, True])
+    step = decide(arena, ("rotary", "triton"), ("swiglu", "triton"), time_is_up=lambda: next(answers))
+    assert not step.finished
+    assert sum(name == "triton" for name in step.chosen.choice.values()) == 1
+
+
+def test_a_plan_that_does_not_fit_gives_way_to_a_slower_one() -> None:
+    arena = Known({(("rotary", "triton"),): +2.0}, memory={("rotary", "triton"): -400.0, ("swiglu", "triton"): +300.0})
+    arena.costs[(("swiglu", "triton"),)] = -1.0
+    step = decide(arena, ("rotary", "triton"), ("swiglu", "triton"), memory_budget_gib=0.8)
+    assert step.chosen.choice == {**BASE, "rotary": "triton"}
+    assert "does not fit 0.80 GiB" in step.reason
+    swiglu = next(trial for trial in step.trials if trial.op == "swiglu" and trial.reason.startswith("needs"))
+    assert "kernels.memory_budget_gib" in swiglu.reason
+
+
+def test_memory_can_be_the_objective() -> None:
+    arena = Known({(("rotary", "triton"),): +2.0}, memory={("rotary", "triton"): -100.0})
+    assert decide(arena, ("rotary", "triton")).chosen.choice == BASE
+    step = decide(arena, ("rotary", "triton"), objective="memory")
+    assert step.chosen.choice["rotary"] == "triton"
+    assert step.chosen.peak_memory_gib == pytest.approx(900 / 1024)
+
+
+def test_the_mode_is_chosen_with_the_plan() -> None:
+    arena = Known({(("rotary", "triton"),): -1.0}, modes={"compiled": 0.9, "eager": 2.0})
+    step = decide(arena, ("rotary", "triton"), other_modes=("compiled", "eager"))
+    assert step.mode == "compiled"
+    assert step.modes == pytest.approx({"graphs": 9.0, "compiled": 8.1, "eager": 18.0})
+    arena.modes = {"compiled": 0.995}
+    assert decide(arena, ("rotary", "triton"), other_modes=("compiled", "eager")).mode == "graphs"
+
+
+def test_a_default_that_cannot_run_is_said() -> None:
+    with pytest.raises(Failed, match="out of memory"):
+        decide(Known(fails=(("default", "fails"),)), ("rotary", "triton"))

@@ -1,0 +1,459 @@
+"""Benchmarks: what they measure, what they leave on disk, and what a wrong or broken candidate looks like in them."""
+
+from __future__ import annotations
+
+import csv
+import json
+import re
+import shlex
+import shutil
+import subprocess
+import sys
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import matplotlib.image
+import pytest
+import torch
+import torch.nn.functional as F
+from rich.console import Console
+from torch.profiler import ProfilerActivity, profile
+
+import llmmed
+from llmmed import compose
+from llmmed.autotune.journal import Task
+from llmmed.autotune.measure import Measurement
+from llmmed.autotune.plan import Ceilings, Hardware
+from llmmed.benchmark import manual, ops
+from llmmed.benchmark.breakdown import group_events, in_range
+from llmmed.benchmark.cli import run
+from llmmed.benchmark.contestants import CONTESTANTS, build
+from llmmed.benchmark.page import write_page
+from llmmed.benchmark.results import OpRow, OpsResult, Origin, Result, StepResult, StepRow, StepShape, write
+from llmmed.benchmark.settings import OpsSettings, as_lists, compose_benchmark
+from llmmed.benchmark.step import _compared
+from llmmed.errors import UserError
+from llmmed.kernels import catalog
+from llmmed.reporting.benchmark_plots import GROUPS, draw
+
+PAGE = (Path(__file__).parent.parent / "docs" / "coming-from-the-script.md").read_text(encoding="utf-8")
+TINY = ["device=cpu", "model=tiny", "tokenizer.vocab_size=300", "train.seq_len=16", "train.micro_batch_size=2"]
+STEP = ["benchmark=step", "rounds=1", "blocks=3", "block_steps=1", "warm_up_steps=1"]
+
+
+def benchmark(folder: Path, *overrides: str) -> tuple[Result, str]:
+    written = as_lists(overrides)
+    settings, config = compose_benchmark(written)
+    console = Console(width=140, record=True)
+    return run(settings, config, written, folder, console), console.export_text()
+
+
+def refused(*overrides: str) -> str:
+    with pytest.raises(UserError) as caught:
+        compose_benchmark(overrides)
+    return str(caught.value)
+
+
+# The command line
+
+
+def test_lists_need_no_brackets_and_a_mistake_is_one_line() -> None:
+    settings, config = compose_benchmark(["ops=rms_norm,rotary", "sizes=small,base", "dtypes=float16"])
+    assert isinstance(settings, OpsSettings)
+    assert settings.op_names == ("rms_norm", "rotary")
+    assert settings.sizes == ["small", "base"]
+    assert config.optimizer.name == "muon"  # so that the optimizer's op is in the workload
+    assert as_lists(["ops=[a,b]", "seed=1", "report=a/b,c"]) == ["ops=[a,b]", "seed=1", "report=['a/b',c]"]
+    assert "there is no such op" in refused("ops=rmsnorm")
+    assert "tiny" in refused("sizes=huge")
+    assert "exclude each other" in refused("model=base", "sizes=small")
+    assert "does not go together" in refused("benchmark=step", "ops=all")
+    assert "seconds=0" in refused("seconds=0")
+    assert "no such key" in refused("+minutes=1")
+    assert "train.seq_len=1" in refused("train.seq_len=1")
+    everything, _ = compose_benchmark()
+    assert isinstance(everything, OpsSettings)
+    assert everything.op_names == catalog.op_names()
+
+
+def test_the_script_refuses_in_one_line_and_leaves_no_folder(tmp_path: Path, repository: Path) -> None:
+    command = [sys.executable, str(repository / "scripts" / "benchmark.py"), "ops=rmsnorm"]
+    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=60)
+    assert done.returncode == 1
+    assert done.stderr.startswith("error: ops=rmsnorm")
+    assert len(done.stderr.splitlines()) == 1
+    assert not list(tmp_path.iterdir())
+
+
+# Ops
+
+
+@pytest.fixture
+def plant(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, repository: Path) -> Iterator[Callable[..., None]]:
+    """Installs planted `rms_norm` kernels as a package, and hides the compiler, which would take most of the time."""
+    site = tmp_path / "site"
+
+    def install(*names: str) -> None:
+        information = site / "planted_kernels-1.0.dist-info"
+        information.mkdir(parents=True)
+        (information / "METADATA").write_text("Metadata-Version: 2.1\nName: planted-kernels\nVersion: 1.0\n")
+        points = (f"rms_norm.{name} = planted_kernels:{name.upper()}\n" for name in names)
+        (information / "entry_points.txt").write_text(f"[{catalog.ENTRY_POINT_GROUP}]\n{''.join(points)}")
+        shutil.copy(repository / "tests" / "autotune" / "planted_kernels.py", site)
+        monkeypatch.syspath_prepend(site)
+        catalog._entry_points.cache_clear()
+
+    monkeypatch.setenv("PATH", str(tmp_path))
+    yield install
+    monkeypatch.undo()
+    sys.modules.pop("planted_kernels", None)
+    catalog._entry_points.cache_clear()
+
+
+@pytest.mark.slow
+def test_every_candidate_has_its_numbers_or_its_reason(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, plant: Callable[..., None]
+) -> None:
+    plant("right", "wrong", "dies_when_measured")
+    passes: list[list[Task]] = []
+    real = ops.tune_in_child
+
+    def spy(tasks: list[Task], **given: Any) -> Any:
+        passes.append(tasks)
+        return real(tasks, **given)
+
+    monkeypatch.setattr(ops, "tune_in_child", spy)
+    folder = tmp_path / "out"
+    small = [*(o for o in TINY if not o.startswith("model=")), "model.n_layers=1", "sizes=tiny,small"]
+    result, shown = benchmark(folder, *small, "ops=rms_norm", "peers=false")
+    assert isinstance(result, OpsResult)
+    found = {(row.op, row.size, row.implementation): row for row in result.rows}
+    assert not [key for key in found if key[2] == "liger"]
+    for size in ("tiny", "small"):
+        norm, right = found["rms_norm", size, "pytorch"], found["rms_norm", size, "right"]
+        assert norm.status == right.status == "verified"
+        assert norm.total_ms is not None
+        assert right.total_ms is not None
+        assert right.speedup == pytest.approx(norm.total_ms / right.total_ms)
+        assert right.speedup_low is not None
+        assert right.speedup_high is not None
+        assert right.speedup_low < right.speedup < right.speedup_high
+        wrong, dead = found["rms_norm", size, "wrong"], found["rms_norm", size, "dies_when_measured"]
+        assert wrong.status == "wrong"
+        assert "relative error" in wrong.reason
+        assert dead.status == "crashed"
+        assert "SIGSEGV" in dead.reason
+        assert wrong.total_ms is dead.total_ms is None
+        assert "CUDA" in found["rms_norm", size, "triton"].reason
+    assert "x 2x16x384 float32" in found["rms_norm", "small", "pytorch"].shapes
+    assert "(at size tiny)" in found["rms_norm", "small", "wrong"].reason
+
+    # Once verified in a dtype, never again.
+    first, second = ({task.op: task for task in tasks} for tasks in passes)
+    assert "pytorch" in first["rms_norm"].verify
+    assert second["rms_norm"].verify == []
+    assert set(second["rms_norm"].verified) == {"pytorch", "right"}
+
+    assert "SIGSEGV" in shown
+    assert OpsResult.model_validate(json.loads((folder / "ops.json").read_text())) == result
+    with (folder / "ops.csv").open() as file:
+        assert [row["implementation"] for row in csv.DictReader(file)] == [row.implementation for row in result.rows]
+    assert (folder / "ops_time_float32_eager.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_without_time_everything_is_in_the_table_as_not_tried(tmp_path: Path) -> None:
+    result, _ = benchmark(tmp_path, *TINY, "ops=rms_norm", "seconds=1e-3")
+    assert {row.status for row in result.rows} == {"not_tried", "unavailable"}
+    assert all("seconds=0.001 was used up" in row.reason for row in result.rows if row.status == "not_tried")
+    assert not list(tmp_path.glob("*.png"))
+
+
+# Steps
+
+
+@pytest.mark.slow
+def test_two_contestants_in_processes_of_their_own(tmp_path: Path) -> None:
+    result, shown = benchmark(tmp_path, *TINY, *STEP, "contestants=ours_eager,plain_eager,plain_graphs")
+    assert isinstance(result, StepResult)
+    ours, plain, graphs = result.rows
+    for row in (ours, plain):
+        assert row.status == "verified", row.reason
+        assert len(row.samples) == 3
+        assert row.tokens_per_second is not None
+        assert row.tokens_per_second_low is not None
+        assert row.tokens_per_second_low <= row.tokens_per_second
+        assert row.step_ms == pytest.approx(1e3 * 32 / row.tokens_per_second)
+        assert row.first_step_seconds is not None
+        assert row.first_step_seconds > 0.5  # importing torch alone takes longer
+        assert row.device_ms is not None
+        assert {"products", "attention", "norm", "rotary", "swiglu", "loss", "optimizer"} <= set(row.device_ms)
+        assert set(row.device_ms) <= set(GROUPS)
+    assert ours.first_loss == pytest.approx(plain.first_loss, rel=1e-5)
+    assert ours.first_gradient_norm == pytest.approx(plain.first_gradient_norm, rel=1e-4)
+    assert ours.last_loss == pytest.approx(plain.last_loss, rel=1e-4)  # the same optimizer, too
+    assert graphs.status == "unavailable"
+    assert "CUDA graphs need a CUDA GPU" in shown
+    assert {path.name for path in tmp_path.glob("step*")} == {
+        "step.json", "step.csv", "step.png", "step_breakdown.png"
+    }  # fmt: skip
+
+
+@pytest.mark.parametrize("optimizer", ["adamw", "muon"])
+def test_all_contestants_train_the_same(optimizer: str) -> None:
+    wanted = [*TINY, f"optimizer={optimizer}", "model.n_kv_heads=2", "optimizer.schedule=constant",
+              "optimizer.warmup_steps=0", "train.global_batch_tokens=64"]  # fmt: skip
+    tokens = torch.randint(300, (2, 2, 17), generator=torch.Generator().manual_seed(0))
+    found = {}
+    for contestant in CONTESTANTS:
+        if contestant.name not in ("ours_eager", "plain_eager", "hf_eager"):
+            continue
+        if contestant.name == "hf_eager":
+            pytest.importorskip("transformers")
+        _, config = compose_benchmark([*wanted, *contestant.overrides])
+        trainee = build(contestant, config)
+        found[contestant.name] = [tuple(x.item() for x in trainee.step(i, list(tokens))) for i in range(2)]
+    first, second = ([found[name][step] for name in found] for step in (0, 1))
+    for values in first:
+        assert values == pytest.approx(first[0], rel=1e-4)
+    # Muon orthogonalises a rival's fused projections as the one matrix that they are to it.
+    for values in second:
+        assert values == pytest.approx(second[0], rel=1e-4 if optimizer == "adamw" else 0.02)
+    assert second[0][0] < first[0][0]
+
+
+@pytest.mark.gpu
+def test_on_a_gpu_there_are_ceilings_memory_and_device_times(tmp_path: Path) -> None:
+    gpu = [override for override in TINY if not override.startswith("device=")]
+    found, _ = benchmark(tmp_path / "ops", *gpu, "ops=rms_norm", "modes=eager,graphs")
+    assert isinstance(found, OpsResult)
+    rows = {(row.mode, row.implementation): row for row in found.rows}
+    for mode in ("eager", "graphs"):
+        row = rows[mode, "triton"]
+        assert row.status == "verified", row.reason
+        assert row.share_of_ceiling is not None
+        assert 0 < row.share_of_ceiling < 1.1
+        assert row.peak_memory_mib is not None
+        assert row.host_ms is not None
+    assert len(found.ceilings) == 2
+    steps, _ = benchmark(tmp_path / "step", *gpu, *STEP, "contestants=ours_graphs,plain_eager,plain_graphs")
+    assert isinstance(steps, StepResult)
+    for each in steps.rows:
+        assert each.status == "verified", each.reason
+        assert each.peak_memory_gib is not None
+        assert each.device_ms is not None
+        assert {"products", "optimizer"} <= {group for group, ms in each.device_ms.items() if ms > 0}
+
+
+def test_who_computes_something_else_is_out_of_the_comparison() -> None:
+    def row(name: str, norm: float) -> StepRow:
+        return StepRow(contestant=name, title=name, size="base", status="verified", tokens_per_second=1e9,
+                       first_loss=10.8, first_gradient_norm=norm)  # fmt: skip
+
+    rows = _compared([row("ours_auto", 1.0), row("plain_eager", 1.001), row("hf_eager", 1.1)])
+    assert [each.status for each in rows] == ["verified", "verified", "wrong"]
+    assert "gradient norm of the first step 1.1" in rows[2].reason
+    assert rows[2].tokens_per_second is None
+
+
+def test_backward_counts_where_forward_stood() -> None:
+    def part(x: torch.Tensor) -> torch.Tensor:
+        return torch.cos(x * x)
+
+    x = torch.randn(1000, 1000, requires_grad=True)
+    wrapped = in_range(part, "rotary")
+
+    def times(function: Callable[[torch.Tensor], torch.Tensor]) -> dict[str, float]:
+        with profile(activities=[ProfilerActivity.CPU]) as profiler:
+            (F.silu(function(x)) @ x).exp().sum().backward()
+        return group_events(list(profiler.events()), on_gpu=False)
+
+    plain, ranged = times(part), times(wrapped)
+    assert "rotary" not in plain
+    assert plain["swiglu"] > 0  # told by the operator's name
+    assert plain["products"] > plain["swiglu"]
+    with profile(activities=[ProfilerActivity.CPU]) as profiler, torch.no_grad():
+        wrapped(x)
+    forward_alone = group_events(list(profiler.events()), on_gpu=False)["rotary"]
+    assert ranged["rotary"] > 1.5 * forward_alone
+
+
+# What is made of the JSON
+
+
+def origin() -> Origin:
+    hardware = Hardware(device="A GPU", driver="1.0", cuda="13.0", torch="2.11", triton="3.6", python="3.11",
+                        cpu="A CPU", cpu_threads=1)  # fmt: skip
+    return Origin(date="2000-01-01T00:00:00+00:00", command="python scripts/benchmark.py", commit="abc",
+                  changed_files=0, hardware=hardware, packages={"liger-kernel": None}, config={})  # fmt: skip
+
+
+NAMES = ("pytorch", "compiled", "liger", "triton", "cudnn", "flash", "efficient", "mine")
+
+
+def ops_result(names: Sequence[str], ops: Sequence[str]) -> OpsResult:
+    rows = [
+        OpRow(op=op, size=size, shapes="x 8x8 bfloat16", dtype="bfloat16", mode="eager", implementation=name,
+              status="verified", relative_error=1e-3, forward_ms=1.5 + place, backward_ms=2.25, host_ms=0.5,
+              total_ms=3.75 + place, total_ms_low=3.5 + place, total_ms_high=4.0 + place, speedup=3.75 / (3.75 + place),
+              speedup_low=0.5, speedup_high=1.5, peak_memory_mib=100.0 * (place + 1), share_of_ceiling=0.5,
+              least_ms=1.0)
+        for op in ops for size in ("small", "base") for place, name in enumerate(names)
+    ]  # fmt: skip
+    bad = OpRow(op="rotary", size="small", shapes="x 8x8 bfloat16", dtype="bfloat16", mode="eager",
+                implementation="broken", status="crashed", reason="it | crashed")  # fmt: skip
+    ceilings = {"small bfloat16 eager": Ceilings(copy_gb_per_second=3000.0, product_tflops={"bfloat16": 800.0})}
+    return OpsResult(origin=origin(), seconds=12.0, ceilings=ceilings, rows=[*rows, bad])
+
+
+def step_result() -> StepResult:
+    rows = [
+        StepRow(contestant=each.name, title=each.title, size="base", status="verified", rounds=2,
+                tokens_per_second=123456.0 + place, tokens_per_second_low=120000.0, tokens_per_second_high=130000.0,
+                step_ms=65.5, mfu=0.4567, peak_memory_gib=12.34, first_step_seconds=30.5, first_step_again_seconds=9.5,
+                device_ms=dict.fromkeys(GROUPS, 4.0), kernels={"rotary": "triton"})
+        for place, each in enumerate(CONTESTANTS[:-1])
+    ]  # fmt: skip
+    last = CONTESTANTS[-1]
+    gone = StepRow(contestant=last.name, title=last.title, size="base", status="unavailable", reason="not installed")
+    shape = StepShape(size="base", parameters=123_000_000, batch=32, seq_len=1024, vocabulary=49152, precision="bf16",
+                      optimizer="adamw")  # fmt: skip
+    return StepResult(origin=origin(), seconds=34.0, shapes=[shape], rows=[*rows, gone])
+
+
+def test_the_page_and_the_plots_come_from_the_json_alone(tmp_path: Path) -> None:
+    write(ops_result(NAMES[:2], ["rotary"]), tmp_path / "a")
+    write(step_result(), tmp_path / "b")
+    page = tmp_path / "docs" / "results.md"
+    write_page([tmp_path / "a", tmp_path / "b"], page)
+    text = page.read_text()
+    for told in ("A GPU", "torch 2.11", "driver 1.0", "2000-01-01", "commit abc", "python scripts/benchmark.py",
+                 "copy 3,000 GB/s", "bfloat16 products 800 TFLOP/s", "crashed: it \\| crashed", "123,456",
+                 "120,000-130,000", "45.7", "12.34", "30.5 (9.5)", "unavailable: not installed",
+                 "123.0 M parameters", "rotary triton"):  # fmt: skip
+        assert told in text, told
+    for target in re.findall(r"\]\((\S+?)\)", text):
+        assert (page.parent / target).stat().st_size > 0, target
+    assert {path.name for path in (tmp_path / "a").glob("*.png")} == {
+        "ops_time_bfloat16_eager.png", "ops_speedup_bfloat16_eager.png", "ops_memory_bfloat16_eager.png"
+    }  # fmt: skip
+
+    # The same again from what lies beside the page.
+    command = re.search(r"report=(\S+?)`", text)
+    assert command is not None
+    write_page([Path(folder) for folder in command[1].split(",")], page)
+    assert page.read_text() == text
+
+    (tmp_path / "a" / "ops.json").write_text("{}")
+    with pytest.raises(UserError, match="is not the result of a benchmark"):
+        write_page([tmp_path / "a"], page)
+    with pytest.raises(UserError, match=r"no ops\.json or step\.json"):
+        write_page([tmp_path], page)
+
+
+def test_pictures_are_of_a_size_that_a_page_can_show(tmp_path: Path) -> None:
+    for path in [*draw(ops_result(NAMES, catalog.op_names()), tmp_path), *draw(step_result(), tmp_path)]:
+        height, width, _ = matplotlib.image.imread(path).shape
+        assert 400 < width < 2000
+        assert 300 < height < 2400
+
+
+# At a Python prompt
+
+
+def test_import_is_light_and_the_functions_are_there() -> None:
+    code = "import sys, llmmed; assert 'torch' not in sys.modules and 'hydra' not in sys.modules; print(dir(llmmed))"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, timeout=60)
+    assert "benchmark_rms_norm" in done.stdout
+    assert {name.removeprefix("benchmark_") for name in llmmed.__all__ if name.startswith("benchmark_")} == set(
+        catalog.op_names()
+    )
+    assert llmmed.benchmark_rotary is manual.benchmark_rotary
+    with pytest.raises(AttributeError, match="benchmark_nothing"):
+        llmmed.benchmark_nothing  # noqa: B018
+
+
+SIZES = {"batch_size": 2, "seq_len": 8, "d_model": 32, "n_heads": 2, "d_head": 16, "d_ff": 24, "vocab_size": 40,
+         "rows": 16, "cols": 24}  # fmt: skip
+
+
+def test_all_ops_are_compared_and_the_reason_is_told(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(manual, "_device", lambda: torch.device("cpu"))
+    found = llmmed.manual_kernel_benchmark(**SIZES)
+    assert tuple(found) == catalog.op_names()
+    shown = capsys.readouterr().out
+    for op, each in found.items():
+        assert op in shown
+        assert set(each) == {"pytorch_time", "triton_time", "speedup", "use_triton", "reason"}
+        assert each["pytorch_time"] is not None
+        assert each["pytorch_time"] > 0
+        if each["triton_time"] is None:
+            assert each["speedup"] is None
+            assert not each["use_triton"]
+            assert "triton: " in each["reason"]
+    with pytest.raises(UserError, match="batch_size"):
+        llmmed.manual_kernel_benchmark(batchsize=2)
+
+
+@pytest.mark.interpreter
+def test_triton_is_verified_and_timed_in_the_interpreter() -> None:
+    found = llmmed.benchmark_rms_norm(batch_size=1, seq_len=4, d_model=32)
+    assert found["reason"] == ""
+    assert found["triton_time"] is not None
+    assert found["pytorch_time"] is not None
+    assert found["speedup"] == pytest.approx(found["pytorch_time"] / found["triton_time"])
+    assert not found["use_triton"]  # the interpreter is slow
+
+
+def test_triton_is_used_only_where_it_is_faster_by_more_than_the_noise() -> None:
+    def measured(low: float, high: float) -> Measurement:
+        return Measurement(0.0, 0.0, (low + high) / 2, low, high, None, None, None)
+
+    clear = manual._judged({"pytorch": measured(2.0, 2.2), "triton": measured(1.0, 1.2)}, {})
+    noisy = manual._judged({"pytorch": measured(1.0, 2.0), "triton": measured(0.9, 1.5)}, {})
+    assert clear["use_triton"]
+    assert clear["speedup"] == pytest.approx(2.1 / 1.1)
+    assert not noisy["use_triton"]
+
+
+def test_kernels_are_selected_from_overrides_and_from_a_configuration() -> None:
+    overrides = ["experiment=smoke", "data=synthetic", "device=cpu", "kernels=pytorch"]
+    chosen = llmmed.auto_select_kernels(overrides)
+    assert chosen == llmmed.auto_select_kernels(compose.compose(overrides))
+    assert chosen["rms_norm"] == chosen["rotary"] == "pytorch"
+    assert set(chosen) <= set(catalog.op_names())
+
+
+# The page for those who come from the script
+
+
+def test_every_override_of_the_page_composes() -> None:
+    cells = [line.split("|")[2] for line in PAGE.splitlines() if line.startswith("|")]
+    found = [span for cell in cells for span in re.findall(r"`([^`]+)`", cell)]
+    assert len(found) >= 12
+    for overrides in found:
+        compose.compose(["data=synthetic", "train.seq_len=512", *overrides.split()])
+
+
+def test_every_benchmark_command_of_the_docs_composes(repository: Path) -> None:
+    for page, count in ((PAGE, 3), ((repository / "README.md").read_text(encoding="utf-8"), 2)):
+        commands = re.findall(r"^    python scripts/benchmark\.py (.+)$", page, re.MULTILINE)
+        assert len(commands) == count
+        for command in commands:
+            compose_benchmark(shlex.split(command))
+
+
+@pytest.mark.parametrize(
+    "setting",
+    ["benchmark_kernels", "use_triton_rmsnorm", "use_triton_rotary", "debug", "benchmark batch", "number of runs"],
+)
+def test_every_setting_of_the_script_is_on_the_page(setting: str) -> None:
+    assert any(setting in line.split("|")[1] for line in PAGE.splitlines() if line.startswith("|"))
+
+
+def test_every_function_of_the_page_exists() -> None:
+    names = re.findall(r"llmmed\.(\w+)\(", PAGE)
+    assert len(names) == 4
+    assert set(names) <= set(llmmed.__all__)
