@@ -20,7 +20,7 @@ import pytest
 from hub_server import BROKEN, Hub, serve
 from tokenizers import Tokenizer
 
-from llmmed.data.tokenizer import END, train_bpe
+from llmmed.data.tokenizer import END, end_of, train_bpe
 
 DOCUMENTS = [f"Term {i}. The organ number {i} lies beside organ {i * 7 % 600}." for i in range(600)]
 PREPARE = """
@@ -107,6 +107,7 @@ def test_streamed_or_whole_the_tokens_are_the_same(hub: Hub, tmp_path: Path) -> 
     answers = prepare(cases, tmp_path, hub.url)
     assert sorted(decoded(answers["streamed"])) == sorted(DOCUMENTS)
     assert answers["streamed"]["end_token"] == 400
+    assert end_of(Path(answers["streamed"]["tokenizer"]).parent) == ("<stop>", 400)
     assert answers["whole"]["fingerprint"] == answers["streamed"]["fingerprint"]
     assert sorted(decoded(answers["part"])) == sorted(DOCUMENTS[:100])
     assert not answers["streamed"]["from_cache"]
