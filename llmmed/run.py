@@ -95,7 +95,7 @@ def _run(config: Config, folder: Path, console: Console, started: float, stop: S
     logger.info("configuration: %s", as_dict(config))
     prepare_backend(config)
     mode = resolve_compile(config)
-    dataset = data.prepare(config, report=lambda message: console.print(f"[dim]{message}[/]"))
+    dataset = data.prepare(config, report=lambda message: console.print(message, style="dim", markup=False))
     print_header(config, dataset, mode, folder, console)
 
     newest = checkpoint.latest(folder / "checkpoints") if config.train.resume is not None else None

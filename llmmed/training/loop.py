@@ -21,6 +21,7 @@ from llmmed.autotune.plan import Mode
 from llmmed.compose import accumulation_steps, as_dict
 from llmmed.config import Config, TrainConfig
 from llmmed.data import Batches, Dataset
+from llmmed.data.tokenizer import SETTINGS
 from llmmed.errors import UserError
 from llmmed.files import write_atomically
 from llmmed.micro_batch import divisors
@@ -98,7 +99,8 @@ def train(
         UserError: out of memory; the gradients are not finite any more; or the checkpoint is of other data.
     """
     if dataset.tokenizer_file is not None:
-        write_atomically(folder / "tokenizer.json", dataset.tokenizer_file.read_bytes())
+        for name in ("tokenizer.json", SETTINGS):
+            write_atomically(folder / name, dataset.tokenizer_file.with_name(name).read_bytes())
     run = _Run(config, model, dataset, folder, plan, mode, sinks, started, launched)
     first = run.restore() if resume else 0
     progress = TrainingProgress(console, first, config.train.max_steps)
