@@ -36,7 +36,12 @@ class Copy:
         assert command[0] == "python"
         environment = os.environ | {"PYTHONPATH": str(self.folder), "COLUMNS": "160"}
         return subprocess.run(
-            [sys.executable, *command[1:]], cwd=self.folder, env=environment, capture_output=True, text=True, timeout=250
+            [sys.executable, *command[1:]],
+            cwd=self.folder,
+            env=environment,
+            capture_output=True,
+            text=True,
+            timeout=250,
         )
 
     def files(self) -> dict[str, str]:
