@@ -5,6 +5,7 @@ A mistake is one line and exit code 1. What is not the user's mistake leaves its
 
 from __future__ import annotations
 
+import logging
 import os
 import signal
 import subprocess
@@ -12,6 +13,7 @@ import sys
 import time
 from dataclasses import dataclass
 from pathlib import Path
+from typing import NoReturn
 
 import hydra
 import omegaconf
@@ -25,9 +27,9 @@ from omegaconf import DictConfig, OmegaConf
 from llmmed import compose, micro_batch, run_folder
 from llmmed.errors import UserError
 from llmmed.files import write_atomically
+from llmmed.signals import INTERRUPTED, Interrupted, StopRequest
 
 _STARTED = time.perf_counter()
-_INTERRUPTED = 130  # the shell's exit code after Ctrl-C
 
 
 @dataclass(frozen=True)
@@ -61,7 +63,7 @@ def main() -> None:
         print("interrupted", file=sys.stderr)
         if _jobs:
             _compare_jobs()
-        sys.exit(_INTERRUPTED)
+        sys.exit(INTERRUPTED)
     if _jobs:
         _tell_sweep()
 
@@ -85,13 +87,39 @@ def _task(composed: DictConfig) -> None:
     if hydra_config.mode == RunMode.MULTIRUN:
         _jobs.append(_run_job(composed, folder, hydra_config))
         return
-    overrides = list(hydra_config.overrides.task)
+    with StopRequest(give_up=lambda name: _tell_interrupted(folder, name)) as stop:
+        try:
+            code = _run(composed, folder, list(hydra_config.overrides.task), stop)
+        except Interrupted as interruption:  # before `run` took over
+            _tell_interrupted(folder, str(interruption))
+            code = INTERRUPTED
+        except UserError as error:
+            run_folder.write_status(folder, "failed", reason=str(error))
+            raise
+    _leave(code)
+
+
+def _run(composed: DictConfig, folder: Path, overrides: list[str], stop: StopRequest) -> int:
     composed = micro_batch.resolve(composed, overrides, folder, report=lambda line: print(line, flush=True))
     config = compose.validate(composed, overrides)
     write_atomically(folder / ".hydra" / "config.yaml", OmegaConf.to_yaml(composed, resolve=True))
     from llmmed.run import run  # torch comes with it, and is not needed to refuse a mistake
 
-    sys.exit(run(config, folder, started=_STARTED))
+    return run(config, folder, started=_STARTED, stop=stop)
+
+
+def _tell_interrupted(folder: Path, reason: str) -> None:
+    if run_folder.read_status(folder).state in ("none", "running"):
+        run_folder.write_status(folder, "interrupted", reason=reason)
+        print(f"interrupted: {reason}; go on with train.resume={run_folder.shown(folder)}", file=sys.stderr, flush=True)
+
+
+def _leave(code: int) -> NoReturn:
+    """Ends the process without the exit handlers of libraries: W&B's waits for a server or a service that is gone."""
+    logging.shutdown()
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(code)
 
 
 def _run_job(composed: DictConfig, folder: Path, hydra_config: HydraConf) -> _Job:
@@ -119,19 +147,23 @@ def _run_job(composed: DictConfig, folder: Path, hydra_config: HydraConf) -> _Jo
         run_folder.write_status(folder, "failed", reason=reason)
         status = run_folder.read_status(folder)
     job = _Job(name, folder, sweep, status.reason or status.state, failed=True)
-    if code == _INTERRUPTED:
+    if code == INTERRUPTED:
         _jobs.append(job)
         raise KeyboardInterrupt
     return job
 
 
 def _wait(child: subprocess.Popen[bytes]) -> int:
-    """Ctrl-C reaches the child too; it is given the time to write its checkpoint."""
-    while True:
-        try:
-            return child.wait()
-        except KeyboardInterrupt:
-            continue
+    """Ctrl-C reaches the child too, SIGTERM is passed on; it is given the time to write its checkpoint."""
+    before = signal.signal(signal.SIGTERM, lambda number, frame: child.terminate())
+    try:
+        while True:
+            try:
+                return child.wait()
+            except KeyboardInterrupt:
+                continue
+    finally:
+        signal.signal(signal.SIGTERM, before)
 
 
 def _tell_sweep() -> None:

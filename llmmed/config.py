@@ -70,6 +70,7 @@ class TrainConfig:
     keep_last: Positive  # the best is kept besides
     patience: NonNegative  # evaluations without a better validation loss that end the run; 0: it is never ended
     log_every: Positive
+    max_skipped_steps: Positive  # in a row, for a loss or gradients that are not finite; then the run ends
     sample_every: NonNegative  # 0: never
     sample_prompts: Annotated[list[str], Field(min_length=1)]
     sample_tokens: Positive  # the longest continuation
@@ -132,6 +133,7 @@ class LoggerConfig:
     entity: str | None
     group: str | None
     tags: list[str]
+    timeout_seconds: PositiveFloat  # to start, and to finish; after it the run goes on, or ends, without
 
 
 @dataclass(config=_STRICT, frozen=True)

@@ -11,7 +11,7 @@ from pydantic import TypeAdapter
 from safetensors.torch import save_file
 
 from llmmed.config import ModelConfig
-from llmmed.data.tokenizer import END
+from llmmed.data.tokenizer import end_of, write_settings
 from llmmed.errors import UserError
 from llmmed.files import write_json
 from llmmed.model import hf_config_dict, to_hf_state_dict
@@ -46,14 +46,13 @@ def export_hf(run: Path, target: Path) -> int:
     target.mkdir(parents=True, exist_ok=True)
     state = {name: tensor.contiguous() for name, tensor in to_hf_state_dict(found.model, config).items()}
     save_file(state, target / "model.safetensors", metadata={"format": "pt"})
-    has_tokenizer = (run / TOKENIZER).exists()
-    end = {"bos_token_id": 0, "eos_token_id": 0} if has_tokenizer else {}
+    token, end_id = end_of(run) if (run / TOKENIZER).exists() else (None, None)
+    end = {"bos_token_id": end_id, "eos_token_id": end_id} if end_id is not None else {}
     seq_len = found.state["config"]["train"]["seq_len"]
     write_json(target / "config.json", hf_config_dict(config, max_seq_len=seq_len, dtype="float32", **end))
-    if has_tokenizer:
+    if token is not None:
         shutil.copyfile(run / TOKENIZER, target / "tokenizer.json")
-        special = {"bos_token": END, "eos_token": END, "model_max_length": seq_len}
-        write_json(target / "tokenizer_config.json", {"tokenizer_class": "PreTrainedTokenizerFast", **special})
+        write_settings(target, token, model_max_length=seq_len)
     return found.step
 
 

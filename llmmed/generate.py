@@ -12,7 +12,7 @@ from pydantic import TypeAdapter
 from tokenizers import Tokenizer
 
 from llmmed.config import ModelConfig
-from llmmed.data.tokenizer import END_ID
+from llmmed.data.tokenizer import end_of
 from llmmed.errors import UserError
 from llmmed.export import TOKENIZER, best_or_newest
 from llmmed.kernels.catalog import default_choice, load_kernels
@@ -74,7 +74,10 @@ def generate(request: Request) -> Iterator[str]:
     found = best_or_newest(request.run)
     tokenizer = Tokenizer.from_file(str(tokenizer_file))
     config = TypeAdapter(ModelConfig).validate_python(found.state["config"]["model"])
-    prompt = tokenizer.encode(request.prompt).ids or [END_ID]  # a document begins after the end of another
+    _, end = end_of(request.run)
+    prompt = tokenizer.encode(request.prompt, add_special_tokens=False).ids or [
+        end
+    ]  # a document begins after the end of another
     device = "cuda" if torch.cuda.is_available() else "cpu"
     kernels = load_kernels(default_choice())
     length = len(prompt) + request.max_tokens
@@ -87,7 +90,7 @@ def generate(request: Request) -> Iterator[str]:
         temperature=request.temperature,
         top_p=request.top_p,
         seed=request.seed,
-        end=END_ID,
+        end=end,
     )
     yield request.prompt
     yield from _pieces(tokenizer, tokens)

@@ -29,54 +29,60 @@ from llmmed.model import Transformer
 from llmmed.reporting.kernel_table import print_kernel_table
 from llmmed.reporting.terminal import print_closing, print_header
 from llmmed.reporting.wandb_sink import open_wandb
-from llmmed.training import Interrupted, Result, checkpoint, prepare_backend, resolve_compile, train
+from llmmed.signals import INTERRUPTED, Interrupted, StopRequest
+from llmmed.training import Result, checkpoint, prepare_backend, resolve_compile, train
 from llmmed.training.executed import compare
 
 logger = logging.getLogger(__name__)
 
 
-def run(config: Config, folder: Path, *, started: float) -> int:
+def run(config: Config, folder: Path, *, started: float, stop: StopRequest | None = None) -> int:
     """Runs everything and writes the run folder of the design; whatever happens, `status.json` tells it.
 
     Args:
         config: Validated.
         folder: The run folder, existing. A checkpoint in it is continued if `train.resume` is set.
         started: `time.perf_counter()` when the process began.
+        stop: Entered already, and watching for signals; without one, there is one for the run.
 
     Returns:
         The process's exit code: 0 finished, 1 failed, 130 interrupted.
     """
     console = Console(highlight=False)
     errors = Console(stderr=True, highlight=False, soft_wrap=True)
-    run_folder.write_status(folder, "running")
-    write_json(folder / "env.json", run_folder.describe_environment())
-    try:
-        _run(config, folder, console, started)
-    except Interrupted as interruption:
-        _record(folder, "interrupted", str(interruption))
-        errors.print(f"interrupted: {interruption}; go on with train.resume={run_folder.shown(folder)}", markup=False)
-        return 130
-    except KeyboardInterrupt:
-        _record(folder, "interrupted", "Ctrl-C before training")
-        errors.print("interrupted before training began", markup=False)
-        return 130
-    except UserError as error:
-        _record(folder, "failed", str(error))
-        errors.print(f"error: {error}", markup=False)
-        return 1
-    except OSError as error:
-        reason = f"{error.strerror or error}{f': {error.filename}' if error.filename else ''}"
-        _record(folder, "failed", reason)
-        errors.print(f"error: {reason}; what was written before is whole", markup=False)
-        return 1
-    except Exception as error:  # noqa: BLE001 - a run that fails must say so in its folder, whatever the reason
-        reason = f"{type(error).__name__}: {' '.join(str(error).split())[:300]}"
-        _record(folder, "failed", reason)
-        logger.info("%s", traceback.format_exc())  # below what the terminal shows
-        errors.print(f"error: {reason} (traceback in {run_folder.shown(folder / 'train.log')})", markup=False)
-        return 1
-    run_folder.write_status(folder, "finished")
+    with StopRequest() if stop is None else contextlib.nullcontext(stop) as request:
+        try:
+            run_folder.write_status(folder, "running")
+            write_json(folder / "env.json", run_folder.describe_environment())
+            _run(config, folder, console, started, request)
+        except BaseException as error:  # noqa: BLE001 - whatever ends a run, its folder must say so
+            request.settle()
+            if request.raised and not isinstance(error, Interrupted):  # a compiler that died of the same signal, say
+                error = Interrupted(f"{request.name} {request.moment}")
+            return _end(error, folder, errors)
+        run_folder.write_status(folder, "finished")
     return 0
+
+
+def _end(error: BaseException, folder: Path, errors: Console) -> int:
+    """Tells how a run ended early, on the terminal and in its folder. Returns the exit code."""
+    if isinstance(error, Interrupted):
+        _record(folder, "interrupted", str(error))
+        errors.print(f"interrupted: {error}; go on with train.resume={run_folder.shown(folder)}", markup=False)
+        return INTERRUPTED
+    if not isinstance(error, Exception):
+        raise error
+    told = reason = str(error)
+    if isinstance(error, OSError):
+        reason = f"{error.strerror or error}{f': {error.filename}' if error.filename else ''}"
+        told = f"{reason}; what was written before is whole"
+    elif not isinstance(error, UserError):
+        reason = f"{type(error).__name__}: {' '.join(str(error).split())[:300]}"
+        told = f"{reason} (traceback in {run_folder.shown(folder / 'train.log')})"
+        logger.info("%s", "".join(traceback.format_exception(error)))  # below what the terminal shows
+    _record(folder, "failed", reason)
+    errors.print(f"error: {told}", markup=False)
+    return 1
 
 
 def _record(folder: Path, state: run_folder.State, reason: str) -> None:
@@ -85,11 +91,11 @@ def _record(folder: Path, state: run_folder.State, reason: str) -> None:
         run_folder.write_status(folder, state, reason=reason)
 
 
-def _run(config: Config, folder: Path, console: Console, started: float) -> None:
+def _run(config: Config, folder: Path, console: Console, started: float, stop: StopRequest) -> None:
     logger.info("configuration: %s", as_dict(config))
     prepare_backend(config)
     mode = resolve_compile(config)
-    dataset = data.prepare(config, report=lambda message: console.print(f"[dim]{message}[/]"))
+    dataset = data.prepare(config, report=lambda message: console.print(message, style="dim", markup=False))
     print_header(config, dataset, mode, folder, console)
 
     newest = checkpoint.latest(folder / "checkpoints") if config.train.resume is not None else None
@@ -122,11 +128,14 @@ def _run(config: Config, folder: Path, console: Console, started: float) -> None
     try:
         result = train(
             config, model, dataset, folder, plan=plan.to_json(), mode=mode, sinks=[sink] if sink else [],
-            console=console, started=started, resume=config.train.resume is not None, launched=launched,
+            console=console, started=started, resume=config.train.resume is not None, stop=stop, launched=launched,
         )  # fmt: skip
         status_word = "finished"
         summary |= _summary(result, model)
         write_json(folder / "summary.json", summary)
+    except Interrupted:
+        status_word = "interrupted"
+        raise
     finally:
         if sink is not None:
             sink.finish(summary, status_word)

@@ -23,10 +23,18 @@ kernels: policy pin on_unavailable margin cache plan objective memory_budget_gib
 train: max_steps seq_len micro_batch_size global_batch_tokens precision compile grad_clip eval_every checkpoint_every
 train: keep_last resume deterministic dry_run
 optimizer: name lr weight_decay betas schedule warmup_steps
-data: name path text_field validation_fraction
-tokenizer: name vocab_size
+data: name path text_field validation_fraction max_documents subset split revision streaming retries sources weights
+tokenizer: name path vocab_size training_bytes
 logger: mode project entity group tags
 """
+
+
+# What an option leaves to the user; nothing is read from the Hub to compose.
+NEEDED = {
+    "data=text": ["data.path=notes.txt"],
+    "data=hub": ["data.path=someone/notes"],
+    "data=mixture": ["data.sources.text.path=notes.txt"],
+}
 
 
 def shipped_options() -> list[str]:
@@ -43,8 +51,7 @@ def shipped_options() -> list[str]:
 def test_every_shipped_option_composes(option: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     (tmp_path / "notes.txt").write_text("The liver makes bile. " * 2000)
-    needs = ["data.path=notes.txt"] if option == "data=text" else []
-    assert isinstance(compose.compose([option, *needs]), Config)
+    assert isinstance(compose.compose([option, *NEEDED.get(option, [])]), Config)
 
 
 def test_every_group_has_options() -> None:
@@ -94,6 +101,14 @@ def test_pins_are_the_discovered_ops() -> None:
 def test_yaml_without_a_schema_value_is_refused() -> None:
     with pytest.raises(UserError, match=r"optimizer\.lr"):
         compose.compose(["optimizer.lr=fast"])
+
+
+def test_a_source_can_bring_a_tokenizer_that_the_user_overrides() -> None:
+    for option in ("data=blue_scrubs", "experiment=blue_scrubs_base"):
+        config = compose.compose([option])
+        assert (config.tokenizer.name, config.tokenizer.path) == ("hub", "HuggingFaceTB/SmolLM-135M")
+        assert config.model.vocab_size == config.tokenizer.vocab_size
+        assert compose.compose([option, "tokenizer=bpe"]).tokenizer.name == "bpe"
 
 
 def test_what_is_stored_composes_to_the_same_configuration() -> None:

@@ -41,7 +41,8 @@ from llmmed.autotune.plan import Candidate, Ceilings, Mode, Status, StepEvidence
 logger = logging.getLogger(__name__)
 
 _POLL_SECONDS = 0.05
-_LEAST_WARMING, _MOST_WARMING = 3, 12  # processes; with fewer it is not worth their start
+_LEAST_WARMING, _MOST_WARMING = 3, 15  # processes; with fewer it is not worth their start
+_WARMING_SECONDS = 45.0  # at most: a compiler that hangs is dealt with by those who judge
 _DONE = {
     "verify": "verified",
     "load": "loaded",
@@ -200,11 +201,14 @@ def _warm_up(job: Job, folder: Path, limits: Limits, report: Callable[[Progress]
     job.write(path)
     seconds = limits.budget_seconds - (limits.deadline - time.perf_counter())
     report(Progress("warm", "", "", 0, candidates, seconds))
-    deadline = min(time.perf_counter() + limits.candidate_seconds, limits.deadline)
+    deadline = min(time.perf_counter() + min(_WARMING_SECONDS, limits.candidate_seconds), limits.deadline)
     with contextlib.ExitStack() as stack:
-        arguments = [[str(path), str(share), str(count)] for share in range(count)]
-        log = folder / "warm.log"
-        started = [stack.enter_context(started_process("llmmed.autotune.warm", each, log)) for each in arguments]
+        claims, log = folder / "claims", folder / "warm.log"
+        claims.mkdir()
+        # Each is one of many: what would take all cores for itself takes one.
+        alone = {"OMP_NUM_THREADS": "1", "TORCHINDUCTOR_COMPILE_THREADS": "1"}
+        warm = [str(path), str(claims)]
+        started = [stack.enter_context(started_process("llmmed.autotune.warm", warm, log, alone)) for _ in range(count)]
         for process in started:
             with contextlib.suppress(subprocess.TimeoutExpired):
                 process.wait(max(0.0, deadline - time.perf_counter()))
@@ -244,14 +248,16 @@ class _Attempt:
         if time.perf_counter() >= self._limits.deadline:
             return f"kernels.budget_seconds={self._limits.budget_seconds:g} was used up"
         last_words = last_line(log)
+        if process.returncode not in (0, -signal.SIGKILL):
+            logger.info("the tuning process %s; its last lines:\n%s", how_it_ended(process.returncode), _tail(log))
         if too_slow is not None and self._open is not too_slow:
             return ""  # it came to its end in that very moment
         if self._open is not None and self._open.name:
             self._reject(self._open, too_slow is not None, process.returncode, last_words)
             return ""
         if self._open is not None and self._open.stage == "step":
-            ended = how_it_ended(process.returncode)
-            self._findings.step_reason = f"the default plan in the step: the process {ended}"
+            ended = f"the process {how_it_ended(process.returncode)}{f': {last_words}' if last_words else ''}"
+            self._findings.step_reason = f"the default plan in the step: {ended}"
             return ""
         if self._learnt:
             return ""
@@ -360,6 +366,10 @@ def how_it_ended(exit_code: int) -> str:
         return f"ended with exit code {exit_code}"
     name = signal.Signals(-exit_code).name
     return f"was killed by {name}" + (" (out of memory?)" if name == "SIGKILL" else "")
+
+
+def _tail(log: Path, lines: int = 40) -> str:
+    return "\n".join(log.read_text(encoding="utf-8", errors="replace").splitlines()[-lines:])
 
 
 def last_line(log: Path) -> str:

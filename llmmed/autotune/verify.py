@@ -107,7 +107,7 @@ def verify(
     checks = 0
     few_shapes = implementation.name == COMPILED
     try:
-        with _exact_products():
+        with exact_products():
             for trial in trials(op, own, dtype, device, few_shapes=few_shapes):
                 if trial.call.compute_dtype not in implementation.dtypes:
                     continue
@@ -194,7 +194,7 @@ def _facts(op: Op, seed: int, device: torch.device, trial: Trial) -> _Facts | No
         directions.append((drawn, output.dtype))
     size = trial.upstream
     for _ in range(8):
-        upstream = [_arriving(drawn * size, dtype, trial.layout) for drawn, dtype in directions]
+        upstream = [arriving(drawn * size, dtype, trial.layout) for drawn, dtype in directions]
         expected = _evaluate(op.reference, _cast(inputs, torch.float64), leaves, [u.double() for u in upstream])
         found = _evaluate(default, inputs, leaves, upstream)
         if all(_fits(expected[name], found[name]) for name in found):
@@ -230,7 +230,7 @@ def _cast(inputs: Inputs, dtype: torch.dtype) -> Inputs:
     return {n: v.to(dtype) if isinstance(v, Tensor) and v.is_floating_point() else v for n, v in inputs.items()}
 
 
-def _arriving(values: Tensor, dtype: torch.dtype, layout: Layout) -> Tensor:
+def arriving(values: Tensor, dtype: torch.dtype, layout: Layout) -> Tensor:
     """Gradients as a step may hand them over, in the result's dtype."""
     values = values.to(dtype)
     if layout == "contiguous" or values.ndim < 2:
@@ -358,7 +358,7 @@ def _kind(tensor: Tensor) -> str:
 
 
 @contextlib.contextmanager
-def _exact_products() -> Iterator[None]:
+def exact_products() -> Iterator[None]:
     """Float32 products without TF32, on both sides of every comparison."""
     before = torch.get_float32_matmul_precision()
     torch.set_float32_matmul_precision("highest")

@@ -4,7 +4,8 @@ Each warm-up process runs a share of the calls once, forward and backward, and t
 the compilers' caches on disk. Nothing is judged here, since processes that share a GPU wait long for its answers.
 Whatever goes wrong here goes wrong again where it is judged.
 
-Run as `python -m llmmed.autotune.warm <job.json> <share> <of how many>` by `child.py`.
+Run as `python -m llmmed.autotune.warm <job.json> <folder>` by `child.py`; the processes that share a folder share the
+work.
 """
 
 from __future__ import annotations
@@ -13,6 +14,7 @@ import contextlib
 import os
 import sys
 from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -22,50 +24,81 @@ from torch import Tensor
 from llmmed.autotune.journal import Job, Task
 from llmmed.autotune.measure import compiled_alone
 from llmmed.autotune.plan import Mode
-from llmmed.autotune.verify import trials
+from llmmed.autotune.verify import Layout, arriving, exact_products, trials
 from llmmed.kernels.base import Call, Op
-from llmmed.kernels.catalog import DEFAULT, get_implementation, get_op, load_function
+from llmmed.kernels.catalog import COMPILED, DEFAULT, get_implementation, get_op, load_function
 
 
 def main() -> None:
-    job, share, shares = Job.read(Path(sys.argv[1])), int(sys.argv[2]), int(sys.argv[3])
+    job, claims = Job.read(Path(sys.argv[1])), Path(sys.argv[2])
     device = torch.device(job.device)
     torch.set_float32_matmul_precision(job.matmul_precision)
-    for index, (task, name, call, compiled) in enumerate(_units(job.tasks, job.mode, device)):
-        if index % shares != share:
+    for index, unit in enumerate(sorted(_units(job.tasks, job.mode, device), key=_Unit.weight, reverse=True)):
+        if not _claim(claims / str(index)):
             continue
         # A candidate may raise anything at all; it is judged elsewhere.
         with contextlib.suppress(Exception):
-            op, implementation = get_op(task.op), get_implementation(task.op, name)
-            if call.compute_dtype in implementation.dtypes:
-                function = load_function(task.op, implementation)
-                run_once(
-                    op, torch.compile(function, fullgraph=True, dynamic=False) if compiled else function, call, device
-                )
+            unit.run(device)
     with contextlib.suppress(Exception):
         torch.cuda.synchronize(device)
     os._exit(0)
 
 
-def _units(tasks: list[Task], mode: Mode, device: torch.device) -> Iterator[tuple[Task, str, Call, bool]]:
-    """Every call that will be made of a candidate, and whether compiled: the longest to compile first."""
+@dataclass(frozen=True)
+class _Unit:
+    """One call of a candidate that tuning will make: as the gate makes it, or compiled, as the clock does."""
+
+    op: Op
+    name: str
+    call: Call
+    layout: Layout
+    compiled: bool
+
+    def weight(self) -> int:
+        """What takes longest to compile comes first: products in float32 are unrolled without tensor cores."""
+        cost = self.op.cost(self.call)
+        products = cost.forward_flops + cost.backward_flops > 0
+        return 2 * (products and self.call.compute_dtype == torch.float32) + (self.compiled or products)
+
+    def run(self, device: torch.device) -> None:
+        implementation = get_implementation(self.op.name, self.name)
+        if self.call.compute_dtype not in implementation.dtypes:
+            return
+        function = load_function(self.op.name, implementation)
+        if self.compiled:
+            run_once(self.op, torch.compile(function, fullgraph=True, dynamic=False), self.call, device)
+            return
+        with exact_products():  # which compile-time arguments depend on
+            run_once(self.op, function, self.call, device, self.layout)
+
+
+def _units(tasks: list[Task], mode: Mode, device: torch.device) -> Iterator[_Unit]:
     for task in tasks:
+        op, calls = get_op(task.op), list(task.counts())
         for name in [*task.verify, *task.verified] if task.measure else ():
             if compiled_alone(get_implementation(task.op, name), mode):
-                for call in task.counts():
-                    yield task, name, call, True
-    for task in tasks:
-        calls = {trial.call for trial in trials(get_op(task.op), list(task.counts()), None, device)}
+                yield from (_Unit(op, name, call, "contiguous", compiled=True) for call in calls)
         for name in task.verify:
-            for call in sorted(calls, key=str) if name != DEFAULT else ():
-                yield task, name, call, False
+            tried = trials(op, calls, None, device, few_shapes=name == COMPILED) if name != DEFAULT else ()
+            for call, layout in dict.fromkeys((trial.call, trial.layout) for trial in tried):
+                yield _Unit(op, name, call, layout, compiled=False)
         for name in task.verified:
-            for call in task.counts() if name != DEFAULT else ():
-                yield task, name, call, False
+            yield from (_Unit(op, name, call, "contiguous", compiled=False) for call in calls if name != DEFAULT)
 
 
-def run_once(op: Op, function: Callable[..., Any], call: Call, device: torch.device) -> None:
-    """One forward and backward pass over bland values."""
+def _claim(path: Path) -> bool:
+    """Whether this process is the first to want a piece of work."""
+    try:
+        path.touch(exist_ok=False)
+    except FileExistsError:
+        return False
+    return True
+
+
+def run_once(
+    op: Op, function: Callable[..., Any], call: Call, device: torch.device, layout: Layout = "contiguous"
+) -> None:
+    """One forward and backward pass over bland values, with arriving gradients that lie as told."""
     generator = torch.Generator(device=device).manual_seed(0)
     inputs = op.make_inputs(call, op.regimes[0], generator, device)
     leaves = [inputs[n] for n, spec in call.tensors.items() if spec.requires_grad and n in op.differentiable]
@@ -74,7 +107,8 @@ def run_once(op: Op, function: Callable[..., Any], call: Call, device: torch.dev
     outputs = function(**inputs)
     outputs = [outputs] if isinstance(outputs, Tensor) else list(outputs)
     if leaves:
-        torch.autograd.grad(outputs, leaves, [torch.ones_like(o) for o in outputs], allow_unused=True)
+        upstream = [arriving(torch.ones_like(o), o.dtype, layout) for o in outputs]
+        torch.autograd.grad(outputs, leaves, upstream, allow_unused=True)
 
 
 if __name__ == "__main__":

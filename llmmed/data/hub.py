@@ -130,9 +130,11 @@ def _download(repository: str, name: str) -> Path | None:
 
 def _load(config: DataConfig) -> datasets.Dataset | datasets.IterableDataset:
     import datasets
+    import huggingface_hub
 
     datasets.disable_progress_bars()
     datasets.logging.set_verbosity_error()
+    huggingface_hub.utils.logging.set_verbosity_error()
     # Retrying is done here, where it is told and ends.
     datasets.config.STREAMING_READ_MAX_RETRIES = datasets.config.STREAMING_OPEN_MAX_RETRIES = 1
     datasets.config.STREAMING_READ_RETRY_INTERVAL = datasets.config.STREAMING_OPEN_RETRY_INTERVAL = 0

@@ -16,7 +16,7 @@ from typing import Any
 import numpy as np
 
 from llmmed.config import Config, DataConfig, TokenizerConfig
-from llmmed.data import biomed, parallel, shards, text
+from llmmed.data import biomed, parallel, shards, text, tokenizer
 from llmmed.data.hub import HubSource
 from llmmed.data.parallel import Report
 from llmmed.data.split import Split, drop_leaks, split
@@ -70,6 +70,7 @@ def build(config: Config, work: Path, report: Report) -> None:
     result.mkdir(exist_ok=True)
     vocab_size, end_token = _tokenizer(config, list(parts.values()), work, result / "tokenizer.json", report)
     check_vocabulary(config, vocab_size)
+    tokenizer.write_settings(result, str(tokenizer.read(result / "tokenizer.json").id_to_token(end_token)))
     dtype = "uint16" if vocab_size <= 2**16 else "uint32"
     facts: dict[str, Any] = {"vocab_size": vocab_size, "end_token": end_token, "sources": {}}
     for key, part in parts.items():
@@ -127,8 +128,6 @@ def _write_parts(part: _Part) -> None:
 
 def _tokenizer(config: Config, parts: list[_Part], work: Path, output: Path, report: Report) -> tuple[int, int]:
     """Leaves the tokenizer in `output`; returns the size of its vocabulary and its end token."""
-    from llmmed.data import tokenizer
-
     known = work / "tokenizer.json"  # written last
     if known.exists():
         facts = read_json(known)
@@ -159,23 +158,21 @@ def _sample(config: TokenizerConfig, parts: list[_Part], output: Path) -> tuple[
 
 
 def _train(task: _Training) -> None:
-    from llmmed.data.tokenizer import train_bpe
-
     def documents() -> Iterator[str]:
         for shard, parts, cut in zip(task.shards, task.parts, task.cuts, strict=True):
             yield from (document for part, document in shards.parted(shard, parts, cut) if part == shards.TRAIN)
 
-    trained = train_bpe(documents(), task.config.vocab_size)
+    trained = tokenizer.train_bpe(documents(), task.config.vocab_size)
     write_atomically(task.output, trained.to_str())
 
 
-def _tokenised(part: _Part, tokenizer: Path, end_token: int, dtype: str, doing: str, report: Report) -> list[Path]:
+def _tokenised(part: _Part, tokenizer_file: Path, end_token: int, dtype: str, doing: str, report: Report) -> list[Path]:
     tasks = []
     outputs = [part.folder / f"{number:05}" for number in range(len(part.shards))]
     for number, (shard, output) in enumerate(zip(part.shards, outputs, strict=True)):
         if not output.with_suffix(".json").exists():
             tasks.append(
-                shards.Tokenise(shard, output, part.parts(number), part.split.cut, tokenizer, end_token, dtype)
+                shards.Tokenise(shard, output, part.parts(number), part.split.cut, tokenizer_file, end_token, dtype)
             )
     if tasks and len(tasks) < len(outputs):
         report(f"{len(outputs) - len(tasks)} of {len(outputs)} parts were tokenised before")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import fcntl
 import json
 import os
@@ -80,7 +81,15 @@ def prepare(config: Config, report: Report = lambda message: None) -> Dataset:
             shutil.rmtree(folder, ignore_errors=True)
         work = folder.with_suffix(".work")
         work.mkdir(exist_ok=True)
-        build(config, work, report)
+        try:
+            build(config, work, report)
+        except OSError as error:
+            if error.errno not in (errno.ENOSPC, errno.EDQUOT):
+                raise
+            raise UserError(
+                f"the disk with the prepared data is full ({work}); make room, or set LLMMED_CACHE to a folder on "
+                f"another disk, and start again: finished parts are kept"
+            ) from None
         if _recipe(config) != recipe:
             raise UserError(f"data.path={config.data.path}: files changed while they were being prepared; start again")
         os.replace(work / "result", folder)

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from llmmed.errors import UserError
+from llmmed.files import write_json
 
 if TYPE_CHECKING:
     from tokenizers import Tokenizer
@@ -17,6 +18,7 @@ if TYPE_CHECKING:
 
 END = "<|endoftext|>"
 END_ID = 0  # the trainer numbers special tokens first
+SETTINGS = "tokenizer_config.json"  # beside a tokenizer.json; says which token ends a document
 _COMMON_ENDS = (END, "</s>", "<|end_of_text|>", "<eos>", "[SEP]")
 _PIECE = 2**18  # characters
 _BEFORE_A_WORD = re.compile(r"(?<=\S) (?=\S)")
@@ -40,6 +42,22 @@ def train_bpe(documents: Iterable[str], vocab_size: int) -> Tokenizer:
     )
     tokenizer.train_from_iterator((piece for document in documents for piece in pieces(document)), trainer)
     return tokenizer
+
+
+def write_settings(folder: Path, end: str, **others: int) -> None:
+    """Says which token ends a document, as `transformers` reads it; a document also begins after that token."""
+    special = {"bos_token": end, "eos_token": end}
+    write_json(folder / SETTINGS, {"tokenizer_class": "PreTrainedTokenizerFast", **special, **others})
+
+
+def end_of(folder: Path) -> tuple[str, int]:
+    """The token that ends a document in the tokenizer of a run's folder, and its id. Raises `UserError`."""
+    settings = folder / SETTINGS
+    token = (_named_end(settings) if settings.exists() else None) or END
+    end = read(folder / "tokenizer.json").token_to_id(token)
+    if end is None:
+        raise UserError(f"{folder / 'tokenizer.json'} has no token {token}, with which its documents are said to end")
+    return token, end
 
 
 def load(config: TokenizerConfig, retries: int, report: Callable[[str], None]) -> tuple[Tokenizer, int]:

@@ -9,8 +9,10 @@ from __future__ import annotations
 import contextlib
 import os
 import pickle
+import queue
 import subprocess
 import sys
+import threading
 from collections.abc import Callable, Iterator
 from typing import Any, TypeVar
 
@@ -71,11 +73,19 @@ def main() -> None:
     """What the process does."""
     answers = os.fdopen(os.dup(1), "wb")
     os.dup2(2, 1)  # what a library prints is no answer
-    with contextlib.suppress(EOFError, BrokenPipeError):
+    tasks: queue.SimpleQueue[tuple[Callable[[Any], None], Any]] = queue.SimpleQueue()
+    threading.Thread(target=_receive, args=(tasks,), daemon=True).start()
+    while True:
+        pickle.dump(_outcome(*tasks.get()), answers)
+        answers.flush()
+
+
+def _receive(tasks: queue.SimpleQueue[tuple[Callable[[Any], None], Any]]) -> None:
+    """Ends the process with its input, in the middle of a task too: files are written whole or not at all."""
+    with contextlib.suppress(EOFError):
         while True:
-            action, task = pickle.load(sys.stdin.buffer)
-            pickle.dump(_outcome(action, task), answers)
-            answers.flush()
+            tasks.put(pickle.load(sys.stdin.buffer))
+    os._exit(1)
 
 
 def _outcome(action: Callable[[Any], None], task: Any) -> BaseException | None:

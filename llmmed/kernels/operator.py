@@ -9,6 +9,7 @@ import contextlib
 import functools
 import inspect
 import os
+import sys
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NamedTuple
 
@@ -89,6 +90,34 @@ def _present_gpu(device: torch.device) -> Gpu:
     return Gpu(properties.multi_processor_count, properties.L2_cache_size, shared)
 
 
+def _shorten_compiler_messages() -> None:
+    """Lets Inductor name an operator without writing out its arguments.
+
+    When it first meets a custom operator it puts the arguments into a log message, also where nobody reads the log
+    (torch 2.11; since 2.13 only if somebody does). Each is printed with all that it is computed from, which in a deep
+    model without fused PyTorch operations between the custom ones grows exponentially: the compilation never ends.
+    """
+    if "torch._inductor" not in sys.modules:
+        return  # nothing compiles yet, and importing it takes seconds
+    from torch._inductor.exc import OperatorIssue
+
+    def operator_str(target: Any, args: Any, kwargs: Any) -> str:
+        return f"  target: {target}, {len(args)} arguments"
+
+    OperatorIssue.operator_str = staticmethod(operator_str)  # type: ignore[method-assign]
+
+
+def _told_to_compilers(fake: Callable[..., Any]) -> Callable[..., Any]:
+    """The fake function of an operator, which a compiler runs before anything else of it."""
+
+    @functools.wraps(fake)
+    def run(*args: Any, **kwargs: Any) -> Any:
+        _shorten_compiler_messages()
+        return fake(*args, **kwargs)
+
+    return run
+
+
 def make_operator(
     name: str,
     *,
@@ -121,7 +150,7 @@ def make_operator(
     defaults = [p.default for p in parameters.values()]
 
     forward_op = torch.library.custom_op(f"{name}_forward", forward, mutates_args=())
-    forward_op.register_fake(fake_forward)
+    forward_op.register_fake(_told_to_compilers(fake_forward))
     backward_op = torch.library.custom_op(f"{name}_backward", backward, mutates_args=())
     backward_op.register_fake(fake_backward)
 
@@ -170,7 +199,8 @@ def make_operator(
         if kwargs or len(args) < len(parameters):
             rest = list(parameters)[len(args) :]
             arguments = args + tuple(kwargs.get(n, defaults[len(args) + i]) for i, n in enumerate(rest))
-        results = forward_op(*arguments) if torch.compiler.is_compiling() else Direct.apply(*arguments)
+        through_dispatcher = torch.compiler.is_compiling() or (arguments[0].is_meta and _absent_gpu is None)
+        results = forward_op(*arguments) if through_dispatcher else Direct.apply(*arguments)
         return results[0] if n_outputs == 1 else results[:n_outputs]
 
     operator.__name__ = name.rpartition("::")[2]

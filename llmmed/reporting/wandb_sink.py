@@ -18,15 +18,15 @@ from llmmed.training.metrics import Sample
 
 logger = logging.getLogger(__name__)
 
-_START_SECONDS, _FINISH_SECONDS = 60.0, 60.0
+_LEAST_FINISH_SECONDS = 5.0  # for a run that was told to stop, and must
 _MOST_WAITING = 10_000  # log entries; beyond it W&B is stuck, and they are dropped
 
 
 class WandbSink:
     """Metrics and summary of one run. Use `open_wandb`."""
 
-    def __init__(self, run: Any) -> None:
-        self._run = run
+    def __init__(self, run: Any, timeout_seconds: float) -> None:
+        self._run, self._timeout_seconds = run, timeout_seconds
         self._waiting: queue.Queue[Callable[[], object] | None] = queue.Queue(maxsize=_MOST_WAITING)
         self._failed = False
         self._thread = threading.Thread(target=self._work, name="wandb", daemon=True)
@@ -47,14 +47,17 @@ class WandbSink:
         self._put(send)
 
     def finish(self, summary: Mapping[str, object], status: str) -> None:
-        """Writes the summary and ends the W&B run; waits a minute at most."""
+        """Writes the summary and ends the W&B run; waits for `logger.timeout_seconds` at most."""
         values = {**summary, "status": status}
         self._put(lambda: self._run.summary.update(values))
         self._put(lambda: self._run.finish(exit_code=0 if status == "finished" else 1))
         self._put(None)
-        self._thread.join(_FINISH_SECONDS)
+        limit = self._timeout_seconds
+        if status == "interrupted":
+            limit = min(limit, _LEAST_FINISH_SECONDS)
+        self._thread.join(limit)
         if self._thread.is_alive():
-            logger.warning("W&B did not finish within %.0f s; the run folder has everything", _FINISH_SECONDS)
+            logger.warning("W&B did not finish within %g s; the run folder has everything", limit)
 
     def _put(self, action: Callable[[], object] | None) -> None:
         try:
@@ -94,7 +97,7 @@ def open_wandb(config: Config, folder: Path, values: dict[str, Any]) -> WandbSin
         logger.warning("W&B is not used: %s (pip install wandb, or logger=none)", error)
         return None
     identity = folder / "wandb" / "id.json"
-    settings = wandb.Settings(silent=True, console="off", init_timeout=_START_SECONDS, x_disable_stats=True)
+    settings = wandb.Settings(silent=True, console="off", init_timeout=wanted.timeout_seconds, x_disable_stats=True)
     found: list[Any] = []
 
     def start() -> None:
@@ -119,13 +122,13 @@ def open_wandb(config: Config, folder: Path, values: dict[str, Any]) -> WandbSin
 
     thread = threading.Thread(target=start, daemon=True)
     thread.start()
-    thread.join(_START_SECONDS)
-    outcome = found[0] if found else TimeoutError(f"no answer within {_START_SECONDS:.0f} s")
+    thread.join(wanted.timeout_seconds)
+    outcome = found[0] if found else TimeoutError(f"no answer within logger.timeout_seconds={wanted.timeout_seconds:g}")
     if isinstance(outcome, Exception):
         logger.warning("W&B is not used: %s; the run folder has everything", " ".join(str(outcome).split()))
         return None
     write_json(identity, {"id": outcome.id})
-    return WandbSink(outcome)
+    return WandbSink(outcome, wanted.timeout_seconds)
 
 
 def _known_id(path: Path) -> str | None:

@@ -1,11 +1,10 @@
 """Training: `loop` runs it, `step` is one optimizer step, the rest is what it needs around it.
 
 `execution` sets up the backend, `prefetch` brings the batches, `evaluate` validates, `samples` writes text,
-`checkpoint` keeps, `metrics` records, `profiling` traces, `progress` shows, `signals` stops it; `fits` tries a size.
+`checkpoint` keeps, `metrics` records, `profiling` traces, `progress` shows; `fits` tries a size.
 """
 
 from llmmed.training.execution import prepare_backend, resolve_compile
 from llmmed.training.loop import Result, train
-from llmmed.training.signals import Interrupted
 
-__all__ = ["Interrupted", "Result", "prepare_backend", "resolve_compile", "train"]
+__all__ = ["Result", "prepare_backend", "resolve_compile", "train"]

@@ -45,6 +45,8 @@ def save(
 ) -> Path:
     """Writes the checkpoint of `step` into `folder` and removes all but the last `keep` and that of step `best`."""
     folder.mkdir(parents=True, exist_ok=True)
+    for left in folder.glob(".writing-*"):  # by a run that was killed
+        shutil.rmtree(left, ignore_errors=True)
     target = folder / folder_name(step)
     temporary = Path(tempfile.mkdtemp(dir=folder, prefix=".writing-"))
     try:

@@ -42,13 +42,15 @@ class Evaluator:
         self._batches = [windows.get(i) for i in range(min(train.eval_batches, windows.batches_per_epoch))]
 
     @torch.no_grad()
-    def run(self) -> dict[str, float]:
+    def run(self, stopping: Callable[[], bool] = lambda: False) -> dict[str, float] | None:
         """`val/loss` in nats a token, `val/perplexity`, `val/accuracy` as the share of tokens that the model finds the
-        likeliest, and `val/bits_per_byte` where the text is known."""
+        likeliest, and `val/bits_per_byte` where the text is known. None if `stopping` says so between two batches."""
         on_cpu = self._device.type == "cpu"
         total = torch.zeros((), dtype=torch.float64 if on_cpu else torch.float32, device=self._device)
         right = torch.zeros((), dtype=torch.int64, device=self._device)
         for batch in self._batches:
+            if stopping():
+                return None
             moved = batch.to(self._device, non_blocking=True)
             targets = moved[:, 1:].contiguous()
             loss, hidden_states = self._forward(moved[:, :-1].contiguous(), targets)

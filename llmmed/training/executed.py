@@ -27,6 +27,13 @@ def launched_kernels(run: Callable[[], object]) -> set[str]:
     return {event.name for event in profiler.events() if event.device_type == DeviceType.CUDA}
 
 
+def prepare_tracing(device: torch.device) -> None:
+    """Starts the profiler's library before a CUDA graph is captured: it does not see into graphs from before."""
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]):
+        torch.zeros(1, device=device)
+        torch.cuda.synchronize(device)
+
+
 def compare(choice: Mapping[str, str], called: Collection[str], launched: Collection[str]) -> dict[str, str]:
     """What the trace says of each op.
 

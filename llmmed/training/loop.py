@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import statistics
 import sys
@@ -13,33 +14,35 @@ from typing import Any
 
 import torch
 from rich.console import Console
+from safetensors.torch import save
 from torch import Tensor
 
 from llmmed.autotune.plan import Mode
 from llmmed.compose import accumulation_steps, as_dict
 from llmmed.config import Config, TrainConfig
 from llmmed.data import Batches, Dataset
+from llmmed.data.tokenizer import SETTINGS
 from llmmed.errors import UserError
 from llmmed.files import write_atomically
 from llmmed.micro_batch import divisors
 from llmmed.model import Transformer, flops_per_token
 from llmmed.optim import learning_rate
+from llmmed.run_folder import shown
+from llmmed.signals import Interrupted, StopRequest
 from llmmed.training import checkpoint
 from llmmed.training.evaluate import Evaluator
-from llmmed.training.executed import launched_kernels
+from llmmed.training.executed import launched_kernels, prepare_tracing
 from llmmed.training.metrics import JsonLines, SampleSink, Sink, draw_loss, peak_tflops, read_metrics
 from llmmed.training.micro_step import build_micro_step
 from llmmed.training.prefetch import Prefetcher
 from llmmed.training.profiling import StepTrace
 from llmmed.training.progress import TrainingProgress
-from llmmed.training.samples import Sampler, shown
-from llmmed.training.signals import Interrupted, StopRequest
+from llmmed.training.samples import Sampler, one_line
 from llmmed.training.step import Stepper
 
 logger = logging.getLogger(__name__)
 
 _TRACED_STEP = 2  # after the first of this process: compiled and captured, and early enough to matter
-_MOST_SKIPPED_IN_A_ROW = 50  # more, and the loss is not overflowing but broken
 
 
 @dataclass(frozen=True)
@@ -73,6 +76,7 @@ def train(
     started: float,
     resume: bool,
     launched: Callable[[set[str]], None] | None = None,
+    stop: StopRequest | None = None,
 ) -> Result:
     """Trains to `train.max_steps`.
 
@@ -88,25 +92,29 @@ def train(
         started: `time.perf_counter()` at the start of the process.
         resume: Whether to go on from the newest checkpoint in `folder`, if there is one.
         launched: On a GPU, told once the names of all kernels that a step launches; what it raises ends the run.
+        stop: Entered already. After the first step it waits for the end of a step; without one, there is one for this.
 
     Raises:
-        Interrupted: SIGTERM or SIGINT came; a checkpoint is written.
+        Interrupted: SIGTERM or SIGINT came; a checkpoint is written if a step was made.
         UserError: out of memory; the gradients are not finite any more; or the checkpoint is of other data.
     """
     if dataset.tokenizer_file is not None:
-        write_atomically(folder / "tokenizer.json", dataset.tokenizer_file.read_bytes())
+        for name in ("tokenizer.json", SETTINGS):
+            write_atomically(folder / name, dataset.tokenizer_file.with_name(name).read_bytes())
     run = _Run(config, model, dataset, folder, plan, mode, sinks, started, launched)
     first = run.restore() if resume else 0
     progress = TrainingProgress(console, first, config.train.max_steps)
     if first:
         progress.note(f"going on from the checkpoint of step {first}")
     try:
-        with StopRequest() as stop, progress:
-            run.loop(first, stop, progress)
+        with StopRequest() if stop is None else contextlib.nullcontext(stop) as request, progress:
+            run.loop(first, request, progress)
     except torch.cuda.OutOfMemoryError as error:
         raise UserError(out_of_memory(config.train)) from error
     finally:
         run.close()
+        if stop is not None:
+            stop.waits, stop.moment = False, "after training"
     return run.result()
 
 
@@ -166,8 +174,10 @@ class _Run:
         self.first_step_seconds = 0.0
         self.speeds: list[float] = []  # tokens a second, of each log interval after the first
         self.last: dict[str, float] = {}
+        self.losses: list[Tensor] = []  # of the steps since the last that was logged
         self.best = Best()
         self.done = 0
+        self.owed = False  # what was due after the last step: a stopped run leaves it to the one that goes on
         self.training_seconds = 0.0
 
     def restore(self) -> int:
@@ -185,6 +195,8 @@ class _Run:
         self.seconds_before = found.state["training_seconds"]
         self.last = found.state["last_metrics"]
         self.best = Best(**found.state["best"])
+        self.owed = found.state["owed"]
+        self.losses = [torch.tensor(loss, device=self.device) for loss in found.state["losses"]]
         self.done = found.step
         return found.step
 
@@ -198,49 +210,52 @@ class _Run:
         trace = self.trace = StepTrace(
             self.folder / "trace.json.gz", train.profile_steps, first, train.max_steps, self.device
         )
+        if self.device.type == "cuda" and (self.launched is not None or train.profile_steps):
+            prepare_tracing(self.device)
+        if self.owed:
+            self.owed = False
+            self._evaluate_and_sample(first, stop, progress)
+            self._save(first)
         begun = interval_begun = time.perf_counter()
         interval_first = first
-        losses: list[Tensor] = []
         with Prefetcher(self.batches, first * self.count, train.max_steps * self.count, self.device) as source:
             for step in range(first, train.max_steps):
+                if 0 < train.patience <= self.best.waited:
+                    progress.note(f"step {step}: {self.best.waited} evaluations without a better validation loss")
+                    return
                 trace.before(step)
                 loss, norm = self._step(step, source, traced=step == first + _TRACED_STEP and not trace.recording)
-                losses.append(loss)
+                self.losses.append(loss)
                 done = self.done = step + 1
                 progress.advance(done)
                 if step == first:
                     self._synchronize()
                     self.first_step_seconds = time.perf_counter() - self.started
                     interval_begun, interval_first = time.perf_counter(), done
-                if (told := trace.after(done)) is not None:
+                    stop.waits = True  # from here on there is something to lose
+                told = trace.after(done)
+                if told:
                     progress.note(told)
-                stopping = stop.name  # read once: a signal that comes later waits for the next step
-                last = done == train.max_steps or stopping is not None
-                if done % train.log_every == 0 or last or done == 1:
-                    metrics = self._read(losses, norm, step)
+                if done % train.log_every == 0 or done in (1, train.max_steps):
+                    metrics = self._read(norm, step)
                     now = time.perf_counter()
                     if done > interval_first:
                         speed = (done - interval_first) * train.global_batch_tokens / (now - interval_begun)
                         self.speeds.append(speed)
                     self._log(done, metrics, progress)
-                    losses.clear()
+                    self.losses.clear()
                     interval_begun, interval_first = time.perf_counter(), done
-                evaluated = (train.eval_every and done % train.eval_every == 0) or done == train.max_steps
-                improved = evaluated and self._evaluate(done, progress)
-                enough = 0 < train.patience <= self.best.waited
+                paused = self._evaluate_and_sample(done, stop, progress)
+                stopping = stop.name  # read once: a signal that comes later waits for the next step
                 self.training_seconds = self.seconds_before + time.perf_counter() - begun
-                saved = (train.checkpoint_every and done % train.checkpoint_every == 0) or last or improved or enough
-                if saved:
+                due = train.checkpoint_every and done % train.checkpoint_every == 0
+                ends = done == train.max_steps or 0 < train.patience <= self.best.waited
+                if due or ends or stopping or self.best.step == done:
+                    paused = True
                     self._save(done)
-                sampled = self.sampler is not None and done % train.sample_every == 0
-                if sampled:
-                    self._sample(done, progress)
-                if evaluated or saved or sampled or told:
+                if paused or told:
                     interval_begun, interval_first = time.perf_counter(), done
-                if enough:
-                    progress.note(f"step {done}: {self.best.waited} evaluations without a better validation loss")
-                    return
-                if stopping is not None and done < train.max_steps:
+                if stopping and (done < train.max_steps or self.owed):
                     raise Interrupted(f"{stopping} after step {done}; its checkpoint is written")
 
     def _step(self, step: int, source: Prefetcher, *, traced: bool) -> tuple[Tensor, Tensor]:
@@ -256,19 +271,33 @@ class _Run:
         self.launched(names)
         return results[0]
 
-    def _evaluate(self, done: int, progress: TrainingProgress) -> bool:
-        """Whether the validation loss is the best so far."""
-        found = self.evaluator.run()
+    def _evaluate_and_sample(self, done: int, stop: StopRequest, progress: TrainingProgress) -> bool:
+        """What is due after `done` steps, and whether anything was. A run that is to stop leaves it owed."""
+        train = self.config.train
+        evaluates = done == train.max_steps or (train.eval_every > 0 and done % train.eval_every == 0)
+        samples = self.sampler is not None and done % train.sample_every == 0
+        if not (evaluates or samples):
+            return False
+        found = self.evaluator.run(lambda: stop.name is not None) if evaluates else {}
+        if stop.name is not None:  # also if it came after the last batch: what is owed is done as a whole
+            self.owed = True
+            return True
+        if found:
+            self._see(done, found, progress)
+        if samples:
+            self._sample(done, progress)
+        return True
+
+    def _see(self, done: int, found: dict[str, float], progress: TrainingProgress) -> None:
         self.last |= found
         self._write(done, found)
         improved = self.best.see(done, found["val/loss"])
         progress.note(f"step {done}: validation loss {found['val/loss']:.4f}{', the best so far' if improved else ''}")
-        return improved
 
     def _sample(self, done: int, progress: TrainingProgress) -> None:
         assert self.sampler is not None
         samples = self.sampler.run(done)
-        progress.note(f"step {done}: {shown(samples)}")
+        progress.note(f"step {done}: {one_line(samples)}")
         for sink in self.sinks:
             if isinstance(sink, SampleSink):
                 sink.log_samples(samples, done)
@@ -301,14 +330,15 @@ class _Run:
             skipped_steps=int(self.stepper.skipped),
         )
 
-    def _read(self, losses: list[Tensor], norm: Tensor, step: int) -> dict[str, float]:
+    def _read(self, norm: Tensor, step: int) -> dict[str, float]:
         """The one place where the host waits for the device."""
-        values = torch.stack([torch.stack(losses).mean(), norm, *(x.float() for x in self._counters())]).tolist()
+        values = torch.stack([torch.stack(self.losses).mean(), norm, *(x.float() for x in self._counters())]).tolist()
         loss, norm_value, skipped, in_a_row, scale = values
-        if in_a_row >= _MOST_SKIPPED_IN_A_ROW:
+        if in_a_row >= self.config.train.max_skipped_steps:
             raise UserError(
-                f"training broke down at step {step + 1}: the gradients of {in_a_row:.0f} steps in a row were not "
-                f"finite; lower optimizer.lr={self.config.optimizer.lr:g}, or use train.precision=bf16 or fp32"
+                f"training broke down at step {step + 1}: loss or gradients of {in_a_row:.0f} steps in a row were not "
+                f"finite; lower optimizer.lr={self.config.optimizer.lr:g}, or use train.precision=bf16 or fp32; the "
+                f"batch is in {self._keep_batch(step)}"
             )
         metrics = {
             "loss": loss,
@@ -318,6 +348,14 @@ class _Run:
             "skipped_steps": skipped,
         }
         return metrics | ({"loss_scale": scale} if self.config.train.precision == "fp16" else {})
+
+    def _keep_batch(self, step: int) -> str:
+        """Writes the tokens of a step that was skipped, [sequences, seq + 1]; returns where."""
+        indices = range(step * self.count, (step + 1) * self.count)
+        tokens = torch.cat([self.batches.get(index) for index in indices])
+        path = self.folder / "bad_batch.safetensors"
+        write_atomically(path, save({"tokens": tokens}, metadata={"step": str(step + 1)}))
+        return shown(path)
 
     def _counters(self) -> tuple[Tensor, Tensor, Tensor]:
         return self.stepper.skipped, self.stepper.skipped_in_a_row, self.stepper.scale
@@ -347,6 +385,8 @@ class _Run:
             "training_seconds": self.training_seconds,
             "last_metrics": self.last,
             "best": asdict(self.best),
+            "owed": self.owed,
+            "losses": torch.stack(self.losses).tolist() if self.losses else [],
         }
         model = self.model.state_dict()
         keep, best = self.config.train.keep_last, self.best.step or None

@@ -57,7 +57,7 @@ class Sampler:
             return str(self._tokenizer.decode(list(found)))
 
 
-def shown(samples: list[Sample]) -> str:
+def one_line(samples: list[Sample]) -> str:
     """The first sample as one short line."""
     text = " ".join(f"{samples[0].prompt}{samples[0].text}".split())
     return f'"{text}"' if len(text) <= _SHOWN else f'"{text[:_SHOWN]} ..."'

@@ -45,14 +45,14 @@ class Stepper:
         for index, batch in enumerate(micro_batches):
             total += self._micro_step.run(batch, scale, first=index == 0)
         total /= self.scale  # before the update changes it
-        norm = self._update(learning_rate(step, self._config.optimizer, self._config.train.max_steps))
+        norm = self._update(learning_rate(step, self._config.optimizer, self._config.train.max_steps), total)
         return total, norm
 
     @torch.no_grad()
-    def _update(self, lr: float) -> Tensor:
+    def _update(self, lr: float, loss: Tensor) -> Tensor:
         gradients = [p.grad for p in self._parameters if p.grad is not None]
         norm: Tensor = torch.linalg.vector_norm(torch.stack(torch._foreach_norm(gradients))) / self.scale
-        found_inf = (~norm.isfinite()).float()
+        found_inf = (~(norm + loss).isfinite()).float()
         divisor = self.scale
         if self._config.train.grad_clip > 0:
             # What `clip_grad_norm_` multiplies by, folded into the update's own division.

@@ -14,6 +14,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
+BROKEN = 0
 COMMIT = "0123456789abcdef0123456789abcdef01234567"
 _API = re.compile(
     r"/api/(?:datasets|models)/(?P<repo>[^/]+/[^/]+)(?:/(?P<what>revision|tree|paths-info)/[^/]+(?P<under>/.*)?)?$"
@@ -28,7 +29,7 @@ class Hub:
     url: str
     repositories: dict[str, dict[str, bytes]] = field(default_factory=dict)
     gated: set[str] = field(default_factory=set)
-    failures: dict[str, list[int]] = field(default_factory=dict)  # path's end: answers to the next requests for it
+    failures: dict[str, list[int]] = field(default_factory=dict)  # path's end: how the next requests for it fail
     requests: list[str] = field(default_factory=list)
 
 
@@ -62,8 +63,8 @@ class _Handler(BaseHTTPRequestHandler):
         path = self.path.partition("?")[0]
         hub.requests.append(f"{self.command} {path}")
         for end, codes in hub.failures.items():
-            if path.endswith(end) and codes:
-                return self._send(codes.pop(0), b"", {})
+            if path.endswith(end) and self.command == "GET" and codes:
+                return self._fail(codes.pop(0))
         api, resolve = _API.match(path), _RESOLVE.match(path)
         match = api or resolve
         if match is None:
@@ -79,15 +80,13 @@ class _Handler(BaseHTTPRequestHandler):
         return self._send_json(files, match["what"], match["under"] or "", repository, body)
 
     def _send_json(self, files: dict[str, bytes], what: str | None, under: str, repository: str, body: str) -> None:
-        entries: list[dict[str, object]] = [_entry(name, files[name]) for name in sorted(files)]
+        entries = [_entry(name, files[name]) for name in sorted(files)]
+        answer: object
         if what == "paths-info":
             paths = json.loads(body)["paths"]
-            folders = [
-                {"type": "directory", "oid": COMMIT, "size": 0, "path": p} for p in paths if _is_folder(p, files)
-            ]
-            answer: object = [e for e in entries if e["path"] in paths] + folders
+            answer = [entry for entry in entries if entry["path"] in paths]
         elif what == "tree":
-            answer = [e for e in entries if f"/{e['path']}".startswith(under)]
+            answer = _listing(entries, under.strip("/"), recursive="recursive=true" in self.path.lower())
         else:
             answer = {"id": repository, "sha": COMMIT, "siblings": [{"rfilename": name} for name in files], "tags": []}
         self._send(200, json.dumps(answer).encode(), {"Content-Type": "application/json"})
@@ -104,6 +103,16 @@ class _Handler(BaseHTTPRequestHandler):
         headers["Content-Range"] = f"bytes {first}-{last}/{len(content)}"
         return self._send(206, content[first : last + 1], headers)
 
+    def _fail(self, code: int) -> None:
+        """An answer of this status; BROKEN promises more than it sends and hangs up."""
+        if code != BROKEN:
+            return self._send(code, b"", {})
+        self.send_response(200)
+        self.send_header("Content-Length", "1000000")
+        self.end_headers()
+        self.wfile.write(b"{")
+        self.close_connection = True
+
     def _send(self, status: int, content: bytes, headers: dict[str, str]) -> None:
         self.send_response(status)
         for name, value in {**headers, "Content-Length": str(len(content))}.items():
@@ -117,8 +126,20 @@ def _entry(path: str, content: bytes) -> dict[str, object]:
     return {"type": "file", "oid": _oid(content), "size": len(content), "path": path}
 
 
-def _is_folder(path: str, files: dict[str, bytes]) -> bool:
-    return any(name.startswith(f"{path}/") for name in files)
+def _listing(entries: list[dict[str, object]], under: str, recursive: bool) -> list[dict[str, object]]:
+    """What is in a folder: files and, as entries of their own, folders."""
+    found: dict[str, dict[str, object]] = {}
+    prefix = f"{under}/" if under else ""
+    for entry in entries:
+        path = str(entry["path"])
+        if path.startswith(prefix):
+            folder, _, rest = path.removeprefix(prefix).partition("/")
+            if rest:
+                name = prefix + folder
+                found[name] = {"type": "directory", "oid": COMMIT, "size": 0, "path": name}
+            if recursive or not rest:
+                found[path] = entry
+    return list(found.values())
 
 
 def _oid(content: bytes) -> str:

@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import json
+import threading
 import time
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import ExitStack
 from dataclasses import replace
 from pathlib import Path
 
@@ -14,8 +17,9 @@ from tokenizers import Tokenizer
 from llmmed import data
 from llmmed.compose import compose
 from llmmed.config import Config
-from llmmed.data import biomed, shards, text
+from llmmed.data import biomed, prepared, shards, text
 from llmmed.errors import UserError
+from llmmed.files import cache_folder
 
 
 def text_config(path: Path, *overrides: str) -> Config:
@@ -82,6 +86,27 @@ def test_the_second_run_takes_the_cache_and_a_damaged_one_is_made_again(tmp_path
     third = data.prepare(config, told.append)
     assert any("damaged" in message for message in told)
     assert np.array_equal(train, third.train)
+
+
+def test_two_runs_at_once_prepare_once(tmp_path: Path) -> None:
+    write_documents(tmp_path / "terms.txt")
+    config = text_config(tmp_path / "terms.txt", "seed=12")
+    told: list[str] = []
+    waits = threading.Event()
+
+    def tell(message: str) -> None:
+        told.append(message)
+        waits.set()
+
+    with ThreadPoolExecutor(1) as pool, ExitStack() as first_run:
+        lock = cache_folder("data") / f"{prepared._recipe(config)[:32]}.lock"
+        first_run.enter_context(prepared._alone(lock, tell))
+        second_run = pool.submit(data.prepare, config, tell)
+        assert waits.wait(10)
+        assert told == ["another run is preparing the same data; waiting for it"]
+        assert not second_run.done()
+        first_run.close()
+        assert len(second_run.result(60).train) > 0
 
 
 def test_changed_text_is_prepared_anew(tmp_path: Path) -> None:

@@ -53,6 +53,26 @@ def test_compiled_without_graph_breaks_equals_eager(op_name: str, name: str) -> 
             torch.testing.assert_close(one, other, rtol=2e-5, atol=2e-6, msg=lambda m, n=number: f"result {n}: {m}")
 
 
+def test_a_compiler_does_not_write_out_the_arguments_of_an_operator() -> None:
+    """Torch 2.11 does where it first meets one; in a deep model without an end (see `_shorten_compiler_messages`)."""
+    from torch._inductor.exc import MissingOperatorWithoutDecomp
+
+    class Deep:
+        def __str__(self) -> str:
+            pytest.fail("an argument was written out")
+
+    operator, x = _squared_sum(), torch.ones(2, requires_grad=True)
+    torch.compile(operator, fullgraph=True, backend="aot_eager")(x, x)
+    assert "target: add" in MissingOperatorWithoutDecomp.operator_str("add", [Deep()], {})
+
+
+def test_a_workload_is_recorded_under_any_plan_without_a_launch() -> None:
+    operator = _squared_sum()
+    x = torch.ones(2, device="meta", requires_grad=True)
+    gradients = torch.autograd.grad(operator(x, x).sum(), [x])
+    assert gradients[0].is_meta
+
+
 def test_one_result_can_be_the_gradient_of_two_arguments() -> None:
     operator = _squared_sum()
     x, y = torch.tensor([1.0, 2.0], requires_grad=True), torch.tensor([3.0, 5.0], requires_grad=True)

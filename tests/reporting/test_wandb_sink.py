@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import struct
+import time
 from pathlib import Path
 from typing import Any
 
@@ -51,7 +52,13 @@ def test_metrics_summary_and_configuration_are_in_the_offline_file(tmp_path: Pat
     sink.log_samples([Sample("The heart", " beats.")], 3)
     sink.finish({"kernels/rms_norm": "triton", "use_triton_rmsnorm": True, "final/val_loss": 0.25}, "finished")
 
-    found = records(next((tmp_path / "wandb").glob("offline-run*/*.wandb")))
+    file = next((tmp_path / "wandb").glob("offline-run*/*.wandb"))
+    deadline = time.monotonic() + 20
+    found = records(file)
+    while not any(r.WhichOneof("record_type") == "exit" for r in found):
+        assert time.monotonic() < deadline  # W&B's process writes when it comes to it, later on a busy machine
+        time.sleep(0.1)
+        found = records(file)
     run = next(r.run for r in found if r.WhichOneof("record_type") == "run")
     assert run.project == "proof"
     assert list(run.tags) == ["a", "b"]

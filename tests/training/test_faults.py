@@ -5,6 +5,8 @@ from __future__ import annotations
 import json
 import os
 import shlex
+import signal
+import socket
 import subprocess
 import sys
 from pathlib import Path
@@ -12,6 +14,7 @@ from pathlib import Path
 import pytest
 
 from llmmed.training import checkpoint
+from tests.processes import Tagged
 
 SMOKE = ["experiment=smoke", "data=synthetic", "kernels=pytorch", "train.eval_every=0", "hydra.run.dir=disk/run"]
 
@@ -76,6 +79,52 @@ def test_wandb_that_dies_in_the_middle_does_not_end_the_run(tmp_path: Path, repo
     assert done.stderr.count("server gone") == 1
     assert json.loads((tmp_path / "disk" / "run" / "status.json").read_text())["state"] == "finished"
     assert (tmp_path / "disk" / "run" / "summary.json").exists()
+
+
+@pytest.mark.slow
+def test_a_wandb_server_that_never_answers_is_not_waited_for(tmp_path: Path, repository: Path) -> None:
+    with socket.create_server(("127.0.0.1", 0), backlog=64) as silent:  # connections succeed, nobody speaks
+        environment = {"WANDB_BASE_URL": f"http://127.0.0.1:{silent.getsockname()[1]}", "WANDB_API_KEY": "a" * 40}
+        run = Tagged(
+            [sys.executable, str(repository / "scripts" / "train.py"), *SMOKE, "logger=wandb", "logger.mode=online",
+             "logger.timeout_seconds=2", "train.max_steps=2"], tmp_path, **environment,
+        )  # fmt: skip
+        assert run.process.wait(60) == 0, run.output.read_text()
+        assert "W&B is not used: no answer within logger.timeout_seconds=2" in run.output.read_text()
+        run.all_end()
+    assert (tmp_path / "disk" / "run" / "summary.json").exists()
+
+
+@pytest.mark.slow
+def test_a_wandb_service_that_is_killed_does_not_end_the_run(tmp_path: Path, repository: Path) -> None:
+    run = Tagged(
+        [sys.executable, str(repository / "scripts" / "train.py"), *SMOKE, "logger=wandb", "logger.timeout_seconds=5",
+         "train.max_steps=200", "train.log_every=1"], tmp_path,
+    )  # fmt: skip
+    run.wait_until((tmp_path / "disk" / "run" / "metrics.jsonl").exists)
+    services = [pid for pid, command in run.processes().items() if "wandb-core" in command]
+    assert services
+    for pid in services:
+        os.kill(pid, signal.SIGKILL)
+    assert run.process.wait(60) == 0, run.output.read_text()
+    assert run.output.read_text().count("W&B failed") == 1
+    assert "Traceback" not in run.output.read_text()
+    run.all_end()
+    steps = [json.loads(line)["step"] for line in (tmp_path / "disk" / "run" / "metrics.jsonl").open()]
+    assert steps[-1] == 200
+    assert json.loads((tmp_path / "disk" / "run" / "status.json").read_text())["state"] == "finished"
+
+
+@pytest.mark.skipif(not can_mount(), reason="needs user namespaces: unshare -Urm")
+def test_a_read_only_output_folder_is_one_line(tmp_path: Path, repository: Path) -> None:
+    (tmp_path / "disk").mkdir()
+    train = shlex.join([sys.executable, str(repository / "scripts" / "train.py"), *SMOKE])
+    done = subprocess.run(
+        ["unshare", "-Urm", "bash", "-c", f"mount -t tmpfs -o ro tmpfs disk && {train}"],
+        cwd=tmp_path, capture_output=True, text=True, timeout=60,
+    )  # fmt: skip
+    assert done.returncode == 1
+    assert done.stderr.strip().splitlines() == ["error: Read-only file system: disk/run"]
 
 
 def _with_path(folder: Path) -> dict[str, str]:

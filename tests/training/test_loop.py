@@ -17,10 +17,12 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from llmmed.data import Batches
 from llmmed.errors import UserError
-from llmmed.training import Interrupted, checkpoint
+from llmmed.signals import Interrupted
+from llmmed.training import checkpoint
 from llmmed.training.metrics import read_metrics
-from tests.training.tiny import run, tiny_config
+from tests.training.tiny import build, pattern, run, run_with, tiny_config
 
 ARGUMENTS = ["experiment=smoke", "data=synthetic", "kernels=pytorch", "model.vocab_size=64", "train.seq_len=16",
              "train.micro_batch_size=4", "train.eval_every=0", "train.log_every=5", "hydra.run.dir=run"]  # fmt: skip
@@ -77,20 +79,12 @@ def test_resuming_is_bit_identical(tmp_path: Path, optimizer: str) -> None:
 
 
 @pytest.mark.slow
-def test_killed_at_a_random_moment_and_resumed(tmp_path: Path, repository: Path) -> None:
-    more = ("train.max_steps=60", "train.checkpoint_every=5")
-    assert start(tmp_path, repository, *more, "hydra.run.dir=whole").wait() == 0
-    process = start(tmp_path, repository, *more)
-    wait_for_step(tmp_path, 20, process)
-    time.sleep(int.from_bytes(os.urandom(1), "big") / 1000)
-    process.kill()
-    process.wait()
-    done = start(tmp_path, repository, *more, "train.resume=auto")
-    assert done.wait() == 0, done.communicate()
-    last = Path("checkpoints/step_00000060")
-    for name in ("model.safetensors", "optimizer.safetensors"):
-        whole, resumed = (load_file(tmp_path / folder / last / name) for folder in ("whole", "run"))
-        assert all(torch.equal(whole[key], resumed[key]) for key in whole)
+def test_killed_at_random_moments_and_resumed(repository: Path) -> None:
+    command = [sys.executable, str(repository / "scripts" / "kill_and_resume.py"), "runs=3"]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=200)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert "3 kills (1 while training, 1 while writing a checkpoint, 1 while " in done.stdout
+    assert "all bit-identical" in done.stdout
 
 
 @pytest.mark.slow
@@ -111,7 +105,7 @@ def test_a_signal_ends_it_after_the_step_with_a_checkpoint(
 
 
 class SignalsAt:
-    """A sink that sends a signal while a step is logged: too late for that step."""
+    """A sink that sends a signal while a step is logged."""
 
     def __init__(self, step: int) -> None:
         self.step = step
@@ -124,12 +118,63 @@ class SignalsAt:
         pass
 
 
-def test_a_signal_in_the_middle_of_a_step_waits_for_the_next(tmp_path: Path) -> None:
-    with pytest.raises(Interrupted, match="SIGTERM after step 5"):
+def test_a_signal_after_a_step_waits_for_no_other(tmp_path: Path) -> None:
+    with pytest.raises(Interrupted, match="SIGTERM after step 4"):
         run(tiny_config(), tmp_path, sinks=[SignalsAt(4)])
     found = checkpoint.load_latest(tmp_path / "checkpoints")
     assert found is not None
-    assert found.step == 5
+    assert found.step == 4
+
+
+@pytest.mark.parametrize("stop_at", [7, 8])  # between two evaluations; where one is due
+def test_a_stopped_run_goes_on_as_if_nothing_had_happened(tmp_path: Path, stop_at: int) -> None:
+    config = tiny_config("train.log_every=3", "train.eval_every=4", "optimizer.lr=3e-2")
+    whole, expected = run(config, tmp_path / "whole")
+    model, steps = build(config), []
+
+    def signal_in_step(*_: object) -> None:
+        steps.append(len(steps) + 1)
+        if steps[-1] == stop_at:
+            os.kill(os.getpid(), signal.SIGTERM)
+
+    hook = model.register_forward_pre_hook(signal_in_step)
+    with pytest.raises(Interrupted, match=f"SIGTERM after step {stop_at}"):
+        run_with(model, config, tmp_path / "part")
+    hook.remove()
+    resumed, found = run(config, tmp_path / "part", resume=True)
+    for name, tensor in whole.state_dict().items():
+        assert torch.equal(tensor, resumed.state_dict()[name]), name
+    folders = (tmp_path / "whole", tmp_path / "part")
+    entries = [read_metrics(folder / "metrics.jsonl") for folder in folders]
+    for entry in (*entries[0], *entries[1]):
+        entry.pop("tokens_per_second", None)
+    assert entries[0] == entries[1]
+    assert (found.best_step, found.best_val_loss) == (expected.best_step, expected.best_val_loss)
+
+
+def test_a_signal_before_the_first_step_is_done_does_not_wait_for_it(tmp_path: Path) -> None:
+    config = tiny_config()
+    model = build(config)
+    model.register_forward_pre_hook(lambda *_: os.kill(os.getpid(), signal.SIGTERM))
+    with pytest.raises(Interrupted, match="SIGTERM before the first step was done"):
+        run_with(model, config, tmp_path)
+    assert not (tmp_path / "checkpoints").exists()
+
+
+def test_a_damaged_checkpoint_costs_only_the_steps_since_the_one_before(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    config = tiny_config("train.checkpoint_every=4")
+    whole, _ = run(config, tmp_path)
+    weights = tmp_path / "checkpoints" / "step_00000012" / "model.safetensors"
+    data = bytearray(weights.read_bytes())
+    data[len(data) // 2] ^= 1
+    weights.write_bytes(data)
+    resumed, _ = run(config, tmp_path, resume=True)
+    assert "step_00000012 is damaged (model.safetensors does not match" in caplog.text
+    assert "going on from the checkpoint of step 8" in (tmp_path / "console.txt").read_text()
+    for name, tensor in whole.state_dict().items():
+        assert torch.equal(tensor, resumed.state_dict()[name]), name
 
 
 def test_other_data_is_refused(tmp_path: Path) -> None:
@@ -153,9 +198,20 @@ def test_accumulated_micro_batches_equal_one_batch(tmp_path: Path) -> None:
         torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-5, msg=name)
 
 
-def test_a_broken_run_ends_with_one_line(tmp_path: Path) -> None:
-    with pytest.raises(UserError, match=r"optimizer\.lr"):
-        run(tiny_config("optimizer.lr=1e30", "train.max_steps=200", "train.grad_clip=0"), tmp_path)
+@pytest.mark.parametrize("optimizer", ["adamw", "muon"])
+def test_a_broken_run_ends_with_one_line_and_its_batch(tmp_path: Path, optimizer: str) -> None:
+    config = tiny_config(f"optimizer={optimizer}", "optimizer.lr=1e30", "train.max_steps=200", "train.grad_clip=0",
+                         "train.max_skipped_steps=7", "train.global_batch_tokens=128")  # fmt: skip
+    with pytest.raises(UserError, match=r"7 steps in a row were not finite; lower optimizer\.lr") as caught:
+        run(config, tmp_path)
+    assert "bad_batch.safetensors" in str(caught.value)
+    assert "\n" not in str(caught.value)
+    last = read_metrics(tmp_path / "metrics.jsonl")[-1]
+    assert last["skipped_steps"] == 6
+    tokens = load_file(tmp_path / "bad_batch.safetensors")["tokens"]
+    batches = Batches(pattern().train, 16, 4, config.seed, shuffle=True)
+    step = int(last["step"])  # from 0, the one that ended it
+    assert torch.equal(tokens, torch.cat([batches.get(2 * step), batches.get(2 * step + 1)]))
 
 
 @pytest.mark.parametrize("precision", ["bf16", "fp16"])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import pytest
 import torch
 from torch import Tensor
 
@@ -59,6 +60,29 @@ def test_an_overflow_skips_the_step_and_halves_the_scale() -> None:
     stepper.run(2, [TOKENS], 1)
     assert (int(stepper.skipped), int(stepper.skipped_in_a_row)) == (1, 0)
     assert not torch.equal(next(iter(model.parameters())), before[0])
+
+
+@pytest.mark.parametrize("optimizer", ["adamw", "muon"])
+@pytest.mark.parametrize("broken", ["loss", "gradients"])
+def test_a_step_that_is_not_finite_is_skipped_whatever_the_optimizer(optimizer: str, broken: str) -> None:
+    config = tiny_config(f"optimizer={optimizer}")
+    model = build(config)
+    factor, summand = torch.ones(()), torch.zeros(())
+
+    def loss(tokens: Tensor, targets: Tensor, scale: Tensor) -> Tensor:
+        result: Tensor = model(tokens, targets, scale) * factor + summand
+        return result
+
+    stepper = Stepper(model, LaunchedMicroStep(loss, list(model.parameters())), config)
+    stepper.run(0, [TOKENS], 1)
+    before = [parameter.detach().clone() for parameter in model.parameters()]
+    state = {name: tensor.clone() for name, tensor in stepper.tensors().items() if "skipped" not in name}
+    (summand if broken == "loss" else factor).fill_(float("nan"))
+    for _ in range(2):
+        stepper.run(1, [TOKENS], 1)
+    assert all(torch.equal(p, old) for p, old in zip(model.parameters(), before, strict=True))
+    assert all(torch.equal(stepper.tensors()[name], old) for name, old in state.items())
+    assert (int(stepper.skipped), int(stepper.skipped_in_a_row)) == (2, 2)
 
 
 def test_the_scale_does_not_change_the_update() -> None:

@@ -238,7 +238,7 @@ def _constants(q: Tensor, k: Tensor, launch: Launch) -> dict[str, Any]:
         "SCALE": head_dim**-0.5 * _LOG2_E,
         "EVEN": seq % launch.rows == 0 and seq % launch.cols == 0,
         # The same rule as PyTorch's own products, so that neither side of a comparison is more exact by decree.
-        "PRECISION": "tf32" if torch.backends.cuda.matmul.allow_tf32 else "ieee",
+        "PRECISION": "tf32" if q.dtype == torch.float32 and torch.backends.cuda.matmul.allow_tf32 else "ieee",
         "num_warps": launch.num_warps,
         "num_stages": launch.num_stages,
     }

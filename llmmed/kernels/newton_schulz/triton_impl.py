@@ -81,7 +81,7 @@ def _symmetric_product(X: Tensor, add: Tensor, alpha: float, beta: float) -> Ten
     side = triton.cdiv(size, block)
     newton_schulz_triton_fwd_kernel[(side * (side + 1) // 2, n)](
         X, add, out, *X.stride(), size, inner, ALPHA=alpha, BETA=beta, BLOCK=block, BLOCK_K=block_k,
-        PRECISION="tf32" if torch.backends.cuda.matmul.allow_tf32 else "ieee",
+        PRECISION="tf32" if X.dtype == torch.float32 and torch.backends.cuda.matmul.allow_tf32 else "ieee",
         num_warps=num_warps, num_stages=num_stages,
     )  # fmt: skip
     return out

@@ -1,0 +1,53 @@
+"""The warm-up: what it runs, and that processes share it without doing anything twice."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+
+from llmmed.autotune import warm
+from llmmed.autotune.child import started_process
+from llmmed.autotune.journal import Job, Task
+from llmmed.autotune.verify import trials
+from llmmed.autotune.workload import Workload
+from llmmed.kernels.catalog import get_op
+
+
+@pytest.fixture
+def job(norms: Workload, tmp_path: Path) -> Job:
+    task = Task.of("rms_norm", norms.by_op()["rms_norm"], ["pytorch", "triton"], measure=True)
+    return Job(
+        journal=tmp_path / "journal",
+        device="cpu",
+        mode="graphs",
+        deterministic=False,
+        matmul_precision="high",
+        tasks=[task],
+        seconds=60.0,
+    )
+
+
+def test_every_trial_of_the_gate_is_covered(job: Job, norms: Workload) -> None:
+    units = list(warm._units(job.tasks, job.mode, torch.device("cpu")))
+    calls = list(norms.by_op()["rms_norm"])
+    tried = {(t.call, t.layout) for t in trials(get_op("rms_norm"), calls, None, torch.device("cpu"))}
+    assert {(u.call, u.layout) for u in units if u.name == "triton" and not u.compiled} == tried
+    assert [u.call for u in units if u.compiled] == calls
+    assert {u.name for u in units if u.compiled} == {"pytorch"}
+
+
+def test_two_processes_share_the_work(job: Job, tmp_path: Path) -> None:
+    claims = tmp_path / "claims"
+    claims.mkdir()
+    job.write(tmp_path / "job.json")
+    arguments = [str(tmp_path / "job.json"), str(claims)]
+    logs = [tmp_path / "a.log", tmp_path / "b.log"]
+    with (
+        started_process("llmmed.autotune.warm", arguments, logs[0]) as first,
+        started_process("llmmed.autotune.warm", arguments, logs[1]) as second,
+    ):
+        assert [first.wait(120), second.wait(120)] == [0, 0]
+    assert len(list(claims.iterdir())) == len(list(warm._units(job.tasks, job.mode, torch.device("cpu"))))
+    assert not warm._claim(claims / "0")

@@ -1,0 +1,57 @@
+"""A process of a test with all its descendants, so that none of them is left behind unseen."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import time
+import uuid
+from collections.abc import Callable
+from pathlib import Path
+
+FEW_SECONDS = 15  # on an idle machine two; tests may share theirs
+
+
+class Tagged:
+    """A process whose descendants can be found, whatever they do: by a mark in their environment."""
+
+    def __init__(self, command: list[str], folder: Path, **environment: str) -> None:
+        self.mark, self.folder = f"LLMMED_TEST={uuid.uuid4()}", folder
+        name, _, value = self.mark.partition("=")
+        self.output = folder / "output.txt"
+        self.process = subprocess.Popen(
+            command, cwd=folder, env=os.environ | environment | {name: value}, stdout=self.output.open("w"),
+            stderr=subprocess.STDOUT, start_new_session=True,
+        )  # fmt: skip
+
+    def wait_until(self, condition: Callable[[], bool]) -> None:
+        deadline = time.monotonic() + 100
+        while not condition():
+            assert self.process.poll() is None, self.output.read_text()
+            assert time.monotonic() < deadline
+            time.sleep(0.02)
+
+    def processes(self) -> dict[int, str]:
+        """Those that run, and their command lines."""
+        found = {}
+        for path in Path("/proc").glob("[0-9]*"):
+            try:
+                if self.mark.encode() in (path / "environ").read_bytes().split(b"\0"):
+                    found[int(path.name)] = (path / "cmdline").read_text().replace("\0", " ")
+            except OSError:
+                continue
+        return found
+
+    def all_end(self) -> None:
+        deadline = time.monotonic() + FEW_SECONDS
+        while left := self.processes():
+            assert time.monotonic() < deadline, left
+            time.sleep(0.1)
+
+    def ends(self, send: Callable[[int, int], None] = os.kill) -> int:
+        """Sends SIGTERM, waits for the end of it and of all its descendants, and returns the exit code."""
+        send(self.process.pid, signal.SIGTERM)
+        code = self.process.wait(FEW_SECONDS)
+        self.all_end()
+        return code
