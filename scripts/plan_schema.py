@@ -7,5 +7,6 @@ from llmmed.files import write_json
 
 if __name__ == "__main__":
     write_json(
-        Path(__file__).parent.parent / "docs" / "kernels.schema.json", KernelPlan.model_json_schema(mode="serialization")
+        Path(__file__).parent.parent / "docs" / "kernels.schema.json",
+        KernelPlan.model_json_schema(mode="serialization"),
     )

@@ -43,7 +43,9 @@ def main(arguments: Sequence[str]) -> int:
     """Prints the tables of the `kernels.json` that are named, and returns the exit code."""
     errors = Console(stderr=True, highlight=False, soft_wrap=True)
     if not arguments or any(argument.startswith("-") for argument in arguments):
-        errors.print("error: write kernel_table.py <kernels.json>, for instance outputs/2026-01-31/12-00-00/kernels.json")
+        errors.print(
+            "error: write kernel_table.py <kernels.json>, for instance outputs/2026-01-31/12-00-00/kernels.json"
+        )
         return 1
     try:
         for argument in arguments:
