@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 
 from rich.console import Console
 from rich.markup import escape
@@ -11,6 +12,7 @@ from rich.table import Table
 from rich.text import Text
 
 from llmmed.autotune.plan import Candidate, KernelPlan, OpPlan, Status, StepEvidence
+from llmmed.errors import UserError
 from llmmed.kernels.catalog import DEFAULT
 
 _ABSENT = "\N{EN DASH}"
@@ -35,6 +37,23 @@ def print_kernel_table(plan: KernelPlan, console: Console) -> None:
     console.print()
     console.print(closing_line(plan), highlight=False)
     console.print()
+
+
+def main(arguments: Sequence[str]) -> int:
+    """Prints the tables of the `kernels.json` that are named, and returns the exit code."""
+    errors = Console(stderr=True, highlight=False, soft_wrap=True)
+    if not arguments or any(argument.startswith("-") for argument in arguments):
+        errors.print(
+            "error: write kernel_table.py <kernels.json>, for instance outputs/2026-01-31/12-00-00/kernels.json"
+        )
+        return 1
+    try:
+        for argument in arguments:
+            print_kernel_table(KernelPlan.read(Path(argument)), Console(highlight=False))
+    except UserError as error:
+        errors.print(f"error: {error}", markup=False)
+        return 1
+    return 0
 
 
 def kernel_table(plan: KernelPlan, *, gap: int = 2) -> Table:

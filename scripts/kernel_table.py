@@ -1,0 +1,11 @@
+"""Prints the table of kernels out of a plan: `python scripts/kernel_table.py outputs/<date>/<time>/kernels.json`.
+
+Needs neither a GPU nor the machine that the plan was made on.
+"""
+
+import sys
+
+from llmmed.reporting.kernel_table import main
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))
