@@ -19,7 +19,7 @@ def plan_with(ops: dict[str, OpPlan], step_ms: float | None) -> KernelPlan:
     plan = make_plan().model_copy(update={"ops": ops})
     if step_ms is None:
         return plan
-    default = {name: "pytorch" for name in ops}
+    default = dict.fromkeys(ops, "pytorch")
     chosen = StepTimes(choice=plan.choice, ms=step_ms, ms_low=step_ms, ms_high=step_ms, peak_memory_gib=None)
     slower = chosen.model_copy(update={"choice": default, "ms": step_ms + 6})
     step = StepEvidence(
