@@ -103,7 +103,7 @@ def sweep_page(folder: Path, jobs: Sequence[JobSummary]) -> str:
     headers = ["job", "status", *(column.title for column in columns), "kernels other than pytorch", "reason"]
     picture = base64.b64encode((folder / "sweep_summary.png").read_bytes()).decode()
     sections = {
-        "Comparison": table(headers, rows, numbers=range(2, 2 + len(columns))),
+        "Comparison": table(headers, rows, numbers=range(2, 2 + len(columns))) + f"<p>{sweep_summary.UNITS}</p>",
         "Plots": f'<div class="scroll"><img alt="the comparison as bars" src="data:image/png;base64,{picture}"></div>',
     }
     done = sum(job.status == "finished" for job in jobs)

@@ -177,7 +177,8 @@ thead th { vertical-align: bottom; color: var(--dim) } .number { text-align: rig
   font-variant-numeric: tabular-nums } thead .number { white-space: normal } .state { white-space: nowrap }
 .op th { padding-top: 14px } .chosen td { font-weight: 600 } td.why { min-width: 240px; font-weight: 400 }
 .pairs td { overflow-wrap: anywhere } .pairs th { font-weight: 400; color: var(--dim) }
-pre { background: var(--card); border-radius: 8px; padding: 8px 12px; overflow-x: auto; font-size: .82rem }
+pre { background: var(--card); border-radius: 8px; padding: 8px 12px; white-space: pre-wrap;
+  overflow-wrap: anywhere; font-size: .82rem }
 .bars { margin-bottom: 8px } text.over { paint-order: stroke; stroke: var(--page); stroke-width: 4px }
 rect { stroke: var(--page); stroke-width: 1 }
 .rest { fill: var(--line); background: var(--line) } svg text.on { fill: #000; font-weight: 600; stroke: none }
