@@ -74,7 +74,7 @@ def run_job(composed: DictConfig, folder: Path, hydra_config: HydraConf) -> floa
         The final validation loss, what an optimizing sweeper makes small; None if there is none.
 
     Raises:
-        KeyboardInterrupt: the job was interrupted. Nothing else: what went wrong stands in `status.json`.
+        KeyboardInterrupt: Ctrl-C, once the job has ended. Nothing else: what went wrong stands in `status.json`.
     """
     label = f"job {hydra_config.job.num}: {hydra_config.job.override_dirname or 'no overrides'}"
     if run_folder.read_status(folder).state == "finished":
@@ -97,8 +97,11 @@ def run_job(composed: DictConfig, folder: Path, hydra_config: HydraConf) -> floa
     launcher = hydra_config.runtime.choices["hydra/launcher"]
     output = None if launcher == "basic" else folder / OUTPUT
     with own_gpu(wanted=launcher == "joblib" and config.device == "cuda") as gpu:
-        code = _run(command, {**os.environ, **environment, **gpu}, output)
-    return _outcome(code, folder, label)
+        code, stopped = _run(command, {**os.environ, **environment, **gpu}, output)
+    loss = _outcome(code, folder, label)
+    if stopped:
+        raise KeyboardInterrupt
+    return loss
 
 
 _OF_THE_SWEEP = (
@@ -119,21 +122,23 @@ def _outcome(code: int, folder: Path, label: str) -> float | None:
         run_folder.write_status(folder, "failed", reason=reason)
         status = run_folder.read_status(folder)
     print(f"{label}: {status.state}{f': {status.reason}' if status.reason else ''}", flush=True)
-    if code == INTERRUPTED:
-        raise KeyboardInterrupt
     return _validation_loss(folder) if code == 0 else None
 
 
-def _run(command: Sequence[str], environment: Mapping[str, str], output: Path | None) -> int:
-    """The exit code. Ctrl-C reaches the child too; it is given the time to write its checkpoint."""
+def _run(command: Sequence[str], environment: Mapping[str, str], output: Path | None) -> tuple[int, bool]:
+    """The exit code, and whether there was a Ctrl-C. That reaches the child too, which is given the time to end well.
+
+    A child that somebody else stops ends alone, whatever its exit code.
+    """
+    stopped = False
     with contextlib.ExitStack() as stack:
         file = stack.enter_context(output.open("a", encoding="utf-8")) if output is not None else None
         child = subprocess.Popen(command, env=environment, stdout=file, stderr=subprocess.STDOUT if file else None)
         while True:
             try:
-                return child.wait()
+                return child.wait(), stopped
             except KeyboardInterrupt:
-                continue
+                stopped = True
 
 
 def tell(folder: Path) -> list[str]:

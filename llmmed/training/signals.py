@@ -1,4 +1,4 @@
-"""SIGTERM and SIGINT end a run after its current step, not in the middle of it."""
+"""SIGTERM, SIGINT and SIGUSR2, by which SLURM jobs learn of their time limit, end a run after its current step."""
 
 from __future__ import annotations
 
@@ -11,14 +11,14 @@ class Interrupted(Exception):
 
 
 class StopRequest:
-    """A context in which the first SIGTERM or SIGINT sets `name`; a second SIGINT ends the process at once."""
+    """A context in which the first SIGTERM, SIGINT or SIGUSR2 sets `name`; a second SIGINT ends the process at once."""
 
     def __init__(self) -> None:
         self.name: str | None = None
         self._before: dict[int, object] = {}
 
     def __enter__(self) -> StopRequest:
-        for number in (signal.SIGTERM, signal.SIGINT):
+        for number in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR2):
             self._before[number] = signal.signal(number, self._handle)
         return self
 
