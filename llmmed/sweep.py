@@ -26,7 +26,6 @@ from llmmed import compose, run_folder
 from llmmed.errors import UserError
 from llmmed.files import read_json, write_atomically
 from llmmed.gpus import own_gpu
-from llmmed.signals import INTERRUPTED
 
 OUTPUT = "output.txt"  # what a job prints, where several print at once
 
@@ -75,7 +74,7 @@ def run_job(composed: DictConfig, folder: Path, hydra_config: HydraConf) -> floa
         The final validation loss, what an optimizing sweeper makes small; None if there is none.
 
     Raises:
-        KeyboardInterrupt: the job was interrupted. Nothing else: what went wrong stands in `status.json`.
+        KeyboardInterrupt: Ctrl-C, once the job has ended. Nothing else: what went wrong stands in `status.json`.
     """
     label = f"job {hydra_config.job.num}: {hydra_config.job.override_dirname or 'no overrides'}"
     if run_folder.read_status(folder).state == "finished":
@@ -98,8 +97,11 @@ def run_job(composed: DictConfig, folder: Path, hydra_config: HydraConf) -> floa
     launcher = hydra_config.runtime.choices["hydra/launcher"]
     output = None if launcher == "basic" else folder / OUTPUT
     with own_gpu(wanted=launcher == "joblib" and config.device == "cuda") as gpu:
-        code = _run(command, {**os.environ, **environment, **gpu}, output)
-    return _outcome(code, folder, label)
+        code, stopped = _run(command, {**os.environ, **environment, **gpu}, output)
+    loss = _outcome(code, folder, label)
+    if stopped:
+        raise KeyboardInterrupt
+    return loss
 
 
 _OF_THE_SWEEP = (
@@ -120,24 +122,30 @@ def _outcome(code: int, folder: Path, label: str) -> float | None:
         run_folder.write_status(folder, "failed", reason=reason)
         status = run_folder.read_status(folder)
     print(f"{label}: {status.state}{f': {status.reason}' if status.reason else ''}", flush=True)
-    if code == INTERRUPTED:
-        raise KeyboardInterrupt
     return _validation_loss(folder) if code == 0 else None
 
 
-def _run(command: Sequence[str], environment: Mapping[str, str], output: Path | None) -> int:
-    """The exit code. Ctrl-C reaches the child too, SIGTERM is passed on; it has the time to write its checkpoint."""
+def _run(command: Sequence[str], environment: Mapping[str, str], output: Path | None) -> tuple[int, bool]:
+    """The exit code, and whether the sweep was asked to stop. Ctrl-C reaches the child too, SIGTERM is passed on; it
+    has the time to end well. A child that somebody else stops ends alone, whatever its exit code.
+    """
+    stopped = threading.Event()
     with contextlib.ExitStack() as stack:
         file = stack.enter_context(output.open("a", encoding="utf-8")) if output is not None else None
         child = subprocess.Popen(command, env=environment, stdout=file, stderr=subprocess.STDOUT if file else None)
+
+        def pass_on(*_: object) -> None:
+            stopped.set()
+            child.terminate()
+
         if threading.current_thread() is threading.main_thread():  # a launcher may run jobs in others
-            before = signal.signal(signal.SIGTERM, lambda number, frame: child.terminate())
+            before = signal.signal(signal.SIGTERM, pass_on)
             stack.callback(signal.signal, signal.SIGTERM, before)
         while True:
             try:
-                return child.wait()
+                return child.wait(), stopped.is_set()
             except KeyboardInterrupt:
-                continue
+                stopped.set()
 
 
 def tell(folder: Path) -> list[str]:

@@ -14,7 +14,7 @@ from pathlib import Path
 
 import pytest
 
-from llmmed import gpus, sweep
+from llmmed import gpus, run_folder, sweep
 from llmmed.errors import UserError
 from tests.reporting.test_wandb_sink import whole_file
 
@@ -116,6 +116,22 @@ def test_optuna_minimizes_the_validation_loss_with_jobs_of_submitit(tmp_path: Pa
     best = (tmp_path / "sweep" / "optimization_results.yaml").read_text()
     assert f"best_value: {min(losses.values())}" in best
     assert len({name.partition("optimizer.lr=")[2] for name in losses}) == 2
+
+
+def test_a_job_that_somebody_stops_ends_alone(tmp_path: Path) -> None:
+    code, stopped = sweep._run([sys.executable, "-c", "raise SystemExit(130)"], os.environ, tmp_path / "output.txt")
+    assert (code, stopped) == (sweep.INTERRUPTED, False)
+    run_folder.write_status(tmp_path, "interrupted", reason="SIGTERM after step 3")
+    assert sweep._outcome(code, tmp_path, "job 0") is None
+    assert run_folder.read_status(tmp_path).reason == "SIGTERM after step 3"
+
+
+def test_ctrl_c_waits_for_the_job(tmp_path: Path) -> None:
+    threading.Timer(0.3, os.kill, (os.getpid(), signal.SIGINT)).start()
+    code, stopped = sweep._run([sys.executable, "-c", "import time; time.sleep(1); print('whole')"], os.environ,
+                               tmp_path / "output.txt")  # fmt: skip
+    assert (code, stopped) == (0, True)
+    assert (tmp_path / "output.txt").read_text() == "whole\n"
 
 
 def test_a_plugin_that_is_missing_is_one_line(monkeypatch: pytest.MonkeyPatch) -> None:
