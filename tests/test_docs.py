@@ -144,6 +144,9 @@ def check_arguments(script: str, arguments: list[str]) -> None:
             return  # launchers and sweepers have values of their own: `test_docs_sweeping.py` composes these
         overrides = [argument for argument in arguments if argument != "-m"]
         lists = [override.partition("=")[2].split(",") for override in overrides]
+        if "train.micro_batch_size=auto" in overrides:
+            compose.compose_yaml(overrides)  # a number takes its place before anything is validated
+            return
         for choice in range(max(map(len, lists), default=1)):
             compose.compose([pick(override, choice) for override in overrides])
     elif script == "benchmark.py":
