@@ -49,10 +49,14 @@ def main() -> None:
     os.environ["HYDRA_FULL_ERROR"] = "1"  # exceptions reach this function, which tells them in one line
     try:
         compose.register()
-        _validate_early()
-        hydra.main(version_base="1.3", config_path=str(compose.config_folder()), config_name=compose.CONFIG_NAME)(
-            _task
-        )()
+        if _is_single_run():
+            _validate_early()
+            # From before there is a folder, so that there is never one that does not say what became of its run.
+            with StopRequest(give_up=_tell_interrupted) as stop:
+                stop.waits = True
+                _hydra_main(stop)
+        else:
+            _hydra_main(StopRequest())
     except UserError as error:
         _exit(str(error))
     except (HydraException, omegaconf.errors.OmegaConfBaseException) as error:
@@ -68,12 +72,22 @@ def main() -> None:
         _tell_sweep()
 
 
-def _validate_early() -> None:
-    """Refuses a mistaken single run before Hydra makes its folder, and sends a resumed run to the folder it had."""
+def _hydra_main(stop: StopRequest) -> None:
+    def task(composed: DictConfig) -> None:
+        _task(composed, stop)
+
+    hydra.main(version_base="1.3", config_path=str(compose.config_folder()), config_name=compose.CONFIG_NAME)(task)()
+
+
+def _is_single_run() -> bool:
     arguments = get_args_parser().parse_args()
     others = ("multirun", "help", "hydra_help", "cfg", "info", "shell_completion", "config_dir", "config_name")
-    if any(getattr(arguments, name, None) for name in others):
-        return
+    return not any(getattr(arguments, name, None) for name in others)
+
+
+def _validate_early() -> None:
+    """Refuses a mistaken run before Hydra makes its folder, and sends a resumed one to the folder it had."""
+    arguments = get_args_parser().parse_args()
     composed = compose.compose_yaml(arguments.overrides)
     config = compose.validate(composed, arguments.overrides)
     folder = run_folder.to_resume(config, Path("outputs"))
@@ -81,21 +95,22 @@ def _validate_early() -> None:
         sys.argv.append(f"hydra.run.dir={_quoted(folder)}")
 
 
-def _task(composed: DictConfig) -> None:
+def _task(composed: DictConfig, stop: StopRequest) -> None:
     hydra_config = HydraConfig.get()
     folder = Path(hydra_config.runtime.output_dir)
     if hydra_config.mode == RunMode.MULTIRUN:
         _jobs.append(_run_job(composed, folder, hydra_config))
         return
-    with StopRequest(give_up=lambda name: _tell_interrupted(folder, name)) as stop:
-        try:
-            code = _run(composed, folder, list(hydra_config.overrides.task), stop)
-        except Interrupted as interruption:  # before `run` took over
-            _tell_interrupted(folder, str(interruption))
-            code = INTERRUPTED
-        except UserError as error:
-            run_folder.write_status(folder, "failed", reason=str(error))
-            raise
+    try:
+        stop.wait_no_more()
+        code = _run(composed, folder, list(hydra_config.overrides.task), stop)
+    except Interrupted as interruption:  # before `run` took over
+        stop.settle()
+        _tell_interrupted(str(interruption))
+        code = INTERRUPTED
+    except UserError as error:
+        run_folder.write_status(folder, "failed", reason=str(error))
+        raise
     _leave(code)
 
 
@@ -108,10 +123,12 @@ def _run(composed: DictConfig, folder: Path, overrides: list[str], stop: StopReq
     return run(config, folder, started=_STARTED, stop=stop)
 
 
-def _tell_interrupted(folder: Path, reason: str) -> None:
-    if run_folder.read_status(folder).state in ("none", "running"):
+def _tell_interrupted(reason: str) -> None:
+    """Of a run that did not come to the point where it tells that itself."""
+    folder = Path(HydraConfig.get().runtime.output_dir)
+    if run_folder.read_status(folder).state != "finished":
         run_folder.write_status(folder, "interrupted", reason=reason)
-        print(f"interrupted: {reason}; go on with train.resume={run_folder.shown(folder)}", file=sys.stderr, flush=True)
+    print(f"interrupted: {reason}; go on with train.resume={run_folder.shown(folder)}", file=sys.stderr, flush=True)
 
 
 def _leave(code: int) -> NoReturn:
