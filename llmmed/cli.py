@@ -35,10 +35,13 @@ def main() -> None:
     early = None
     try:
         compose.register()
-        _prepare_arguments()
-        hydra.main(version_base="1.3", config_path=str(compose.config_folder()), config_name=compose.CONFIG_NAME)(
-            _task
-        )()
+        if _prepare_arguments():
+            # From before there is a folder, so that there is never one that does not say what became of its run.
+            with StopRequest(give_up=_tell_interrupted) as stop:
+                stop.waits = True
+                _hydra_main(stop)
+        else:
+            _hydra_main(StopRequest())
     except UserError as error:
         _exit(str(error))
     except (HydraException, omegaconf.errors.OmegaConfBaseException) as error:
@@ -61,22 +64,33 @@ def main() -> None:
             _exit("; ".join([*([early] if early else []), *troubles]))
 
 
-def _prepare_arguments() -> None:
-    """Refuses what is mistaken before Hydra makes a folder, and sends a resumed run to the folder it had."""
+def _hydra_main(stop: StopRequest) -> None:
+    def task(composed: DictConfig) -> float | None:
+        return _task(composed, stop)
+
+    hydra.main(version_base="1.3", config_path=str(compose.config_folder()), config_name=compose.CONFIG_NAME)(task)()
+
+
+def _prepare_arguments() -> bool:
+    """Refuses what is mistaken before Hydra makes a folder, and sends a resumed run to the folder it had.
+
+    Returns whether this is a single run, and neither a sweep nor a question to Hydra.
+    """
     arguments = get_args_parser().parse_args()
     _add(sweep.plugin_overrides(arguments.overrides), arguments.overrides)
     if arguments.multirun or "hydra.mode=MULTIRUN" in arguments.overrides:
         # Otherwise Hydra writes into the folders of finished jobs, too. Each job's own process writes its `.hydra`.
         _add(["hydra.output_subdir=null"], arguments.overrides)
-        return
+        return False
     others = ("help", "hydra_help", "cfg", "info", "shell_completion", "config_dir", "config_name")
     if any(getattr(arguments, name, None) for name in others):
-        return
+        return False
     composed = compose.compose_yaml(arguments.overrides)
     config = compose.validate(composed, arguments.overrides)
     folder = run_folder.to_resume(config, Path("outputs"))
     if folder is not None:
         _add([f"hydra.run.dir={sweep.quoted(folder)}"], arguments.overrides)
+    return True
 
 
 def _add(overrides: Sequence[str], given: Sequence[str]) -> None:
@@ -85,20 +99,21 @@ def _add(overrides: Sequence[str], given: Sequence[str]) -> None:
     sys.argv[place:place] = overrides
 
 
-def _task(composed: DictConfig) -> float | None:
+def _task(composed: DictConfig, stop: StopRequest) -> float | None:
     hydra_config = HydraConfig.get()
     folder = Path(hydra_config.runtime.output_dir)
     if hydra_config.mode == RunMode.MULTIRUN:
         return sweep.run_job(composed, folder, hydra_config)
-    with StopRequest(give_up=lambda name: _tell_interrupted(folder, name)) as stop:
-        try:
-            code = _run(composed, folder, list(hydra_config.overrides.task), stop)
-        except Interrupted as interruption:  # before `run` took over
-            _tell_interrupted(folder, str(interruption))
-            code = INTERRUPTED
-        except UserError as error:
-            run_folder.write_status(folder, "failed", reason=str(error))
-            raise
+    try:
+        stop.wait_no_more()
+        code = _run(composed, folder, list(hydra_config.overrides.task), stop)
+    except Interrupted as interruption:  # before `run` took over
+        stop.settle()
+        _tell_interrupted(str(interruption))
+        code = INTERRUPTED
+    except UserError as error:
+        run_folder.write_status(folder, "failed", reason=str(error))
+        raise
     _leave(code)
 
 
@@ -111,10 +126,12 @@ def _run(composed: DictConfig, folder: Path, overrides: list[str], stop: StopReq
     return run(config, folder, started=_STARTED, stop=stop)
 
 
-def _tell_interrupted(folder: Path, reason: str) -> None:
-    if run_folder.read_status(folder).state in ("none", "running"):
+def _tell_interrupted(reason: str) -> None:
+    """Of a run that did not come to the point where it tells that itself."""
+    folder = Path(HydraConfig.get().runtime.output_dir)
+    if run_folder.read_status(folder).state != "finished":
         run_folder.write_status(folder, "interrupted", reason=reason)
-        print(f"interrupted: {reason}; go on with train.resume={run_folder.shown(folder)}", file=sys.stderr, flush=True)
+    print(f"interrupted: {reason}; go on with train.resume={run_folder.shown(folder)}", file=sys.stderr, flush=True)
 
 
 def _leave(code: int) -> NoReturn:

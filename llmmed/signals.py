@@ -71,6 +71,13 @@ class StopRequest:
         for number, handler in self._before.items():
             signal.signal(number, handler)  # type: ignore[arg-type]
 
+    def wait_no_more(self) -> None:
+        """Raises `Interrupted` from now on, and at once if a signal came while it waited."""
+        self.waits = False
+        if self.name is not None and not self.raised:
+            self.raised = True
+            raise Interrupted(f"{self.name} {self.moment}")
+
     def settle(self) -> None:
         """`Interrupted` was caught by whom it is meant for; nothing is raised any more."""
         self._settled = True

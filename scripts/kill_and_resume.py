@@ -121,7 +121,7 @@ def killed(folder: Path, run: str, stage: str, chance: random.Random) -> str | N
         "writing a checkpoint": lambda: logged(life.run)[0] >= target and any(life.run.glob("checkpoints/.writing-*")),
     }
     if life.is_at(moments[stage]):
-        time.sleep(chance.uniform(0, {"preparing data": 0.5, "training": 0.05}.get(stage, 0.002)))
+        time.sleep(chance.uniform(0, {"preparing data": 0.2, "training": 0.05}.get(stage, 0.002)))
     life.process.kill()
     if life.process.wait() == 0:
         return None

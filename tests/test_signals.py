@@ -24,7 +24,7 @@ def says(path: Path, words: str) -> bool:
 STAGES: dict[str, tuple[list[str], Callable[[Tagged], bool]]] = {
     "importing torch": (
         ["data=synthetic", "kernels=pytorch"],
-        lambda run: (run.folder / "run" / ".hydra" / "config.yaml").exists(),
+        lambda run: (run.folder / "run").exists(),
     ),
     "preparing data": (
         ["data=text", "data.path=text.txt", "kernels=pytorch"],

@@ -98,7 +98,7 @@ def test_a_wandb_server_that_never_answers_is_not_waited_for(tmp_path: Path, rep
 @pytest.mark.slow
 def test_a_wandb_service_that_is_killed_does_not_end_the_run(tmp_path: Path, repository: Path) -> None:
     run = Tagged(
-        [sys.executable, str(repository / "scripts" / "train.py"), *SMOKE, "logger=wandb", "logger.timeout_seconds=5",
+        [sys.executable, str(repository / "scripts" / "train.py"), *SMOKE, "logger=wandb", "logger.timeout_seconds=40",
          "train.max_steps=200", "train.log_every=1"], tmp_path,
     )  # fmt: skip
     run.wait_until((tmp_path / "disk" / "run" / "metrics.jsonl").exists)
@@ -128,4 +128,4 @@ def test_a_read_only_output_folder_is_one_line(tmp_path: Path, repository: Path)
 
 
 def _with_path(folder: Path) -> dict[str, str]:
-    return os.environ | {"PYTHONPATH": str(folder)}
+    return os.environ | {"PYTHONPATH": os.pathsep.join(filter(None, (str(folder), os.environ.get("PYTHONPATH"))))}
