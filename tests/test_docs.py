@@ -143,7 +143,7 @@ def check_arguments(script: str, arguments: list[str]) -> None:
         overrides = [argument for argument in arguments if argument != "-m"]
         lists = [override.partition("=")[2].split(",") for override in overrides]
         for choice in range(max(map(len, lists), default=1)):
-            compose.compose([pick(override, choice) for override in overrides])
+            check_overrides([pick(override, choice) for override in overrides])
     elif script == "benchmark.py":
         compose_benchmark(as_lists(arguments))
     elif script == "verify.py":
@@ -152,6 +152,13 @@ def check_arguments(script: str, arguments: list[str]) -> None:
         generate.parse(arguments)
     else:  # what takes folders or numbers: nothing is written with a dash
         assert not any(argument.startswith("-") for argument in arguments)
+
+
+def check_overrides(overrides: list[str]) -> None:
+    composed = compose.compose_yaml(overrides)
+    if compose.asks_for_auto_batch(composed):
+        composed = compose.with_micro_batch(composed, 1)
+    compose.validate(composed, overrides)
 
 
 def pick(override: str, choice: int) -> str:
@@ -163,12 +170,19 @@ def pick(override: str, choice: int) -> str:
 
 INLINE = re.compile(r"`((?:kernels|train|data|model|optimizer|logger|experiment|tokenizer)(?:\.\w+)*=[^`<,]+)`")
 
+NEEDS = {  # what an override by itself does not say
+    "data=text": "data.path=my_notes/",
+    "data=hub": "data.path=my_notes/",
+    "data=mixture": "data.sources.text.path=my_notes/",
+}
+
 
 @pytest.mark.usefixtures("user_files")
 @pytest.mark.parametrize("path", PAGES, ids=lambda path: path.name)
 def test_every_override_in_the_text_composes(path: Path) -> None:
     for overrides in dict.fromkeys(INLINE.findall(path.read_text(encoding="utf-8"))):
-        check_arguments("train.py", overrides.split())
+        needs = NEEDS.get(overrides, "")
+        check_arguments("train.py", f"{overrides} {needs}".split())
 
 
 @pytest.mark.parametrize("path", PAGES, ids=lambda path: path.name)
