@@ -25,6 +25,7 @@ from pydantic import TypeAdapter, ValidationError
 from llmmed import data
 from llmmed.config import Config, TrainConfig
 from llmmed.errors import UserError
+from llmmed.gpus import visible_gpus
 from llmmed.kernels import catalog
 
 CONFIG_NAME = "train"
@@ -121,6 +122,7 @@ def register() -> None:
     """Makes the resolvers and the discovered keys of `kernels.pin` known to Hydra. May be called again."""
     OmegaConf.register_new_resolver("detect_device", detect_device, replace=True)
     OmegaConf.register_new_resolver("gpu_or_cpu", _gpu_or_cpu, replace=True)
+    OmegaConf.register_new_resolver("gpu_count", lambda: max(1, len(visible_gpus())), replace=True)
     OmegaConf.register_new_resolver("mul", lambda a, b: a * b, replace=True)
     pins = dict.fromkeys(catalog.op_names())
     ConfigStore.instance().store(name="discovered", group="kernels/pin", node=pins, package="kernels.pin")

@@ -123,6 +123,8 @@ def _run(config: Config, folder: Path, console: Console, started: float, stop: S
 
     model = build(config, plan, initial)
     sink = open_wandb(config, folder, as_dict(config))
+    if sink is not None:
+        sink.log_plan(plan, folder / "kernels.json")
     status_word = "failed"
     summary: dict[str, Any] = plan.summary()
     try:

@@ -1,4 +1,6 @@
-"""SIGTERM and SIGINT end a run soon and in order, whatever it is doing. Without torch, to be there from the start."""
+"""SIGTERM, SIGINT and SIGUSR2, by which SLURM tells of a job's time limit, end a run soon and in order, whatever it is
+doing. Without torch, to be there from the start.
+"""
 
 from __future__ import annotations
 
@@ -10,7 +12,7 @@ import threading
 from collections.abc import Callable
 from types import FrameType, TracebackType
 
-_NUMBERS = (signal.SIGTERM, signal.SIGINT)
+_NUMBERS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR2)
 _LOOK_SECONDS = 0.2
 _AGAIN_SECONDS = 3.0  # an exception raised inside a finalizer or a callback is swallowed by the interpreter
 INTERRUPTED = 130  # the exit code, as the shell's after Ctrl-C
@@ -24,7 +26,7 @@ class Interrupted(BaseException):
 
 
 class StopRequest:
-    """A context in which the first SIGTERM or SIGINT raises `Interrupted`, or, while `waits`, only sets `name`.
+    """A context in which the first of these signals raises `Interrupted`, or, while `waits`, only sets `name`.
 
     While it waits, somebody looks at `name` where it is a good moment to stop; a second SIGINT raises all the same.
 

@@ -78,6 +78,10 @@ def confirmed(op: str, alone: Decision, step: StepEvidence | None, trials: Seque
         told[name] = told[name].model_copy(update={"reason": reason})
     if chosen == DEFAULT and last:
         told[DEFAULT] = told[DEFAULT].model_copy(update={"reason": "the default: no rival makes the step better"})
+    if step is not None and chosen != alone.chosen and alone.chosen not in last:
+        untried = f"{told[alone.chosen].reason} alone; not tried in the step: kernels.budget_seconds was used up"
+        told[alone.chosen] = told[alone.chosen].model_copy(update={"reason": untried})
+        told[chosen] = told[chosen].model_copy(update={"reason": "kept: its rival was not tried in the step"})
     return Decision(chosen, told[chosen].reason, told, alone.warning)
 
 

@@ -40,6 +40,20 @@ class Duel:
     memory_gain_mib: float | None
 
 
+@dataclass(frozen=True)
+class Match:
+    """Two plans in the whole model's step, and what the second saves, in ms with its 95 % interval.
+
+    What they share, such as a drift of the clock rate, is in both times and not in what one saves.
+    """
+
+    first: StepTimes
+    second: StepTimes
+    gain_ms: float
+    gain_ms_low: float
+    gain_ms_high: float
+
+
 class Failed(Exception):
     """The challenger cannot be part of the step, or computes something else in it. The message is the reason."""
 
@@ -65,7 +79,7 @@ class Arena(Protocol):
         """Times the champion against itself with one op flipped. Raises `Failed`."""
         ...
 
-    def whole(self, choice: Choice, other: Choice, mode: Mode | None = None) -> tuple[StepTimes, StepTimes]:
+    def whole(self, choice: Choice, other: Choice, mode: Mode | None = None) -> Match:
         """Two plans, the whole model. Raises `Failed`."""
         ...
 
@@ -139,17 +153,21 @@ def confirm(
         Failed: not even the default plan runs.
     """
     arena.set_default(base)
-    start, _ = arena.whole(base, base)
+    start = arena.whole(base, base).first
     terms = Terms(objective, start.ms, _mib(start.peak_memory_gib), _mib(memory_budget_gib))
     left, trials, finished = contest(base, flips, arena, terms, before=before, told=told, time_is_up=time_is_up)
-    default, chosen = (start, start) if left == dict(base) else arena.whole(base, left)
-    keeps, reason = _keeps_its_seat(default, chosen, terms, margin)
+    if left == dict(base):
+        default, chosen, keeps, reason = start, start, True, "no other implementation makes the step better"
+    else:
+        match = arena.whole(base, left)
+        default, chosen = match.first, match.second
+        keeps, reason = _keeps_its_seat(match, terms, margin)
     if keeps:
         chosen = default
     modes = {mode: chosen.ms}
     for other in other_modes if not time_is_up() else ():
         try:
-            modes[other] = arena.whole(chosen.choice, chosen.choice, other)[0].ms
+            modes[other] = arena.whole(chosen.choice, chosen.choice, other).first.ms
         except Failed:
             continue
     best = min(modes, key=lambda each: modes[each])
@@ -294,12 +312,11 @@ class _State:
         return list(found.values())
 
 
-def _keeps_its_seat(default: StepTimes, chosen: StepTimes, terms: Terms, margin: float) -> tuple[bool, str]:
-    """Whether the default plan stays although flips were accepted, and why not or why."""
-    if chosen.choice == default.choice:
-        return True, "no other implementation makes the step better"
+def _keeps_its_seat(match: Match, terms: Terms, margin: float) -> tuple[bool, str]:
+    """Whether the default plan, the first, stays although flips were accepted, and why not or why."""
+    default, chosen = match.first, match.second
     before, after = _mib(default.peak_memory_gib), _mib(chosen.peak_memory_gib)
-    share = default.ms / chosen.ms - 1
+    share = match.gain_ms / (default.ms - match.gain_ms)
     time = f"the step is {abs(share):.1%} {'faster' if share >= 0 else 'slower'} than PyTorch's"
     if before is not None and after is not None:
         memory = f"takes {after / 1024:.2f} GiB instead of {before / 1024:.2f}"
@@ -308,7 +325,7 @@ def _keeps_its_seat(default: StepTimes, chosen: StepTimes, terms: Terms, margin:
             return False, f"PyTorch's plan does not fit {limit}; this one {memory}, and {time}"
         if terms.objective == "memory":
             return after >= before * (1 - _EQUAL_MEMORY), f"{memory}; {time}"
-    if share > margin and chosen.ms_high < default.ms_low:
+    if share > margin and match.gain_ms_low > 0:
         return False, time
     return True, f"gains no more than kernels.margin={margin:g} or the noise: {time}"
 

@@ -8,6 +8,7 @@ through two depths, and what a flip saves is scaled by how often the whole model
 from __future__ import annotations
 
 import gc
+import math
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import replace
@@ -16,7 +17,7 @@ from statistics import median
 import torch
 from torch import Tensor, nn
 
-from llmmed.autotune.confirm import Choice, Duel, Failed
+from llmmed.autotune.confirm import Choice, Duel, Failed, Match
 from llmmed.autotune.failures import classify
 from llmmed.autotune.measure import median_interval
 from llmmed.autotune.plan import Mode, StepTimes
@@ -105,28 +106,21 @@ class StepClock:
             saved = scale * (standing.memory_mib - subject.memory_mib)
         return Duel(*median_interval(gains), saved)
 
-    def whole(self, choice: Choice, other: Choice, mode: Mode | None = None) -> tuple[StepTimes, StepTimes]:
-        """Two plans in the whole model, each with its interval. Raises `Failed`."""
-        lines: list[list[tuple[float, float]]] = []
-        memory: list[list[float | None]] = []
+    def whole(self, choice: Choice, other: Choice, mode: Mode | None = None) -> Match:
+        """Two plans in the whole model. Raises `Failed`."""
+        pairs: list[list[tuple[float, float]]] = []
+        memory: list[tuple[float | None, float | None]] = []
         for depth in dict.fromkeys(self.depths):
-            subjects = [self._subject(each, depth, mode) for each in (choice, other)]
-            lines.append(self._pairs(subjects[0].run, subjects[1].run))
-            memory.append([subject.memory_mib for subject in subjects])
-        update = [self._update_ms(each) for each in (choice, other)]
-        return (
-            self._times(choice, [[p[0] for p in line] for line in lines], [m[0] for m in memory], update[0]),
-            self._times(other, [[p[1] for p in line] for line in lines], [m[1] for m in memory], update[1]),
+            first, second = (self._subject(each, depth, mode) for each in (choice, other))
+            pairs.append(self._pairs(first.run, second.run))
+            memory.append((first.memory_mib, second.memory_mib))
+        updates = [self._update_ms(each) for each in (choice, other)]
+        first_times, second_times = (
+            self._times(each, [[pair[i] for pair in depth] for depth in pairs], [m[i] for m in memory], updates[i])
+            for i, each in enumerate((choice, other))
         )
-
-    def milliseconds(self, choice: Choice, mode: Mode) -> float:
-        """A plan's step in another mode, the whole model. Raises `Failed`."""
-        return self.whole(choice, choice, mode)[0].ms
-
-    def forget(self) -> None:
-        """Frees every plan that was built."""
-        self._kept.clear()
-        _release(self.device)
+        gains = self._at_full_depth([[a - b for a, b in depth] for depth in pairs])
+        return Match(first_times, second_times, *(gain + updates[0] - updates[1] for gain in gains))
 
     def _count_calls(self, depth: int) -> dict[str, int]:
         """How often a micro-batch calls each op at some depth."""
@@ -136,24 +130,33 @@ class StepClock:
     def _times(
         self, choice: Choice, samples: list[list[float]], memory: list[float | None], update: float
     ) -> StepTimes:
-        """The line through both depths, at the whole model's; interval ends add up, which errs to the wide side."""
-        intervals = [median_interval(each) for each in samples]
-        count = accumulation_steps(self._config.train)
-        reach = (self.layers - self.depths[0]) / (self.depths[1] - self.depths[0]) if len(samples) > 1 else 0.0
-        near, far = intervals[0], intervals[-1]
-        middle = near[0] + reach * (far[0] - near[0])
-        spread = (1 + reach) * (near[2] - near[1]) / 2 + reach * (far[2] - far[1]) / 2
+        middle, low, high = self._at_full_depth(samples)
         peak = None
         if memory[0] is not None and memory[-1] is not None:
-            activations = memory[0] + reach * (memory[-1] - memory[0])
+            activations = memory[0] + self._reach * (memory[-1] - memory[0])
             peak = (activations + _static_mib(self._config)) / 1024
         return StepTimes(
-            choice=dict(choice),
-            ms=count * middle + update,
-            ms_low=count * (middle - spread) + update,
-            ms_high=count * (middle + spread) + update,
-            peak_memory_gib=peak,
+            choice=dict(choice), ms=middle + update, ms_low=low + update, ms_high=high + update, peak_memory_gib=peak
         )
+
+    @property
+    def _reach(self) -> float:
+        """How far the whole model lies beyond the first depth, in units of the distance between the two."""
+        near, far = self.depths
+        return (self.layers - near) / (far - near) if far > near else 0.0
+
+    def _at_full_depth(self, samples: list[list[float]]) -> tuple[float, float, float]:
+        """The line through the medians at both depths, in ms of a step, with its 95 % interval.
+
+        The depths are measured independently, so that their errors add up in squares.
+        """
+        count = accumulation_steps(self._config.train)
+        (near, *near_ends), (far, *far_ends) = (median_interval(each) for each in (samples[0], samples[-1]))
+        weights = (1 - self._reach, self._reach) if len(samples) > 1 else (1.0, 0.0)
+        middle = weights[0] * near + weights[1] * far
+        halves = [(ends[1] - ends[0]) / 2 for ends in (near_ends, far_ends)]
+        spread = math.hypot(*(weight * half for weight, half in zip(weights, halves, strict=True)))
+        return count * middle, count * (middle - spread), count * (middle + spread)
 
     def _pairs(self, first: Callable[[], object], second: Callable[[], object]) -> list[tuple[float, float]]:
         """Times in ms, taken in turns and in changing order, so that a drift of the clock rate meets both."""

@@ -10,7 +10,7 @@ import contextlib
 import functools
 import math
 import warnings
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Collection, Iterable, Iterator
 from dataclasses import dataclass, replace
 from typing import Any, Literal, get_args
 
@@ -86,6 +86,7 @@ def verify(
     seed: int = 0,
     deterministic: bool = False,
     dtype: torch.dtype | None = None,
+    cases: Collection[str] | None = None,
     to_the_end: bool = False,
 ) -> Verdict:
     """Judges a candidate. Never raises for what the candidate does.
@@ -99,6 +100,7 @@ def verify(
         seed: Of the values.
         deterministic: Whether two runs on the same inputs must give the same bits.
         dtype: The compute dtype, where there are no calls to tell it.
+        cases: The op's cases to try, by name; None for all.
         to_the_end: Whether to go on after a wrong result, to find the worst.
     """
     worst = Finding(0.0, "")
@@ -108,7 +110,7 @@ def verify(
     few_shapes = implementation.name == COMPILED
     try:
         with exact_products():
-            for trial in trials(op, own, dtype, device, few_shapes=few_shapes):
+            for trial in trials(op, own, dtype, device, few_shapes=few_shapes, cases=cases):
                 if trial.call.compute_dtype not in implementation.dtypes:
                     continue
                 facts = _remembered(op, seed, device)(trial)
@@ -141,7 +143,13 @@ def forget() -> None:
 
 
 def trials(
-    op: Op, calls: list[Call], dtype: torch.dtype | None, device: torch.device, *, few_shapes: bool = False
+    op: Op,
+    calls: list[Call],
+    dtype: torch.dtype | None,
+    device: torch.device,
+    *,
+    few_shapes: bool = False,
+    cases: Collection[str] | None = None,
 ) -> Iterator[Trial]:
     """Everything that a candidate is tried at, the cheap first."""
     own = dtype or (calls[0].compute_dtype if calls else torch.float32)
@@ -150,6 +158,8 @@ def trials(
         for index, (name, call) in enumerate(op.cases(case_dtype).items()):
             if few_shapes and index >= _COMPILED_CASES:
                 break
+            if cases is not None and name not in cases:
+                continue
             for number, regime in enumerate(op.regimes):
                 size = _upstream(case_dtype)[(index + number) % 3]
                 layout = get_args(Layout)[(index + 2 * number) % 3]

@@ -11,6 +11,7 @@ import math
 import os
 import platform
 import statistics
+import textwrap
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -32,6 +33,7 @@ from llmmed.kernels.catalog import DEFAULT
 
 _ABSENT = "\N{EN DASH}"
 _GRID_SWEEPER = "hydra._internal.core_plugins.basic_sweeper.BasicSweeper"
+UNITS = "Losses in nats a token; memory is the allocator's peak; the first step's time is counted from the start."
 _BLUE, _RED = "#0072B2", "#D55E00"  # told apart by colour-blind readers
 
 
@@ -233,9 +235,8 @@ def _markdown(jobs: Sequence[JobSummary]) -> str:
     for job in jobs:
         cells = [column.value(job) or _ABSENT for column in _COLUMNS]
         lines.append([job.job, job.status, *cells, told_kernels(job.kernels), job.reason or ""])
-    note = "Losses in nats a token; memory is the allocator's peak; the first step's time is counted from the start."
     return "".join(f"| {' | '.join(cell.replace('|', chr(92) + '|') for cell in line)} |\n" for line in lines) + (
-        f"\n{note}\n"
+        f"\n{UNITS}\n"
     )
 
 
@@ -284,7 +285,7 @@ def _drawable(value: float | None) -> bool:
 
 def _folded(name: str, width: int = 36) -> str:
     """In lines of a bearable length, without what matplotlib would take for mathematics."""
-    lines = [line[start : start + width] for line in name.split("\n") for start in range(0, len(line), width)]
+    lines = [part for line in name.split("\n") for part in textwrap.wrap(line, width, break_on_hyphens=False)]
     return "\n".join(lines).replace("$", r"\$")
 
 

@@ -12,8 +12,10 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from llmmed.autotune.plan import KernelPlan
 from llmmed.config import Config
 from llmmed.files import read_json, write_json
+from llmmed.reporting import breakdown
 from llmmed.training.metrics import Sample
 
 logger = logging.getLogger(__name__)
@@ -22,15 +24,59 @@ _LEAST_FINISH_SECONDS = 5.0  # for a run that was told to stop, and must
 _MOST_WAITING = 10_000  # log entries; beyond it W&B is stuck, and they are dropped
 
 
+PLAN_COLUMNS = (
+    "op", "calls a micro-batch", "implementation", "chosen", "verdict", "relative error", "error / allowed",
+    "forward ms", "backward ms", "total ms", "peak memory MiB", "speed-up over pytorch", "reason",
+)  # fmt: skip
+
+
+def plan_rows(plan: KernelPlan) -> list[list[object]]:
+    """The kernel table, a row a candidate, with `PLAN_COLUMNS`."""
+    return [
+        [name, sum(call.count for call in op.calls), implementation, implementation == op.chosen, c.status,
+         c.relative_error, c.worst_ratio, c.forward_ms, c.backward_ms, c.total_ms, c.peak_memory_mib, c.speedup,
+         c.reason]
+        for name, op in plan.ops.items()
+        for implementation, c in op.candidates.items()
+    ]  # fmt: skip
+
+
 class WandbSink:
     """Metrics and summary of one run. Use `open_wandb`."""
 
     def __init__(self, run: Any, timeout_seconds: float) -> None:
         self._run, self._timeout_seconds = run, timeout_seconds
+        self._plan: Path | None = None
         self._waiting: queue.Queue[Callable[[], object] | None] = queue.Queue(maxsize=_MOST_WAITING)
         self._failed = False
         self._thread = threading.Thread(target=self._work, name="wandb", daemon=True)
         self._thread.start()
+
+    def log_plan(self, plan: KernelPlan, path: Path) -> None:
+        """The kernel table, where the step's time goes, the choice in the summary; `path` is kept at the end.
+
+        Args:
+            plan: As chosen.
+            path: Its `kernels.json`. Training adds to it what was seen to run, so the last version is the one to keep.
+        """
+        self._plan = path
+        parts = breakdown.of_chosen(plan)
+        times = [[f"{part.op} ({part.implementation})", part.ms] for part in parts.parts]
+        if parts.rest_ms is not None:
+            times.append([breakdown.REST, parts.rest_ms])
+
+        def send() -> None:
+            import wandb
+
+            entry: dict[str, object] = {"kernel_table": wandb.Table(columns=list(PLAN_COLUMNS), data=plan_rows(plan))}
+            if times:
+                bars = wandb.Table(columns=["part of the step", "ms a micro-batch"], data=times)
+                title = "Where the step's time goes"
+                entry["step_breakdown"] = wandb.plot.bar(bars, "part of the step", "ms a micro-batch", title)
+            self._run.log(entry, commit=False)  # with the first step's metrics, wherever a resumed run begins
+            self._run.summary.update(plan.summary())
+
+        self._put(send)
 
     def log(self, metrics: Mapping[str, float], step: int) -> None:
         values = dict(metrics)
@@ -50,6 +96,8 @@ class WandbSink:
         """Writes the summary and ends the W&B run; waits for `logger.timeout_seconds` at most."""
         values = {**summary, "status": status}
         self._put(lambda: self._run.summary.update(values))
+        if self._plan is not None:
+            self._put(self._keep_plan)
         self._put(lambda: self._run.finish(exit_code=0 if status == "finished" else 1))
         self._put(None)
         limit = self._timeout_seconds
@@ -58,6 +106,14 @@ class WandbSink:
         self._thread.join(limit)
         if self._thread.is_alive():
             logger.warning("W&B did not finish within %g s; the run folder has everything", limit)
+
+    def _keep_plan(self) -> None:
+        """`kernels.json` as an artifact. The file does not change any more, so W&B need not copy it elsewhere."""
+        import wandb
+
+        artifact = wandb.Artifact(f"kernels-{self._run.id}", type="kernel-plan")
+        artifact.add_file(str(self._plan), name="kernels.json", policy="immutable")
+        self._run.log_artifact(artifact)
 
     def _put(self, action: Callable[[], object] | None) -> None:
         try:

@@ -21,7 +21,7 @@ NOT_CALLED = "not called under this plan"
 def launched_kernels(run: Callable[[], object]) -> set[str]:
     """The names of the GPU kernels that `run` launches, replays of CUDA graphs included."""
     activities = [torch.profiler.ProfilerActivity.CUDA]
-    with torch.profiler.profile(activities=activities) as profiler:
+    with torch.profiler.profile(activities=activities, acc_events=True) as profiler:
         run()
         torch.cuda.synchronize()
     return {event.name for event in profiler.events() if event.device_type == DeviceType.CUDA}
@@ -29,7 +29,7 @@ def launched_kernels(run: Callable[[], object]) -> set[str]:
 
 def prepare_tracing(device: torch.device) -> None:
     """Starts the profiler's library before a CUDA graph is captured: it does not see into graphs from before."""
-    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]):
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA], acc_events=True):
         torch.zeros(1, device=device)
         torch.cuda.synchronize(device)
 

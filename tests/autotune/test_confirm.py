@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from llmmed.autotune.confirm import Choice, Duel, Failed, Terms, confirm, contest, shortlist
+from llmmed.autotune.confirm import Choice, Duel, Failed, Match, Terms, confirm, contest, shortlist
 from llmmed.autotune.plan import Candidate, Mode, StepEvidence, StepTimes, StepTrial
 
 BASE = {"rms_norm": "pytorch", "add_rms_norm": "pytorch", "rotary": "pytorch", "swiglu": "pytorch"}
@@ -49,7 +49,7 @@ class Known:
         gain = self.ms(champion) - self.ms(challenger)
         return Duel(gain, gain - self.noise, gain + self.noise, self.mib(champion) - self.mib(challenger))
 
-    def whole(self, choice: Choice, other: Choice, mode: Mode | None = None) -> tuple[StepTimes, StepTimes]:
+    def whole(self, choice: Choice, other: Choice, mode: Mode | None = None) -> Match:
         if mode is not None and mode not in self.modes:
             raise Failed("failed to compile in the step: no")
         factor = self.modes[mode] if mode else 1.0
@@ -63,7 +63,8 @@ class Known:
             )
             for c in (choice, other)
         )
-        return a, b
+        gain = a.ms - b.ms
+        return Match(a, b, gain, gain - self.noise, gain + self.noise)
 
 
 def decide(arena: Known, *flips: tuple[str, str], **change: Any) -> StepEvidence:

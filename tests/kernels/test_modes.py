@@ -44,23 +44,36 @@ def outputs_and_gradients(op: Op, function: Callable[..., Any], inputs: Inputs) 
     return [*(o.detach() for o in outputs), *gradients]
 
 
+def few_cases(op: Op) -> dict[str, Call]:
+    """The first and the last: each is compiled for seconds."""
+    cases = op.cases(torch.bfloat16)
+    names = list(cases)
+    return {name: cases[name] for name in dict.fromkeys((names[0], names[-1]))}
+
+
+def assert_agree(expected: list[Tensor], found: list[Tensor], label: str) -> None:
+    """By the norm: what a compiler fuses with a kernel may round otherwise, and one element may cancel."""
+    for index, (one, other) in enumerate(zip(expected, found, strict=True)):
+        difference = (other.double() - one.double()).norm() / one.double().norm().clamp(min=1e-30)
+        assert difference <= 1e-2, f"{label}: result {index} differs by {difference:.1e}"
+
+
 @pytest.mark.parametrize(("op_name", "name"), CANDIDATES)
 def test_compiled_equals_eager(op_name: str, name: str) -> None:
     op, function = get_op(op_name), load(op_name, name)
-    torch.compiler.reset()
-    for call in op.cases(torch.bfloat16).values():
+    for label, call in few_cases(op).items():
+        torch.compiler.reset()
         compiled = torch.compile(function, fullgraph=True, dynamic=False)
         for seed in range(2):
             eager = outputs_and_gradients(op, function, draw(op, call, seed))
             again = outputs_and_gradients(op, compiled, draw(op, call, seed))
-            for expected, found in zip(eager, again, strict=True):
-                torch.testing.assert_close(found, expected, rtol=2e-2, atol=1e-5)
+            assert_agree(eager, again, f"{label}, seed {seed}")
 
 
 @pytest.mark.parametrize(("op_name", "name"), CANDIDATES)
 def test_graph_replayed_with_fresh_inputs_equals_eager(op_name: str, name: str) -> None:
     op, function = get_op(op_name), load(op_name, name)
-    for call in op.cases(torch.bfloat16).values():
+    for label, call in few_cases(op).items():
         static = draw(op, call, 0)
         stream = torch.cuda.Stream()
         stream.wait_stream(torch.cuda.current_stream())
@@ -78,6 +91,6 @@ def test_graph_replayed_with_fresh_inputs_equals_eager(op_name: str, name: str) 
                         static[argument].copy_(value)
             graph.replay()
             expected = outputs_and_gradients(op, function, fresh)
-            rtol, atol = (0.0, 0.0) if get_implementation(op_name, name).deterministic else (2e-2, 1e-5)
-            for eager, replayed in zip(expected, captured, strict=True):
-                torch.testing.assert_close(replayed, eager, rtol=rtol, atol=atol)
+            if get_implementation(op_name, name).deterministic:
+                assert all(map(torch.equal, captured, expected)), (label, seed)
+            assert_agree(expected, captured, f"{label}, seed {seed}")

@@ -36,10 +36,9 @@ def test_a_planted_bug_is_rejected_in_float32(op: str, bug: str, tmp_path: Path)
 
 
 @pytest.mark.gpu
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 @pytest.mark.parametrize(("op", "bug"), PLANTED)
-def test_a_planted_bug_is_rejected_in_16_bits(op: str, bug: str, dtype: torch.dtype, tmp_path: Path) -> None:
-    assert_rejected(op, bug, dtype, torch.device("cuda"), tmp_path)
+def test_a_planted_bug_is_rejected_in_16_bits(op: str, bug: str, tmp_path: Path) -> None:
+    assert_rejected(op, bug, torch.bfloat16, torch.device("cuda"), tmp_path)
 
 
 @pytest.mark.interpreter
@@ -70,8 +69,11 @@ def assert_accepted(op: str, name: str, dtype: torch.dtype, device: torch.device
         function = load_function(op, implementation)
     except Unavailable as reason:
         pytest.skip(str(reason))
-    calls = [next(iter(get_op(op).cases(dtype).values()))]
+    names = list(get_op(op).cases(dtype))
+    calls = [get_op(op).cases(dtype)[names[0]]]
     for seed in range(seeds):
-        verdict = verify(get_op(op), implementation, function, calls, device, seed=seed)
+        # All cases once; then the values change and not the shapes, each of which is compiled for seconds.
+        few = None if seed == 0 or device.type == "cpu" else names[:2]
+        verdict = verify(get_op(op), implementation, function, calls, device, seed=seed, cases=few)
         assert verdict.status == "verified", (seed, verdict)
         assert verdict.checks > 10

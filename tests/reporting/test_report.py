@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import json
 import math
 from html.parser import HTMLParser
 from pathlib import Path
@@ -10,8 +11,10 @@ from pathlib import Path
 import pytest
 from rich.console import Console
 
+from llmmed.autotune.plan import StepTrial
 from llmmed.errors import UserError
-from llmmed.reporting import report
+from llmmed.reporting import report, report_html
+from tests.reporting.test_breakdown import OPS, plan_with
 from tests.reporting.test_kernel_table import make_plan
 from tests.reporting.test_sweep_summary import make_job, make_sweep, write
 
@@ -88,6 +91,46 @@ def test_it_needs_nothing_else(tmp_path: Path) -> None:
     assert "prefers-color-scheme: dark" in html
 
 
+def test_the_step_is_told_with_its_parts_and_its_trials(tmp_path: Path) -> None:
+    run = make_run(tmp_path / "run")
+    plan = plan_with(OPS, 10.0)
+    assert plan.step is not None
+    trial = StepTrial(
+        op="rotary", name="triton", against="pytorch", status="rejected", reason="within the step's <noise>",
+        gain_ms=-0.391, gain_ms_low=-2.5, gain_ms_high=1.97, memory_gain_mib=-3.0,
+    )  # fmt: skip
+    step = plan.step.model_copy(update={"trials": [trial], "reason": "saves 6 ms", "finished": False})
+    plan.model_copy(update={"step": step}).write(run / "kernels.json")
+    page = page_of(run)
+    for words in (
+        "time of a micro-batch (ms)", "with these kernels: 10.00 ms", "with PyTorch's: 16.00 ms",
+        "1 add_rms_norm 4.000 triton 8.000 pytorch", "everything else 2.500 4.000", "the whole step 10.00 16.00",
+        "Not timed, and so not in the bars: of_another_version.", "measured at 1 and 2 layers",
+        "Outcome: saves 6 ms.", "kernels.budget_seconds ended the trials",
+        "rotary triton pytorch rejected -0.3910 -2.500 to 1.970 -3 within the step's <noise>",
+    ):  # fmt: skip
+        assert words in page.text, words
+    assert "rect" in page.tags
+
+
+def test_what_was_not_measured_is_said(tmp_path: Path) -> None:
+    run = make_run(tmp_path / "run")
+    assert "The step as a whole was not measured." in page_of(run).text
+    untimed = {name: op.model_copy(update={"candidates": {}}) for name, op in OPS.items()}
+    plan_with(untimed, None).model_copy(update={"policy": "pytorch"}).write(run / "kernels.json")
+    assert "Not measured: nothing was timed, because nothing was left to choose" in page_of(run).text
+
+
+def test_samples_are_shown_by_prompt_the_last_first(tmp_path: Path) -> None:
+    run = make_run(tmp_path / "run")
+    assert "No text was written" in page_of(run).text
+    entries = [{"step": step, "prompt": p, "text": f" beats <{step}>"} for step in (10, 20, 30) for p in ("A", "B")]
+    (run / "samples.jsonl").write_text("".join(json.dumps(entry) + "\n" for entry in entries) + '{"step": 4')
+    text = page_of(run).text
+    assert "step 30 A beats <30> earlier, 2 of 2 step 10 A beats <10> step 20 A beats <20>" in text
+    assert "step 30 B beats <30>" in text
+
+
 @pytest.mark.parametrize("state", ["failed", "interrupted", "running"])
 def test_an_unfinished_run_shows_what_is_there(tmp_path: Path, state: str) -> None:
     page = page_of(make_run(tmp_path / "run", state, "out of <memory> & patience"))
@@ -161,18 +204,18 @@ def test_the_command_says_where_the_report_is(tmp_path: Path, capsys: pytest.Cap
     ("low", "high"), [(0, 1), (7.5, 9.1), (3, 3), (0, 0), (-2, -1), (1e-5, 3e-3), (0, 1.4e6), (1, 1 + 1e-15), (5, 1e5)]
 )
 def test_ticks_are_few_round_and_enclose(low: float, high: float) -> None:
-    ticks = report._ticks(low, high)
+    ticks = report_html._ticks(low, high)
     assert 2 <= len(ticks) <= 8
     assert ticks[0] <= low + 1e-6 * (ticks[1] - ticks[0])
     assert ticks[-1] >= high - 1e-6 * (ticks[1] - ticks[0])
-    labels = list(report._labels(ticks))
+    labels = list(report_html._labels(ticks))
     assert len(set(labels)) == len(labels)
 
 
 def test_thinning_keeps_a_spike_and_the_order() -> None:
     points = [(float(x), math.sin(x / 500)) for x in range(20_000)]
     points[7777] = (7777.0, 99.0)
-    thinned = report._thinned(points)
-    assert len(thinned) <= 2 * report._MOST_POINTS
+    thinned = report_html._thinned(points)
+    assert len(thinned) <= 2 * report_html._MOST_POINTS
     assert (7777.0, 99.0) in thinned
     assert thinned == sorted(thinned)

@@ -88,7 +88,7 @@ def test_killed_at_random_moments_and_resumed(repository: Path) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGUSR2])
 def test_a_signal_ends_it_after_the_step_with_a_checkpoint(
     tmp_path: Path, repository: Path, number: signal.Signals
 ) -> None:

@@ -267,7 +267,8 @@ def _fake_forward(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def _backward(dout: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    q, k, v, dout = _unit_stride(q, k, v, dout)
+    q, k, v = _unit_stride(q, k, v)
+    dout = dout.contiguous()  # as a step hands it over; other strides would be other kernels, each compiled for seconds
     batch, seq, heads, head_dim = q.shape
     delta = torch.empty_like(lse)
     dq, dk, dv = (torch.empty(x.shape, dtype=x.dtype, device=x.device) for x in (q, k, v))

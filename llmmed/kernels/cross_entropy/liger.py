@@ -21,7 +21,8 @@ def _load() -> Callable[..., Any]:
 
     def cross_entropy(logits: Tensor, targets: Tensor, ignore_index: int, scale: Tensor | None = None) -> Tensor:
         """See `reference.cross_entropy`."""
-        loss: Tensor = LigerCrossEntropyFunction.apply(logits.clone(), targets, None, ignore_index)[0].float()
+        rows = logits.clone(memory_format=torch.contiguous_format)  # it writes into them, and takes no other strides
+        loss: Tensor = LigerCrossEntropyFunction.apply(rows, targets, None, ignore_index)[0].float()
         return loss if scale is None else loss * scale
 
     return cross_entropy

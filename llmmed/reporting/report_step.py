@@ -1,0 +1,126 @@
+"""The report's part about the training step: where its time goes, and what the real step said of the kernels tried."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from html import escape
+from pathlib import Path
+
+from llmmed.autotune.plan import KernelPlan, StepEvidence, StepTimes, StepTrial
+from llmmed.errors import UserError
+from llmmed.reporting import breakdown
+from llmmed.reporting.breakdown import Breakdown
+from llmmed.reporting.report_html import bars, digits, swatch, table
+
+_ABSENT = "\N{EN DASH}"
+
+
+def step_section(folder: Path) -> str:
+    """HTML; says so where something was not measured."""
+    try:
+        plan = KernelPlan.read(folder / "kernels.json")
+    except UserError:
+        return "<p>No kernels were chosen yet.</p>"
+    chosen, default = breakdown.of_chosen(plan), breakdown.of_default(plan)
+    if not chosen.parts and plan.step is None:
+        return (
+            "<p>Not measured: nothing was timed, because nothing was left to choose "
+            f"(policy {plan.policy}). <code>kernels=auto</code> measures.</p>"
+        )
+    parts = [_bars(chosen, default, same=plan.step is None), _notes(plan, chosen)]
+    parts.append(_evidence(plan.step) if plan.step is not None else "<p>The step as a whole was not measured.</p>")
+    return "".join(parts)
+
+
+def _bars(chosen: Breakdown, default: Breakdown, *, same: bool) -> str:
+    """A stacked bar a choice of kernels, and the same numbers as a table."""
+    shown = {"with these kernels": chosen} | ({"with PyTorch's": default} if default.parts and not same else {})
+    names = list(dict.fromkeys(part.op for found in shown.values() for part in found.parts))
+    place = {name: index for index, name in enumerate(names)}
+    values: dict[str, list[tuple[int | None, str, float]]] = {}
+    for title, found in shown.items():
+        times = {part.op: part.ms for part in found.parts}
+        values[title] = [(place[name], name, times[name]) for name in names if name in times]
+        if found.rest_ms is not None:
+            values[title].append((None, breakdown.REST, found.rest_ms))
+    rows = []
+    for name in [*names, breakdown.REST]:
+        cells = [f'<td class="part">{swatch(place.get(name))}{escape(name)}</td>']
+        for found in shown.values():
+            part = next((part for part in found.parts if part.op == name), None)
+            ms = found.rest_ms if name == breakdown.REST else part.ms if part else None
+            used = part.implementation if part else ""
+            cells.append(f'<td class="number">{digits(ms) or _ABSENT}</td><td>{escape(used)}</td>')
+        rows.append(f"<tr>{''.join(cells)}</tr>")
+    whole = "".join(f'<td class="number">{digits(found.step_ms) or _ABSENT}</td><td></td>' for found in shown.values())
+    rows.append(f'<tr class="chosen"><td>the whole step</td>{whole}</tr>')
+    headers = ["part of the step", *(text for title in shown for text in (f"{title}, ms", "kernel"))]
+    numbers = range(1, len(headers), 2)
+    return bars("time of a micro-batch", "ms", values) + table(headers, rows, numbers)
+
+
+def _notes(plan: KernelPlan, chosen: Breakdown) -> str:
+    text = (
+        "Each op's time was measured by itself, all its calls of a micro-batch, forward and backward; calls inside "
+        "another op count there."
+    )
+    if chosen.rest_ms is not None:
+        text += " Everything else is the difference to the whole: products, embedding, the optimizer's update."
+    elif chosen.step_ms is not None:
+        text += " One by one the ops take longer than the whole step, where they overlap: there is no rest to show."
+    if plan.step is not None:
+        first, second = plan.step.depths
+        text += f" The whole was measured at {first} and {second} layers and extrapolated to all."
+    if chosen.untimed:
+        text += f" Not timed, and so not in the bars: {', '.join(chosen.untimed)}."
+    return f"<p>{escape(text)}</p>"
+
+
+def _evidence(step: StepEvidence) -> str:
+    parts = [f"<p>Outcome: {escape(step.reason)}.</p>"] if step.reason else []
+    rows = [_times("these kernels", step.chosen), _times("PyTorch's, with what is pinned", step.default)]
+    headers = ["in the real step", "ms a micro-batch", "interval at 95 %, ms", "peak memory, GiB"]
+    parts.append(table(headers, rows, range(1, 4)))
+    others = ", ".join(f"{mode} {digits(ms)} ms" for mode, ms in step.modes.items())
+    if others:
+        parts.append(f"<p>Modes tried: {others}; trained in {step.mode} mode.</p>")
+    if not step.finished:
+        parts.append("<p><code>kernels.budget_seconds</code> ended the trials before all were made.</p>")
+    if not step.trials:
+        return "".join(parts) + "<p>No op had a rival worth a trial in the step.</p>"
+    what = f"<p>Trials at {step.trial_depth} layers; gains are scaled to the whole model, positive is better.</p>"
+    memory = any(trial.memory_gain_mib is not None for trial in step.trials)
+    headers = ["op", "tried", "in place of", "verdict", "gain, ms", "interval at 95 %, ms"]
+    headers += ["memory gain, MiB"] if memory else []
+    rows = [_trial(trial, memory=memory) for trial in step.trials]
+    return "".join(parts) + what + table([*headers, "why"], rows, range(4, len(headers)))
+
+
+def _times(name: str, times: StepTimes) -> str:
+    memory = _ABSENT if times.peak_memory_gib is None else f"{times.peak_memory_gib:.2f}"
+    return _row([name], [digits(times.ms), _interval(times.ms_low, times.ms_high), memory])
+
+
+def _trial(trial: StepTrial, *, memory: bool) -> str:
+    gains = [_signed(trial.gain_ms), _interval(trial.gain_ms_low, trial.gain_ms_high)]
+    if memory:
+        gains.append(_ABSENT if trial.memory_gain_mib is None else f"{trial.memory_gain_mib:+,.0f}")
+    why = f'<td class="why">{escape(trial.reason)}</td>'
+    return _row([trial.op, trial.name, trial.against, trial.status], gains, why)
+
+
+def _row(texts: Sequence[str], numbers: Sequence[str], end: str = "") -> str:
+    cells = [f"<td>{escape(text)}</td>" for text in texts]
+    cells += [f'<td class="number">{number}</td>' for number in numbers]
+    return f"<tr>{''.join(cells)}{end}</tr>"
+
+
+def _interval(low: float | None, high: float | None) -> str:
+    return _ABSENT if low is None or high is None else f"{_signed(low, plus='')} to {_signed(high, plus='')}"
+
+
+def _signed(value: float | None, plus: str = "+") -> str:
+    if value is None:
+        return _ABSENT
+    sign = "-" if value < 0 else plus if value > 0 else ""
+    return f"{sign}{digits(abs(value)) if value else '0'}"

@@ -1,0 +1,193 @@
+"""A sweep: each of its jobs in a process of its own, whichever launcher runs them, and one comparison at the end.
+
+A job that crashes the GPU or is killed ends that process alone. What happened is read from the job folders, never
+carried in memory: jobs may have run on other machines, or in an earlier sweep into the same folder.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import importlib.util
+import math
+import os
+import platform
+import signal
+import subprocess
+import sys
+import threading
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+from hydra.conf import HydraConf
+from hydra.experimental.callback import Callback
+from omegaconf import DictConfig, OmegaConf
+
+from llmmed import compose, run_folder
+from llmmed.errors import UserError
+from llmmed.files import read_json, write_atomically
+from llmmed.gpus import own_gpu
+
+OUTPUT = "output.txt"  # what a job prints, where several print at once
+
+_PLUGINS = {  # the module that an option of Hydra's groups needs, and what to install
+    "hydra/launcher=joblib": ("hydra_plugins.hydra_joblib_launcher", "hydra-joblib-launcher"),
+    "hydra/launcher=submitit_slurm": ("hydra_plugins.hydra_submitit_launcher", "'llmmed[slurm]'"),
+    "hydra/launcher=submitit_local": ("hydra_plugins.hydra_submitit_launcher", "'llmmed[slurm]'"),
+    "hydra/sweeper=optuna": ("hydra_plugins.hydra_optuna_sweeper", "'llmmed[sweep]'"),
+}
+
+
+class RememberFolder(Callback):
+    """Hydra calls it in the process that was started by hand, before the first job."""
+
+    folder: Path | None = None
+
+    def on_multirun_start(self, config: DictConfig, **_: object) -> None:
+        RememberFolder.folder = Path(config.hydra.sweep.dir)
+
+
+def plugin_overrides(overrides: Sequence[str]) -> list[str]:
+    """What `configs/hydra/plugins.yaml` adds to a command line. Raises `UserError` if a plugin is not installed."""
+    asked = [override for override in overrides if override in _PLUGINS]
+    for override in asked:
+        module, package = _PLUGINS[override]
+        if not _installed(module):
+            raise UserError(f"{override} is not installed here; pip install {package}")
+    given = {override.lstrip("+").partition("=")[0] for override in overrides}
+    ours = OmegaConf.to_container(OmegaConf.load(compose.config_folder() / "hydra" / "plugins.yaml"), resolve=False)
+    assert isinstance(ours, dict)
+    values = [(key, value) for override in asked for key, value in ours.get(override, {}).items()]
+    return [
+        f"{key}={str(value).lower() if isinstance(value, bool) else value}" for key, value in values if key not in given
+    ]
+
+
+def run_job(composed: DictConfig, folder: Path, hydra_config: HydraConf) -> float | None:
+    """Runs one job of a sweep in a child process, unless it is finished already.
+
+    Args:
+        composed: The job's configuration, not validated.
+        folder: The job's.
+        hydra_config: Hydra's own part.
+
+    Returns:
+        The final validation loss, what an optimizing sweeper makes small; None if there is none.
+
+    Raises:
+        KeyboardInterrupt: Ctrl-C, once the job has ended. Nothing else: what went wrong stands in `status.json`.
+    """
+    label = f"job {hydra_config.job.num}: {hydra_config.job.override_dirname or 'no overrides'}"
+    if run_folder.read_status(folder).state == "finished":
+        print(f"\n{label}: finished before, skipped", flush=True)
+        return _validation_loss(folder)
+    if (pid := _running(folder)) is not None:
+        print(f"\n{label}: is running in process {pid}, skipped", flush=True)
+        return None
+    print(f"\n{label}", flush=True)
+    overrides = list(hydra_config.overrides.task)
+    write_atomically(folder / ".hydra" / "overrides.yaml", OmegaConf.to_yaml(OmegaConf.create(overrides)))
+    try:
+        config = compose.validate(composed, overrides)
+    except UserError as error:
+        run_folder.write_status(folder, "failed", reason=str(error))
+        return None
+    own = [o for o in hydra_config.overrides.hydra if not o.startswith(_OF_THE_SWEEP)]
+    command = [sys.executable, "-m", "llmmed.cli", *overrides, *own, f"hydra.run.dir={quoted(folder)}"]
+    environment = {"WANDB_RUN_GROUP": config.logger.group or Path(hydra_config.sweep.dir).resolve().name}
+    launcher = hydra_config.runtime.choices["hydra/launcher"]
+    output = None if launcher == "basic" else folder / OUTPUT
+    with own_gpu(wanted=launcher == "joblib" and config.device == "cuda") as gpu:
+        code, stopped = _run(command, {**os.environ, **environment, **gpu}, output)
+    loss = _outcome(code, folder, label)
+    if stopped:
+        raise KeyboardInterrupt
+    return loss
+
+
+_OF_THE_SWEEP = (
+    "hydra.mode",
+    "hydra.sweep",
+    "hydra/launcher",
+    "hydra.launcher",
+    "hydra/sweeper",
+    "hydra.output_subdir",
+)
+
+
+def _outcome(code: int, folder: Path, label: str) -> float | None:
+    """Makes sure that the folder says how it ended."""
+    status = run_folder.read_status(folder)
+    if code and status.state not in ("failed", "interrupted"):
+        reason = f"killed by {signal.Signals(-code).name}" if code < 0 else f"ended with exit code {code}"
+        run_folder.write_status(folder, "failed", reason=reason)
+        status = run_folder.read_status(folder)
+    print(f"{label}: {status.state}{f': {status.reason}' if status.reason else ''}", flush=True)
+    return _validation_loss(folder) if code == 0 else None
+
+
+def _run(command: Sequence[str], environment: Mapping[str, str], output: Path | None) -> tuple[int, bool]:
+    """The exit code, and whether the sweep was asked to stop. Ctrl-C reaches the child too, SIGTERM is passed on; it
+    has the time to end well. A child that somebody else stops ends alone, whatever its exit code.
+    """
+    stopped = threading.Event()
+    with contextlib.ExitStack() as stack:
+        file = stack.enter_context(output.open("a", encoding="utf-8")) if output is not None else None
+        child = subprocess.Popen(command, env=environment, stdout=file, stderr=subprocess.STDOUT if file else None)
+
+        def pass_on(*_: object) -> None:
+            stopped.set()
+            child.terminate()
+
+        if threading.current_thread() is threading.main_thread():  # a launcher may run jobs in others
+            before = signal.signal(signal.SIGTERM, pass_on)
+            stack.callback(signal.signal, signal.SIGTERM, before)
+        while True:
+            try:
+                return child.wait(), stopped.is_set()
+            except KeyboardInterrupt:
+                stopped.set()
+
+
+def tell(folder: Path) -> list[str]:
+    """The comparison of all jobs, on the terminal and in the sweep's folder. Returns a line for each not finished."""
+    from rich.console import Console
+
+    from llmmed.reporting import sweep_summary  # torch comes with it
+
+    try:
+        jobs = sweep_summary.tell(folder, Console(highlight=False))
+    except OSError as error:
+        return [f"the comparison cannot be written: {error}"]
+    return [f"{job.job} {job.status}: {job.reason or 'no reason is known'}" for job in jobs if job.status != "finished"]
+
+
+def quoted(folder: Path) -> str:
+    """A path as a value of Hydra's override grammar, whatever characters are in it."""
+    escaped = str(folder).replace("\\", "\\\\").replace("'", "\\'")
+    return f"'{escaped}'"
+
+
+def _validation_loss(folder: Path) -> float | None:
+    try:
+        loss = read_json(folder / "summary.json")["final/val_loss"]
+    except (OSError, ValueError, KeyError, TypeError):
+        return None
+    return float(loss) if isinstance(loss, int | float) and math.isfinite(loss) else None
+
+
+def _running(folder: Path) -> int | None:
+    """The process that runs this job on this machine, left over from a sweep that was killed."""
+    status = run_folder.read_status(folder)
+    try:
+        here = read_json(folder / "env.json")["host"] == platform.node()
+        command = Path(f"/proc/{status.pid}/cmdline").read_bytes()
+    except (OSError, ValueError, KeyError, TypeError):
+        return None
+    return status.pid if status.state == "running" and here and b"llmmed.cli" in command else None
+
+
+def _installed(module: str) -> bool:
+    try:
+        return importlib.util.find_spec(module) is not None
+    except ModuleNotFoundError:
+        return False

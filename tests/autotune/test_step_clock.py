@@ -1,0 +1,81 @@
+"""The step's clock on a CPU: real plans of a tiny model, and the line through two depths."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import Any
+
+import pytest
+import torch
+
+from llmmed.autotune.confirm import Failed
+from llmmed.autotune.step_clock import StepClock
+from llmmed.config import Config
+from llmmed.kernels.base import Kernels
+from llmmed.kernels.catalog import default_choice, load_kernels
+from llmmed.model import Transformer
+
+
+@pytest.fixture
+def clock(tiny: Config) -> StepClock:
+    return StepClock(replace(tiny, model=replace(tiny.model, n_layers=6)), "eager")
+
+
+def test_the_whole_model_lies_on_the_line_through_two_depths(clock: StepClock) -> None:
+    assert clock.depths == (1, 2)
+    # 3 ms of head, 2 ms a layer: six layers take 15.
+    near, far = [5.0] * 9, [7.0] * 9
+    assert clock._at_full_depth([near, far]) == pytest.approx((15.0, 15.0, 15.0))
+    wobbly = [value + 0.1 * (-1) ** index for index, value in enumerate(far)]
+    middle, low, high = clock._at_full_depth([near, wobbly])
+    assert low < middle < high
+    assert high - low == pytest.approx(5 * 0.2)
+
+
+def test_the_line_is_about_a_whole_step(clock: StepClock, tiny: Config) -> None:
+    tokens = 4 * tiny.train.global_batch_tokens
+    twice = StepClock(replace(tiny, train=replace(tiny.train, global_batch_tokens=tokens)), "eager")
+    assert twice.layers == 2
+    assert twice._at_full_depth([[5.0] * 9, [7.0] * 9])[0] == pytest.approx(4 * 7.0)
+
+
+def test_a_plan_against_itself_gains_nothing(clock: StepClock) -> None:
+    base = default_choice()
+    clock.set_default(base)
+    match = clock.whole(base, base)
+    assert match.first.ms > 0
+    assert match.first.peak_memory_gib is None
+    assert abs(match.gain_ms) < 0.5 * match.first.ms
+    duel = clock.duel(base, "swiglu", "pytorch")
+    assert duel.memory_gain_mib is None
+    assert abs(duel.gain_ms) < match.first.ms
+
+
+def test_the_truth_is_the_gradient_of_a_model_of_that_depth(clock: StepClock, tiny: Config) -> None:
+    """On the same weights and the batch that is not captured."""
+    base = default_choice()
+    clock.set_default(base)
+    weights = clock._weights
+    config = replace(tiny, model=replace(tiny.model, n_layers=2))
+    model = Transformer.for_training(config, load_kernels(base), "cpu")
+    model.load_state_dict(weights.state_dict())
+    batch = clock._batches[1]
+    model(batch[:, :-1], batch[:, 1:]).backward()
+    for name, parameter in model.named_parameters():
+        assert parameter.grad is not None
+        torch.testing.assert_close(clock._truth[name], parameter.grad, rtol=1e-4, atol=1e-6)
+
+
+def test_another_result_in_the_step_is_a_failure(clock: StepClock, monkeypatch: pytest.MonkeyPatch) -> None:
+    base = default_choice()
+    clock.set_default(base)
+    right = load_kernels(base)
+
+    def wrong(choice: Any) -> Kernels:
+        functions = dict(right.functions)
+        functions["swiglu"] = lambda gate, up: 1.1 * right.functions["swiglu"](gate, up)
+        return Kernels(functions, dict(choice))
+
+    monkeypatch.setattr("llmmed.autotune.step_clock.load_kernels", wrong)
+    with pytest.raises(Failed, match=r"in the step the gradient of .* differs by .* from PyTorch's"):
+        clock.duel(base, "swiglu", "compiled")
