@@ -144,11 +144,8 @@ def check_arguments(script: str, arguments: list[str]) -> None:
             return  # launchers and sweepers have values of their own: `test_docs_sweeping.py` composes these
         overrides = [argument for argument in arguments if argument != "-m"]
         lists = [override.partition("=")[2].split(",") for override in overrides]
-        if "train.micro_batch_size=auto" in overrides:
-            compose.compose_yaml(overrides)  # a number takes its place before anything is validated
-            return
         for choice in range(max(map(len, lists), default=1)):
-            compose.compose([pick(override, choice) for override in overrides])
+            check_overrides([pick(override, choice) for override in overrides])
     elif script == "benchmark.py":
         compose_benchmark(as_lists(arguments))
     elif script == "verify.py":
@@ -157,6 +154,13 @@ def check_arguments(script: str, arguments: list[str]) -> None:
         generate.parse(arguments)
     else:  # what takes folders or numbers: nothing is written with a dash
         assert not any(argument.startswith("-") for argument in arguments)
+
+
+def check_overrides(overrides: list[str]) -> None:
+    composed = compose.compose_yaml(overrides)
+    if compose.asks_for_auto_batch(composed):
+        composed = compose.with_micro_batch(composed, 1)
+    compose.validate(composed, overrides)
 
 
 def pick(override: str, choice: int) -> str:
@@ -183,6 +187,13 @@ def test_every_link_and_path_exists(path: Path) -> None:
         assert link.startswith("https://") or (path.parent / link).exists(), link
     for name in re.findall(r"`((?:llmmed|scripts|tests|configs|docs)/[\w./-]+)`", page):
         assert (ROOT / name).exists() or name.endswith(f"/{EXAMPLE}.py"), name
+
+
+def test_the_time_limits_are_those_of_the_configuration() -> None:
+    kernels = compose.compose().kernels
+    for path in PAGES:
+        for name, seconds in re.findall(r"`kernels\.(\w+_seconds)` \((\d+) s\)", path.read_text(encoding="utf-8")):
+            assert float(seconds) == getattr(kernels, name), f"{path.name}: {name}"
 
 
 def test_the_readme_leads_to_every_page() -> None:

@@ -76,8 +76,8 @@ class OpPlan(_Frozen):
 class StepTrial(_Frozen):
     """One implementation tried in the real step, in place of what the best plan so far had for its op.
 
-    Gains are what the whole model saves a micro-batch, positive is better: measured at `StepEvidence.trial_depth`
-    layers and scaled by how often the whole model calls the op.
+    Gains are what the whole model's step saves, positive is better: measured at `StepEvidence.trial_depth` layers and
+    scaled by how often the whole step calls the op.
     """
 
     op: str
@@ -92,7 +92,8 @@ class StepTrial(_Frozen):
 
 
 class StepTimes(_Frozen):
-    """A plan in the real step, the whole model: extrapolated from two depths, in ms of a micro-batch and its update."""
+    """A plan in the real step, the whole model, extrapolated from two depths: ms of all its micro-batches and, where
+    the optimizer has kernels to choose, of its update."""
 
     choice: dict[str, str]
     ms: float

@@ -24,7 +24,7 @@ from llmmed.autotune.plan import Mode, StepTimes
 from llmmed.autotune.workload import record_micro_batch, record_workload
 from llmmed.compose import accumulation_steps
 from llmmed.config import Config
-from llmmed.kernels.catalog import default_choice, load_kernels
+from llmmed.kernels.catalog import COMPILED, DEFAULT, default_choice, load_kernels
 from llmmed.model import Transformer, compute_dtype, parameter_count
 from llmmed.optim import build_optimizers
 from llmmed.training.micro_step import GraphedMicroStep, LaunchedMicroStep
@@ -69,9 +69,11 @@ class StepClock:
 
     def called(self, choice: Choice) -> set[str]:
         """The ops that a step under this plan calls."""
-        key = tuple(sorted(choice.items()))
+        # What is the compiler's calls what PyTorch's calls, and on the meta device nothing can be compiled.
+        plain = {op: DEFAULT if name == COMPILED else name for op, name in choice.items()}
+        key = tuple(sorted(plain.items()))
         if key not in self._called:
-            kernels = load_kernels({**default_choice(), **choice})
+            kernels = load_kernels({**default_choice(), **plain})
             self._called[key] = set(record_workload(_shallow(self._config, 1), kernels).by_op())
         return self._called[key]
 
@@ -96,14 +98,15 @@ class StepClock:
         self._keep(champion)
         standing, subject = self._subject(champion), self._subject(challenger)
         self._check(subject)
-        scale = self._calls[self.layers][op] / self._calls[self.trial_depth][op]
+        growth = self._calls[self.layers][op] / self._calls[self.trial_depth][op]
+        scale = growth * accumulation_steps(self._config.train)
         try:
             gains = [scale * (a - b) for a, b in self._pairs(standing.run, subject.run)]
         except Exception as error:
             raise Failed(_failure(error)) from error
         saved = None
         if standing.memory_mib is not None and subject.memory_mib is not None:
-            saved = scale * (standing.memory_mib - subject.memory_mib)
+            saved = growth * (standing.memory_mib - subject.memory_mib)
         return Duel(*median_interval(gains), saved)
 
     def whole(self, choice: Choice, other: Choice, mode: Mode | None = None) -> Match:

@@ -66,6 +66,12 @@ def test_the_truth_is_the_gradient_of_a_model_of_that_depth(clock: StepClock, ti
         torch.testing.assert_close(clock._truth[name], parameter.grad, rtol=1e-4, atol=1e-6)
 
 
+def test_what_is_the_compilers_calls_what_pytorchs_calls(clock: StepClock) -> None:
+    base = default_choice()
+    assert clock.called({**base, "add_rms_norm": "compiled"}) == clock.called(base)
+    assert "rms_norm" in clock.called(base)
+
+
 def test_another_result_in_the_step_is_a_failure(clock: StepClock, monkeypatch: pytest.MonkeyPatch) -> None:
     base = default_choice()
     clock.set_default(base)

@@ -1,0 +1,89 @@
+"""Shows what the tuner's greed costs: its plan against all plans one or two flips from PyTorch's.
+
+    python scripts/regret.py model=small                     single flips and pairs
+    python scripts/regret.py model=large pairs=false seconds=300 out=regret.json
+
+Takes the overrides of `scripts/train.py`. The plan comes from the tuning cache if it is there. The exit code is 1 if a
+neighbour is faster than the chosen plan by more than 1 %, beyond the noise.
+"""
+
+from __future__ import annotations
+
+import sys
+import time
+from pathlib import Path
+
+import torch
+from rich.console import Console
+from rich.table import Table
+
+from llmmed.autotune.confirm import Failed
+from llmmed.autotune.regret import Neighbour, Regret, measure_regret, neighbours
+from llmmed.autotune.step_clock import StepClock
+from llmmed.autotune.tuner import tune
+from llmmed.autotune.workload import record_workload
+from llmmed.compose import compose
+from llmmed.errors import UserError
+from llmmed.files import write_json
+from llmmed.training import prepare_backend, resolve_compile
+
+_LIMIT = 0.01
+_OWN = {"pairs": "true", "seconds": "600", "out": ""}
+
+
+def main(arguments: list[str]) -> int:
+    console = Console(highlight=False)
+    own = _OWN | {key: value for key, _, value in (a.partition("=") for a in arguments) if key in _OWN}
+    try:
+        config = compose([a for a in arguments if a.partition("=")[0] not in _OWN])
+        if own["pairs"] not in ("true", "false"):
+            raise UserError(f"pairs={own['pairs']}: true or false")
+        seconds = float(own["seconds"])
+    except (UserError, ValueError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 1
+    prepare_backend(config)
+    torch._dynamo.config.recompile_limit = torch._dynamo.config.accumulated_recompile_limit = 1024
+    started = time.perf_counter()
+    plan = tune(config, record_workload(config), mode=resolve_compile(config), report=lambda p: None)
+
+    def told(neighbour: Neighbour) -> None:
+        result = neighbour.reason or f"{neighbour.gain_ms:+.3f} ms"
+        console.print(f"[dim]{time.perf_counter() - started:5.0f} s  {neighbour.name}: {result}[/]")
+
+    try:
+        regret = measure_regret(
+            StepClock(config, plan.mode), plan, neighbours(plan, pairs=own["pairs"] == "true"), told=told,
+            time_is_up=lambda: time.perf_counter() - started > seconds,
+        )  # fmt: skip
+    except Failed as failure:
+        print(f"error: {failure}", file=sys.stderr)
+        return 1
+    if own["out"]:
+        write_json(
+            Path(own["out"]), regret.to_json() | {"hardware": plan.hardware.model_dump(), "model": config.model.name}
+        )
+    _print(regret, config.model.name, console)
+    return int(regret.share > _LIMIT)
+
+
+def _print(regret: Regret, model: str, console: Console) -> None:
+    table = Table(box=None, pad_edge=False, header_style="bold")
+    table.add_column("plan")
+    table.add_column("saves against\nthe chosen, ms", justify="right")
+    table.add_column("95 % interval", justify="right")
+    for each in sorted(regret.neighbours, key=lambda n: -(n.gain_ms if n.gain_ms is not None else -1e9)):
+        if each.gain_ms is None:
+            table.add_row(each.name, "-", each.reason)
+        else:
+            table.add_row(each.name, f"{each.gain_ms:+.3f}", f"{each.gain_ms_low:+.3f} to {each.gain_ms_high:+.3f}")
+    console.print(table)
+    told = f", {regret.left_out} not tried for lack of time" if regret.left_out else ""
+    console.print(
+        f"{model}: the chosen plan takes {regret.chosen_ms:.3f} ms; regret {max(0.0, regret.share):.2%} of "
+        f"{len(regret.neighbours)} neighbours{told}"
+    )
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))
