@@ -5,11 +5,12 @@ A mistake is one line and exit code 1. What is not the user's mistake leaves its
 
 from __future__ import annotations
 
+import functools
 import logging
 import os
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import NoReturn
 
@@ -18,7 +19,6 @@ import omegaconf
 from hydra._internal.utils import get_args_parser
 from hydra.core.hydra_config import HydraConfig
 from hydra.errors import HydraException
-from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf
 
 from llmmed import compose, micro_batch, run_folder, sweep
@@ -39,9 +39,9 @@ def main() -> None:
             # From before there is a folder, so that there is never one that does not say what became of its run.
             with StopRequest(give_up=_tell_interrupted) as stop:
                 stop.waits = True
-                _hydra_main(stop)
+                _hydra_main(functools.partial(_task, stop=stop))
         else:
-            _hydra_main(StopRequest())
+            _hydra_main(_job)
     except UserError as error:
         _exit(str(error))
     except (HydraException, omegaconf.errors.OmegaConfBaseException) as error:
@@ -64,10 +64,7 @@ def main() -> None:
             _exit("; ".join([*([early] if early else []), *troubles]))
 
 
-def _hydra_main(stop: StopRequest) -> None:
-    def task(composed: DictConfig) -> float | None:
-        return _task(composed, stop)
-
+def _hydra_main(task: Callable[[DictConfig], float | None]) -> None:
     hydra.main(version_base="1.3", config_path=str(compose.config_folder()), config_name=compose.CONFIG_NAME)(task)()
 
 
@@ -99,11 +96,16 @@ def _add(overrides: Sequence[str], given: Sequence[str]) -> None:
     sys.argv[place:place] = overrides
 
 
-def _task(composed: DictConfig, stop: StopRequest) -> float | None:
+def _job(composed: DictConfig) -> float | None:
+    """One job of a sweep. Launchers send this function to other processes, so that it holds nothing."""
+    hydra_config = HydraConfig.get()
+    return sweep.run_job(composed, Path(hydra_config.runtime.output_dir), hydra_config)
+
+
+def _task(composed: DictConfig, stop: StopRequest) -> NoReturn:
+    """The run itself."""
     hydra_config = HydraConfig.get()
     folder = Path(hydra_config.runtime.output_dir)
-    if hydra_config.mode == RunMode.MULTIRUN:
-        return sweep.run_job(composed, folder, hydra_config)
     try:
         stop.wait_no_more()
         code = _run(composed, folder, list(hydra_config.overrides.task), stop)

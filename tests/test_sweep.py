@@ -16,6 +16,7 @@ import pytest
 
 from llmmed import gpus, run_folder, sweep
 from llmmed.errors import UserError
+from llmmed.signals import INTERRUPTED
 from tests.reporting.test_wandb_sink import whole_file
 
 SMOKE = ["experiment=smoke", "data=synthetic", "train.max_steps=4", "train.compile=eager", "kernels=pytorch",
@@ -120,7 +121,7 @@ def test_optuna_minimizes_the_validation_loss_with_jobs_of_submitit(tmp_path: Pa
 
 def test_a_job_that_somebody_stops_ends_alone(tmp_path: Path) -> None:
     code, stopped = sweep._run([sys.executable, "-c", "raise SystemExit(130)"], os.environ, tmp_path / "output.txt")
-    assert (code, stopped) == (sweep.INTERRUPTED, False)
+    assert (code, stopped) == (INTERRUPTED, False)
     run_folder.write_status(tmp_path, "interrupted", reason="SIGTERM after step 3")
     assert sweep._outcome(code, tmp_path, "job 0") is None
     assert run_folder.read_status(tmp_path).reason == "SIGTERM after step 3"

@@ -31,6 +31,7 @@ _FREE = 0.25  # eps of the L2 norm that need no excuse
 _FREE_FLOAT32 = 32.0
 _CANCELS, _MOST_LENIENT = 8.0, 8.0  # in float32, from this conditioning on, and up to this factor
 _BLOCKS = 8  # of rows and of columns
+DEFAULT_LIMIT = 1e-2  # of the default's own relative error in float32, where it is what others are measured by
 # In 16 bits the default's relative error counts for no more than this, plus what rounding explains: a loose default
 # must not excuse anything.
 _CEILING = {torch.float32: math.inf, torch.bfloat16: 0.05, torch.float16: 0.02}
@@ -93,6 +94,17 @@ def judge(name: str, truth: Truth, found: Tensor, dtype: torch.dtype) -> tuple[F
     if findings[0].ratio > 1:  # the plainest thing to say
         worst = Finding(worst.ratio, findings[0].message)
     return worst, _ratio(whole.error, whole.truth)
+
+
+def judge_default(name: str, error: float, dtype: torch.dtype) -> Finding:
+    """The finding about a default's relative error, which nothing else is measured against: in float32 alone, where
+    even what cancels is right to 5e-3. Where the truth is zero, the error says nothing.
+    """
+    if dtype != torch.float32 or not math.isfinite(error):
+        return Finding(0.0, name)
+    return Finding(
+        error / DEFAULT_LIMIT, f"{name}: relative error {error:.1e}, allowed {DEFAULT_LIMIT:.0e} even for a default"
+    )
 
 
 def relative(error: Tensor, truth: Tensor) -> float:

@@ -343,3 +343,19 @@ def test_an_error_of_triton_is_a_failed_compilation() -> None:
     triton = pytest.importorskip("triton")
     assert classify(triton.OutOfResources(300, 200, "shared memory"))[0] == "failed_to_compile"
     assert classify(RuntimeError("something else"))[0] == "crashed"
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_a_default_that_is_wrong_by_itself_is_rejected(dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Everything else is measured by the default, and it is measured by the truth."""
+
+    def wrong(x: Tensor, weight: Tensor, eps: float) -> Tensor:
+        return right(x, weight, eps) * 1.02
+
+    planted = replace(get_implementation("rms_norm", "pytorch"), load=lambda: wrong)
+    monkeypatch.setattr("llmmed.autotune.verify.get_implementation", lambda op, name: planted)
+    forget()
+    verdict = verify(get_op("rms_norm"), planted, wrong, [run_call(dtype)], CPU)
+    forget()
+    assert verdict.status == "wrong"
+    assert "even for a default" in verdict.reason
