@@ -158,37 +158,40 @@ class Worker:
         flips = shortlist(base, open_ops, everything=scarce)
         if not flips:
             return
-        self._journal.write(Begun(stage="step"))
-        slowest, since = 3.0, time.perf_counter()
 
         def told(trial: StepTrial) -> None:
-            nonlocal slowest, since
-            slowest, since = max(slowest, time.perf_counter() - since), time.perf_counter()
             self._journal.write(Tried(trial=trial))
             if trial.status == "failed" and (damage := _damage(self._device)) is not None:
                 print(f"ending after {trial.op}.{trial.name} in the step: {damage}", file=sys.stderr, flush=True)
                 os._exit(1)
 
-        clock = _Announcing(config, self._mode, self._journal)
-        modes: tuple[Mode, ...] = ("graphs", "compiled", "eager")
+        open_modes: tuple[Mode, ...] = ("graphs", "compiled", "eager")
         leaves_open = config.train.compile == "auto" and self._device.type == "cuda"
-        try:
-            evidence = confirm(
-                clock,
-                base,
-                flips,
-                mode=self._mode,
-                other_modes=[mode for mode in modes if mode != self._mode] if leaves_open else (),
-                objective=kernels.objective,
-                margin=kernels.margin,
-                memory_budget_gib=kernels.memory_budget_gib or _memory_of(self._device),
-                before=task.trials,
-                told=told,
-                time_is_up=lambda: time.perf_counter() + 2 * slowest > self._deadline,
-            )
+        left: list[Mode] = [mode for mode in open_modes if mode != self._mode] if leaves_open else []
+        reason = ""
+        for mode in [self._mode, *left]:  # the next only where not even the default plan runs in the one before
+            self._journal.write(Begun(stage="step"))
+            clock = _Announcing(config, mode, self._journal)
+            try:
+                evidence = confirm(
+                    clock,
+                    base,
+                    flips,
+                    mode=mode,
+                    other_modes=[other for other in left if other != mode],
+                    objective=kernels.objective,
+                    margin=kernels.margin,
+                    memory_budget_gib=kernels.memory_budget_gib or _memory_of(self._device),
+                    before=task.trials,
+                    told=told,
+                    time_is_up=lambda clock=clock: time.perf_counter() + 2 * clock.slowest > self._deadline,  # type: ignore[misc]
+                )
+            except Failed as failure:
+                reason = reason or f"{mode}: {failure}"
+                continue
             self._journal.write(StepDone(evidence=evidence))
-        except Failed as failure:
-            self._journal.write(StepDone(evidence=None, reason=str(failure)))
+            return
+        self._journal.write(StepDone(evidence=None, reason=reason))
 
     def _passed(self, op: str, name: str) -> bool:
         found = self._known.get(op, {}).get(name)
@@ -208,15 +211,23 @@ class Worker:
 
 
 class _Announcing(StepClock):
-    """Journals what is about to be tried in the step, so that the parent knows what a process died of."""
+    """Journals what is about to be tried in the step, so that the parent knows what a process died of.
+
+    `slowest` is the longest trial so far, in seconds: what comes after the trials takes about two of them.
+    """
 
     def __init__(self, config: Config, mode: Mode, journal: JournalWriter) -> None:
         super().__init__(config, mode)
         self._journal = journal
+        self.slowest = 3.0
 
     def duel(self, champion: Choice, op: str, name: str) -> Duel:
         self._journal.write(Begun(stage="step", op=op, name=name))
-        return super().duel(champion, op, name)
+        started = time.perf_counter()
+        try:
+            return super().duel(champion, op, name)
+        finally:
+            self.slowest = max(self.slowest, time.perf_counter() - started)
 
 
 def _memory_of(device: torch.device) -> float | None:

@@ -102,11 +102,13 @@ def closing_line(plan: KernelPlan) -> str:
 def _step_line(step: StepEvidence) -> str:
     """What the real step said of the whole plan."""
     default, chosen = step.default, step.chosen
-    text = f"In the step: {_three_digits(chosen.ms)} ms with these, {_three_digits(default.ms)} with PyTorch's"
+    others = {op: name for op, name in default.choice.items() if name != DEFAULT}
+    against = "PyTorch's" if not others else f"PyTorch's and {', '.join(f'{n} for {op}' for op, n in others.items())}"
+    text = f"In the step: {_three_digits(chosen.ms)} ms with these, {_three_digits(default.ms)} with {against}"
     if default.peak_memory_gib is not None and chosen.peak_memory_gib is not None:
-        text += f"; {chosen.peak_memory_gib:.2f} GiB, {default.peak_memory_gib:.2f} with PyTorch's"
-    others = ", ".join(f"{mode} {_three_digits(ms)}" for mode, ms in step.modes.items() if mode != step.mode)
-    text += f" ({step.mode}; {others} ms)" if others else ""
+        text += f"; {chosen.peak_memory_gib:.2f} GiB against {default.peak_memory_gib:.2f}"
+    modes = ", ".join(f"{mode} {_three_digits(ms)}" for mode, ms in step.modes.items() if mode != step.mode)
+    text += f" ({step.mode}; {modes} ms)" if modes else ""
     return f"{text}. {'' if step.finished else 'kernels.budget_seconds ended the trials. '}\n"
 
 

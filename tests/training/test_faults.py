@@ -104,9 +104,12 @@ def test_a_wandb_service_that_is_killed_does_not_end_the_run(tmp_path: Path, rep
          "train.max_steps=200", "train.log_every=1"], tmp_path,
     )  # fmt: skip
     run.wait_until((tmp_path / "disk" / "run" / "metrics.jsonl").exists)
-    services = [pid for pid, command in run.processes().items() if "wandb-core" in command]
-    assert services
-    for pid in services:
+
+    def services() -> list[int]:
+        return [pid for pid, command in run.processes().items() if "wandb-core" in command]
+
+    run.wait_until(lambda: bool(services()))  # a process that is just being replaced has no command for a moment
+    for pid in services():
         os.kill(pid, signal.SIGKILL)
     assert run.process.wait(60) == 0, run.output.read_text()
     assert run.output.read_text().count("W&B failed") == 1
