@@ -20,8 +20,10 @@ class Tagged:
         self.mark, self.folder = f"LLMMED_TEST={uuid.uuid4()}", folder
         name, _, value = self.mark.partition("=")
         self.output = folder / "output.txt"
+        # W&B leaves the address of its service there, and a run would take that of the tests for its own.
+        inherited = {key: text for key, text in os.environ.items() if key != "WANDB_SERVICE"}
         self.process = subprocess.Popen(
-            command, cwd=folder, env=os.environ | environment | {name: value}, stdout=self.output.open("w"),
+            command, cwd=folder, env=inherited | environment | {name: value}, stdout=self.output.open("w"),
             stderr=subprocess.STDOUT, start_new_session=True,
         )  # fmt: skip
 
