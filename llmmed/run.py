@@ -18,13 +18,13 @@ from llmmed import data, init_from, run_folder
 from llmmed.autotune.hardware import describe_hardware
 from llmmed.autotune.plan import KernelPlan, Mode
 from llmmed.autotune.tuner import tune
-from llmmed.autotune.workload import Workload, record_workload
+from llmmed.autotune.workload import Workload, called_ops, record_workload
 from llmmed.compose import as_dict
 from llmmed.config import Config
 from llmmed.errors import UserError
 from llmmed.files import read_json, write_json
 from llmmed.init_from import InitialWeights
-from llmmed.kernels.catalog import default_choice, load_kernels
+from llmmed.kernels.catalog import load_kernels
 from llmmed.model import Transformer
 from llmmed.reporting.kernel_table import print_kernel_table
 from llmmed.reporting.terminal import print_closing, print_header
@@ -164,8 +164,7 @@ def _confirm_execution(config: Config, plan: KernelPlan, launched: set[str]) -> 
     if not launched:
         logger.warning("the profiler saw no kernels, so that nothing shows that the chosen ones ran")
         return plan
-    called = set(record_workload(config, load_kernels({**default_choice(), **plan.choice})).by_op())
-    return plan.model_copy(update={"executed": compare(plan.choice, called, launched)})
+    return plan.model_copy(update={"executed": compare(plan.choice, called_ops(config, plan.choice), launched)})
 
 
 def build(config: Config, plan: KernelPlan, initial: InitialWeights | None = None) -> Transformer:

@@ -21,10 +21,10 @@ from llmmed.autotune.confirm import Choice, Duel, Failed, Match
 from llmmed.autotune.failures import classify
 from llmmed.autotune.measure import median_interval
 from llmmed.autotune.plan import Mode, StepTimes
-from llmmed.autotune.workload import record_micro_batch, record_workload
+from llmmed.autotune.workload import called_ops, record_micro_batch
 from llmmed.compose import accumulation_steps
 from llmmed.config import Config
-from llmmed.kernels.catalog import COMPILED, DEFAULT, default_choice, load_kernels
+from llmmed.kernels.catalog import default_choice, load_kernels
 from llmmed.model import Transformer, compute_dtype, parameter_count
 from llmmed.optim import build_optimizers
 from llmmed.training.micro_step import GraphedMicroStep, LaunchedMicroStep
@@ -64,18 +64,11 @@ class StepClock:
         self._kept: dict[tuple[tuple[str, str], ...], _Subject] = {}
         self._truth: dict[str, Tensor] = {}
         self._allowed: dict[str, float] = {}
-        self._called: dict[tuple[tuple[str, str], ...], set[str]] = {}
         self._calls = {depth: self._count_calls(depth) for depth in (self.trial_depth, self.layers)}
 
     def called(self, choice: Choice) -> set[str]:
         """The ops that a step under this plan calls."""
-        # What is the compiler's calls what PyTorch's calls, and on the meta device nothing can be compiled.
-        plain = {op: DEFAULT if name == COMPILED else name for op, name in choice.items()}
-        key = tuple(sorted(plain.items()))
-        if key not in self._called:
-            kernels = load_kernels({**default_choice(), **plain})
-            self._called[key] = set(record_workload(_shallow(self._config, 1), kernels).by_op())
-        return self._called[key]
+        return called_ops(_shallow(self._config, 1), choice)
 
     def set_default(self, choice: Choice) -> None:
         """Takes the gradients that every plan has to agree with: this plan's, launched one by one.

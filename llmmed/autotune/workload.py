@@ -20,7 +20,7 @@ from torch import Tensor
 from llmmed.config import Config
 from llmmed.files import sha256_of
 from llmmed.kernels.base import Call, Kernels, TensorSpec
-from llmmed.kernels.catalog import default_choice, get_op, load_kernels
+from llmmed.kernels.catalog import default_choice, get_op, load_kernels, with_uses
 from llmmed.model.transformer import Transformer
 from llmmed.optim import build_muon
 
@@ -50,23 +50,34 @@ class Workload:
         return cls({Call.from_json(entry): entry["count"] for entry in data["calls"]})
 
 
-def record_workload(config: Config, kernels: Kernels | None = None) -> Workload:
+def record_workload(config: Config) -> Workload:
     """What one micro-batch of the run and the optimizer's step call, at the run's shapes and in its compute dtype.
 
-    Takes no memory and no device. `kernels` are the default's unless given.
+    Takes no memory and no device. What is recorded is the default plan's step: other implementations need not run on
+    the meta device, and a Triton kernel would be launched there on no memory at all.
     """
-
-    def step(recording: Kernels) -> None:
-        model = _micro_batch(config, recording)
-        if config.optimizer.name == "muon":
-            build_muon(model, config.optimizer).step()
-
-    return record_calls(step, kernels or load_kernels(default_choice()))
+    return record_calls(lambda recording: _step(config, recording), load_kernels(default_choice()))
 
 
 def record_micro_batch(config: Config) -> Workload:
     """What one micro-batch alone calls: `record_workload` without the optimizer."""
     return record_calls(lambda recording: _micro_batch(config, recording), load_kernels(default_choice()))
+
+
+def called_ops(config: Config, choice: Mapping[str, str]) -> set[str]:
+    """The ops that the run's step calls under a plan: what the model and the optimizer call, and what those use.
+
+    Runs none of the plan's implementations. An op that `choice` leaves out has its default.
+    """
+    table = load_kernels(default_choice())
+    made = record_calls(lambda recording: _step(config, recording), table, with_parts=False)
+    return with_uses(made.by_op(), {**default_choice(), **choice})
+
+
+def _step(config: Config, kernels: Kernels) -> None:
+    model = _micro_batch(config, kernels)
+    if config.optimizer.name == "muon":
+        build_muon(model, config.optimizer).step()
 
 
 def _micro_batch(config: Config, kernels: Kernels) -> Transformer:
@@ -78,17 +89,21 @@ def _micro_batch(config: Config, kernels: Kernels) -> Transformer:
     return model
 
 
-def record_calls(function: Callable[[Kernels], object], kernels: Kernels) -> Workload:
+def record_calls(function: Callable[[Kernels], object], kernels: Kernels, *, with_parts: bool = True) -> Workload:
     """Runs `function` with a table that computes what `kernels` computes and records every call.
 
-    An op built from others calls those through the recording table too, so its parts are recorded beside it. What is
-    recorded is each call as it is made: activations that backward recomputes count again.
+    What is recorded is each call as it is made: activations that backward recomputes count again.
+
+    Args:
+        function: Takes the recording table.
+        kernels: What computes.
+        with_parts: Whether the ops that an op calls itself are recorded beside it.
     """
     counts: Counter[Call] = Counter()
     functions: dict[str, Callable[..., Any]] = {}
     recording = Kernels(functions, kernels.chosen)
     for op, implementation in kernels.functions.items():
-        if isinstance(implementation, functools.partial) and "kernels" in implementation.keywords:
+        if with_parts and isinstance(implementation, functools.partial) and "kernels" in implementation.keywords:
             implementation = functools.partial(implementation, kernels=recording)
         functions[op] = _recorder(op, implementation, counts)
     recording.__post_init__()

@@ -12,7 +12,7 @@ import importlib
 import importlib.metadata
 import re
 import shutil
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -96,7 +96,7 @@ def load_function(op: str, implementation: Implementation) -> Callable[..., Any]
     function = implementation.load()
     if not implementation.uses:
         return function
-    table = load_kernels(dict.fromkeys(_with_uses(implementation.uses), DEFAULT))
+    table = load_kernels(dict.fromkeys(with_uses(implementation.uses, default_choice()), DEFAULT))
     return functools.partial(function, kernels=table)
 
 
@@ -105,14 +105,15 @@ def default_choice() -> dict[str, str]:
     return dict.fromkeys(op_names(), DEFAULT)
 
 
+def with_uses(ops: Iterable[str], choice: Mapping[str, str]) -> set[str]:
+    """These ops and those that their chosen implementations call in turn. Raises `KeyError` and `Unavailable`."""
+    found = set(ops)
+    return found.union(*(with_uses(get_implementation(op, choice[op]).uses, choice) for op in found))
+
+
 def op_folder(op: str) -> Path:
     """Where an op lives; the hash of its sources is part of the tuning cache's key."""
     return _FOLDER / op
-
-
-def _with_uses(ops: tuple[str, ...]) -> set[str]:
-    """These ops and those that their defaults call in turn."""
-    return set(ops).union(*(_with_uses(get_implementation(op, DEFAULT).uses) for op in ops))
 
 
 @functools.cache

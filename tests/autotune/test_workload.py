@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import importlib
 import json
 import time
 from dataclasses import replace
@@ -12,7 +13,7 @@ import torch
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
-from llmmed.autotune.workload import Workload, record_calls, record_workload
+from llmmed.autotune.workload import Workload, called_ops, record_calls, record_workload
 from llmmed.compose import compose
 from llmmed.config import Config
 from llmmed.kernels.base import Call, Kernels, TensorSpec, tensor_spec
@@ -178,3 +179,27 @@ def test_a_large_model_is_recorded_at_once(config: Config) -> None:
     calls = record_workload(large).by_op()["rms_norm"]
     assert time.perf_counter() - started < 10  # under a second on an idle machine
     assert next(iter(calls)).spec("x").shape == (8, 2048, 2048)
+
+
+def test_a_fused_implementation_leaves_its_parts_uncalled(config: Config) -> None:
+    assert "rms_norm" in called_ops(config, {})
+    assert {"cross_entropy", "linear_cross_entropy"} <= called_ops(config, {})
+    fused = called_ops(config, {"linear_cross_entropy": "triton"})
+    assert fused == called_ops(config, {}) - {"cross_entropy"}
+    assert called_ops(config, {"linear_cross_entropy": "compiled"}) == called_ops(config, {})
+
+
+def test_the_default_plan_calls_what_is_recorded(config: Config) -> None:
+    muon = replace(config, optimizer=replace(config.optimizer, name="muon", momentum=0.95))
+    for each in (config, muon):
+        assert called_ops(each, default_choice()) == set(record_workload(each).by_op())
+
+
+def test_what_a_plan_calls_is_known_without_running_it(config: Config, monkeypatch: pytest.MonkeyPatch) -> None:
+    """On the meta device a Triton kernel would be launched on no memory: an illegal access, and the process is lost."""
+    for op in ("cross_entropy", "linear_cross_entropy", "rms_norm"):
+        module = importlib.import_module(f"llmmed.kernels.{op}.triton_impl")
+        monkeypatch.setattr(
+            module, "IMPL", replace(module.IMPL, load=lambda: pytest.fail("an implementation was loaded"))
+        )
+    assert called_ops(config, {"rms_norm": "triton", "linear_cross_entropy": "triton", "cross_entropy": "triton"})
