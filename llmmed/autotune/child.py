@@ -157,24 +157,27 @@ def tune_in_child(
             tasks=tasks,
             seconds=limits.deadline - time.perf_counter(),
         )
-        if device == "cuda":
-            began = time.perf_counter()
-            _warm_up(first, folder, limits, report)
-            findings.seconds["warm"] = time.perf_counter() - began
         while True:
             left, confirm = findings.left(tasks), _confirmation(step, findings)
             if not left and confirm is None:
                 break
-            job = first.model_copy(
-                update={
-                    "journal": folder / f"journal{attempt}.jsonl",
-                    "tasks": left,
-                    "ceilings": findings.ceilings,
-                    "step": confirm,
-                    "seconds": limits.deadline - time.perf_counter(),
-                }
-            )
-            reason = _Attempt(job, tasks, findings, limits, report).run(folder / f"job{attempt}.json")
+            path = folder / f"job{attempt}.json"
+            with started_process("llmmed.autotune.worker", [str(path), device], path.with_suffix(".log")) as process:
+                if device == "cuda" and attempt == 0:  # while the tuning process starts and waits for its job
+                    began = time.perf_counter()
+                    _warm_up(first, folder, limits, report)
+                    findings.seconds["warm"] = time.perf_counter() - began
+                job = first.model_copy(
+                    update={
+                        "journal": folder / f"journal{attempt}.jsonl",
+                        "tasks": left,
+                        "ceilings": findings.ceilings,
+                        "step": confirm,
+                        "seconds": limits.deadline - time.perf_counter(),
+                    }
+                )
+                job.write(path)
+                reason = _Attempt(job, tasks, findings, limits, report).follow(process, path.with_suffix(".log"))
             if reason:
                 break
             attempt += 1
@@ -212,6 +215,8 @@ def _warm_up(job: Job, folder: Path, limits: Limits, report: Callable[[Progress]
         for process in started:
             with contextlib.suppress(subprocess.TimeoutExpired):
                 process.wait(max(0.0, deadline - time.perf_counter()))
+        slowest = sorted((path.read_text(encoding="utf-8") for path in claims.iterdir()), reverse=True)[:5]
+        logger.info("compiled %d units ahead; the slowest, in s:%s", len(list(claims.iterdir())), "".join(slowest))
 
 
 class _Attempt:
@@ -233,12 +238,10 @@ class _Attempt:
         self._learnt = False  # whether this process has found anything out
         self._done = False
 
-    def run(self, job_path: Path) -> str:
-        """Runs the process to its end. Returns why tuning cannot go on, or nothing."""
-        self._job.write(job_path)
-        log = job_path.with_suffix(".log")
-        with started_process("llmmed.autotune.worker", [str(job_path)], log) as process:
-            too_slow = self._watch(process)
+    def follow(self, process: subprocess.Popen[bytes], log: Path) -> str:
+        """Follows the process, which has its job, to its end. Returns why tuning cannot go on, or nothing."""
+        too_slow = self._watch(process)
+        end(process)
         self._read()
         self._account("")
         if self._done:
@@ -343,11 +346,16 @@ def started_process(
     try:
         yield process
     finally:
-        with contextlib.suppress(ProcessLookupError):
-            os.killpg(process.pid, signal.SIGKILL)
-        process.wait()
-        assert process.stdin is not None
-        process.stdin.close()
+        end(process)
+
+
+def end(process: subprocess.Popen[bytes]) -> None:
+    """Ends a process of `started_process` and all that it started, however far they are."""
+    with contextlib.suppress(ProcessLookupError):
+        os.killpg(process.pid, signal.SIGKILL)
+    process.wait()
+    assert process.stdin is not None
+    process.stdin.close()
 
 
 def _fill_in(findings: Findings, tasks: list[Task], reason: str) -> None:

@@ -17,7 +17,7 @@ Choice = Mapping[str, str]
 Objective = Literal["time", "memory"]
 
 _HOPELESS = 1.15  # alone, times what it would replace: beyond, the step is not asked
-_REVISITED = 0.02  # of the step: a flip that matters less is looked at again once the plan around it has changed
+_REVISITED = 0.01  # of the step: a flip that matters less is looked at again once the plan around it has changed
 _EQUAL_MEMORY = 0.01  # of the step's: below, two plans take the same
 
 
@@ -133,6 +133,7 @@ def confirm(
     before: Sequence[StepTrial],
     told: Callable[[StepTrial], None],
     time_is_up: Callable[[], bool],
+    time_for_second_looks: Callable[[], bool] = lambda: True,
 ) -> StepEvidence:
     """Starts from a plan, tries flips, and holds what is left against that plan once more.
 
@@ -148,6 +149,7 @@ def confirm(
         before: Trials of a process that died.
         told: Hears of every trial at once.
         time_is_up: Asked before each trial.
+        time_for_second_looks: Asked before each flip that is tried once more; without it, the contest is complete.
 
     Raises:
         Failed: not even the default plan runs.
@@ -155,7 +157,10 @@ def confirm(
     arena.set_default(base)
     start = arena.whole(base, base).first
     terms = Terms(objective, start.ms, _mib(start.peak_memory_gib), _mib(memory_budget_gib))
-    left, trials, finished = contest(base, flips, arena, terms, before=before, told=told, time_is_up=time_is_up)
+    left, trials, finished = contest(
+        base, flips, arena, terms,
+        before=before, told=told, time_is_up=time_is_up, time_for_second_looks=time_for_second_looks,
+    )  # fmt: skip
     if left == dict(base):
         default, chosen, keeps, reason = start, start, True, "no other implementation makes the step better"
     else:
@@ -196,6 +201,7 @@ def contest(
     before: Sequence[StepTrial],
     told: Callable[[StepTrial], None],
     time_is_up: Callable[[], bool],
+    time_for_second_looks: Callable[[], bool] = lambda: True,
 ) -> tuple[dict[str, str], list[StepTrial], bool]:
     """Flips one implementation after the other and keeps what the step gains from.
 
@@ -207,6 +213,7 @@ def contest(
         before: Trials of a process that died; they are not repeated.
         told: Hears of every trial at once.
         time_is_up: Asked before each trial.
+        time_for_second_looks: Asked before each flip that is tried once more; without it, the contest is complete.
 
     Returns:
         The plan that was left, all trials, and whether they came to their end.
@@ -223,8 +230,8 @@ def contest(
             return state.champion, state.trials, False
         state.attempt(flip.op, flip.name)
     for op, name in state.to_revisit(base):
-        if time_is_up():
-            return state.champion, state.trials, False
+        if not time_for_second_looks():
+            break
         state.attempt(op, name)
     return state.champion, state.trials, True
 
@@ -298,18 +305,20 @@ class _State:
         return "rejected", f"within the step's noise ({low:+.1%} to {high:+.1%})"
 
     def to_revisit(self, base: Choice) -> list[tuple[str, str]]:
-        """Close decisions that were made against another plan than the one that is left."""
+        """Close decisions that were made against another plan than the one that is left, the closest first."""
         found: dict[str, tuple[str, str]] = {}
+        closeness: dict[str, float] = {}
         last_change = max((i for i, t in enumerate(self.trials) if t.status == "accepted"), default=-1)
         for index, trial in enumerate(self.trials):
             close = trial.gain_ms is not None and abs(trial.gain_ms) < _REVISITED * self._terms.step_ms
             if index >= last_change or not close:
                 continue
+            closeness[trial.op] = abs(trial.gain_ms or 0.0)
             if trial.status == "rejected":
                 found[trial.op] = (trial.op, trial.name)
             elif self.champion[trial.op] == trial.name:
                 found[trial.op] = (trial.op, base[trial.op])
-        return list(found.values())
+        return sorted(found.values(), key=lambda flip: closeness[flip[0]])
 
 
 def _keeps_its_seat(match: Match, terms: Terms, margin: float) -> tuple[bool, str]:

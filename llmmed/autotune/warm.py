@@ -13,6 +13,7 @@ from __future__ import annotations
 import contextlib
 import os
 import sys
+import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -37,8 +38,11 @@ def main() -> None:
         if not _claim(claims / str(index)):
             continue
         # A candidate may raise anything at all; it is judged elsewhere.
+        began = time.perf_counter()
         with contextlib.suppress(Exception):
             unit.run(device)
+        seconds = time.perf_counter() - began
+        (claims / str(index)).write_text(f"\n{seconds:6.1f} {unit.name} {unit.call.describe()}", encoding="utf-8")
     with contextlib.suppress(Exception):
         torch.cuda.synchronize(device)
     os._exit(0)

@@ -131,6 +131,19 @@ def test_an_interaction_is_found_when_the_plan_around_has_changed() -> None:
     assert finished
 
 
+def test_without_time_for_second_looks_the_first_ones_stand() -> None:
+    arena = Known({(("rotary", "triton"),): 0.05, (("swiglu", "triton"),): -1.0})
+    found = {
+        op: {"pytorch": timed(1.0), "triton": timed(0.5 if op == "rotary" else 0.9)} for op in ("rotary", "swiglu")
+    }
+    _, trials, finished = contest(
+        BASE, shortlist(BASE, found, everything=False), arena, Terms("time", 10.0), before=(), told=lambda t: None,
+        time_is_up=lambda: False, time_for_second_looks=lambda: False,
+    )  # fmt: skip
+    assert [t.op for t in trials] == ["rotary", "swiglu"]
+    assert finished
+
+
 def test_parts_are_tried_before_the_fused_op_and_then_have_no_work() -> None:
     arena = Known({(("add_rms_norm", "triton"),): -1.0})
     found = {op: {"pytorch": timed(1.0), "triton": timed(0.5)} for op in ("add_rms_norm", "rms_norm")}

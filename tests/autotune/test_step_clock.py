@@ -45,10 +45,10 @@ def test_a_plan_against_itself_gains_nothing(clock: StepClock) -> None:
     match = clock.whole(base, base)
     assert match.first.ms > 0
     assert match.first.peak_memory_gib is None
-    assert abs(match.gain_ms) < 0.5 * match.first.ms
+    assert abs(match.gain_ms) < match.first.ms
     duel = clock.duel(base, "swiglu", "pytorch")
     assert duel.memory_gain_mib is None
-    assert abs(duel.gain_ms) < match.first.ms
+    assert abs(duel.gain_ms) < 2 * match.first.ms
 
 
 def test_the_truth_is_the_gradient_of_a_model_of_that_depth(clock: StepClock, tiny: Config) -> None:

@@ -310,7 +310,9 @@ def test_the_tuning_process_does_not_outlive_its_parent(norms: Workload, plant: 
         seconds=60.0,
     )
     job.write(tmp_path / "job.json")
-    with child.started_process("llmmed.autotune.worker", [str(tmp_path / "job.json")], tmp_path / "log") as process:
+    with child.started_process(
+        "llmmed.autotune.worker", [str(tmp_path / "job.json"), "cpu"], tmp_path / "log"
+    ) as process:
         reader, events = JournalReader(job.journal), list[Event]()
         while not events:
             assert process.poll() is None, (tmp_path / "log").read_text()
