@@ -13,8 +13,10 @@ decide: there up to 8 times its error counts, in float32 only.
 
 Parts are blocks of rows, blocks of columns and what the op itself names: an error in one corner drowns in the whole. In
 a block, the default's error and the truth are taken to be no smaller than they are on average, so that a place where
-the default is right by luck, or where everything cancels, condemns nobody; in the parts that the op names, nothing is
-averaged. The constants come from `scripts/calibrate_gate.py`.
+the default is right by luck, or where everything cancels, condemns nobody. In the parts that the op names nothing is
+averaged. All of a named part, or of the results for a single row, may hang on one number that was rounded once: half an
+eps of the compute dtype is free there. A result of a single element, such as a loss, gets a rounding or two of its own,
+as many times larger as it is ill-conditioned. The constants come from `scripts/calibrate_gate.py`.
 """
 
 from __future__ import annotations
@@ -30,6 +32,7 @@ _FACTOR, _FACTOR_ELEMENT = 2.0, 4.0  # times the default's error; the largest of
 _FREE = 0.25  # eps of the L2 norm that need no excuse
 _FREE_FLOAT32 = 32.0
 _CANCELS, _MOST_LENIENT = 8.0, 8.0  # in float32, from this conditioning on, and up to this factor
+_MOST_AMPLIFIED = 1e4  # a rounding, in a result that cancels
 _BLOCKS = 8  # of rows and of columns
 DEFAULT_LIMIT = 1e-2  # of the default's own relative error in float32, where it is what others are measured by
 # In 16 bits the default's relative error counts for no more than this, plus what rounding explains: a loose default
@@ -55,12 +58,14 @@ class Truth:
         conditioning: The relative error of PyTorch's result in float32, in units of float32's eps: large where nobody
             can be exact.
         masks: Further parts by name, boolean masks of the result's shape.
+        one_row: Whether the call has a single row of values, so that one rounding may be in all of the result.
     """
 
     value: Tensor
     default: Tensor
     conditioning: float
     masks: Mapping[str, Tensor]
+    one_row: bool = False
 
 
 def judge(name: str, truth: Truth, found: Tensor, dtype: torch.dtype) -> tuple[Finding, float]:
@@ -82,14 +87,18 @@ def judge(name: str, truth: Truth, found: Tensor, dtype: torch.dtype) -> tuple[F
         ceiling = _CEILING[dtype] + 4 * compute_eps * truth.conditioning
         trust = min(1.0, ceiling * whole.truth / max(whole.base, 1e-300))  # how much of the default's error counts
     free = eps * (_FREE_FLOAT32 if found.dtype == torch.float32 else _FREE)
+    amplified = min(max(1.0, truth.conditioning), _MOST_AMPLIFIED) if value.numel() == 1 else 1.0
+    roundings = 2 * compute_eps * amplified
     findings = []
     for part in parts:
-        share = 0.0 if part.name in truth.masks else math.sqrt(part.count / max(1, whole.count))
+        named = part.name in truth.masks
+        share = 0.0 if named else math.sqrt(part.count / max(1, whole.count))
         base_size = trust * max(part.base, share * whole.base)
-        few = 2 * compute_eps / max(1, part.count)
-        allowed = _FACTOR * base_size + (free + few) * max(part.truth, share * whole.truth)
+        few = roundings / max(1, part.count)
+        once = compute_eps / 2 if named or truth.one_row else 0.0
+        allowed = _FACTOR * base_size + (free + few + once) * max(part.truth, share * whole.truth)
         findings.append(_finding(f"{name}{f' in {part.name}' if part.name else ''}", part.error, allowed, part.truth))
-    findings.append(_elementwise(name, value, base, error, trust, eps, compute_eps))
+    findings.append(_elementwise(name, value, base, error, trust, eps, roundings))
     worst = max(findings, key=lambda finding: finding.ratio)
     if findings[0].ratio > 1:  # the plainest thing to say
         worst = Finding(worst.ratio, findings[0].message)
@@ -122,12 +131,12 @@ def _finding(name: str, error: float, allowed: float, size: float) -> Finding:
 
 
 def _elementwise(
-    name: str, truth: Tensor, base: Tensor, error: Tensor, trust: float, eps: float, compute_eps: float
+    name: str, truth: Tensor, base: Tensor, error: Tensor, trust: float, eps: float, roundings: float
 ) -> Finding:
     if not truth.numel():
         return Finding(0.0, name)
     # A handful of elements may meet a default that is right by luck: they get a rounding or two of their own.
-    few = 2 * compute_eps / truth.numel() * truth.abs().max()
+    few = roundings / truth.numel() * truth.abs().max()
     if eps == torch.finfo(torch.float32).eps:
         few = few + _FACTOR_ELEMENT * _FREE_FLOAT32 * eps * truth.square().mean().sqrt()
     allowed = _FACTOR_ELEMENT * trust * base.abs().max() + few + 2 * eps * truth.abs()

@@ -227,11 +227,12 @@ def _facts(op: Op, seed: int, device: torch.device, trial: Trial) -> _Facts | No
 def _truths(
     op: Op, inputs: Inputs, expected: dict[str, Tensor], found: dict[str, Tensor], single: dict[str, Tensor]
 ) -> dict[str, Truth]:
+    one_row = any(v.ndim > 1 and v.numel() == v.shape[-1] for v in inputs.values() if isinstance(v, Tensor))
     truths = {}
     for name, value in expected.items():
         conditioning = relative(single[name].double() - value, value) / torch.finfo(torch.float32).eps
         masks = op.parts(inputs, name, value) if op.parts is not None else {}
-        truths[name] = Truth(value, found[name], conditioning, masks)
+        truths[name] = Truth(value, found[name], conditioning, masks, one_row)
     return truths
 
 

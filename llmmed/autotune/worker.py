@@ -1,6 +1,7 @@
 """The tuning process: verifies every candidate, measures those that passed, and journals each before it is tried.
 
-Run as `python -m llmmed.autotune.worker <job.json>` by `child.py`. It may die of a candidate at any time: what it found
+Run as `python -m llmmed.autotune.worker <job.json> <device>` by `child.py`, perhaps before the job is written: then it
+makes itself ready and waits. It may die of a candidate at any time: what it found
 until then is in the journal, and the next process goes on without the culprit.
 """
 
@@ -45,19 +46,26 @@ from llmmed.compose import from_dict
 from llmmed.config import Config
 from llmmed.kernels.base import Call, Op, Unavailable
 from llmmed.kernels.catalog import DEFAULT, get_implementation, get_op, load_function
+from llmmed.training.execution import take_deterministic_kernels
 
+_SECOND_LOOKS = 0.4  # of the budget: until then, flips that were close are tried again once the plan has changed
 _SHAPES_PER_FUNCTION = 1024  # the gate alone tries dozens; PyTorch's limit of 8 is meant for a training step
 
 
 def main() -> None:
-    job = Job.read(Path(sys.argv[1]))
+    path, device = Path(sys.argv[1]), sys.argv[2]
     end_with_parent()
     _offer_to_out_of_memory_killer()
+    if device == "cuda" and not path.exists():
+        _prepare(device)
+    while not path.exists():
+        time.sleep(0.01)
+    job = Job.read(path)
     torch._dynamo.config.recompile_limit = _SHAPES_PER_FUNCTION
     torch._dynamo.config.accumulated_recompile_limit = _SHAPES_PER_FUNCTION
     torch.set_float32_matmul_precision(job.matmul_precision)
     if job.deterministic:
-        torch.use_deterministic_algorithms(True)
+        take_deterministic_kernels()
     with JournalWriter(job.journal) as journal:
         Worker(job, journal).run()
     os._exit(0)  # at once: what a candidate left behind, say a thread, must not hold the process
@@ -168,6 +176,7 @@ class Worker:
         open_modes: tuple[Mode, ...] = ("graphs", "compiled", "eager")
         leaves_open = config.train.compile == "auto" and self._device.type == "cuda"
         left: list[Mode] = [mode for mode in open_modes if mode != self._mode] if leaves_open else []
+        second_looks_end = self._deadline - (1 - _SECOND_LOOKS) * kernels.budget_seconds
         reason = ""
         for mode in [self._mode, *left]:  # the next only where not even the default plan runs in the one before
             self._journal.write(Begun(stage="step"))
@@ -184,6 +193,7 @@ class Worker:
                     memory_budget_gib=kernels.memory_budget_gib or _memory_of(self._device),
                     before=task.trials,
                     told=told,
+                    time_for_second_looks=lambda: time.perf_counter() < second_looks_end,
                     time_is_up=lambda clock=clock: time.perf_counter() + 2 * clock.slowest > self._deadline,  # type: ignore[misc]
                 )
             except Failed as failure:
@@ -284,6 +294,13 @@ def end_with_parent() -> None:
         os.killpg(0, signal.SIGKILL)
 
     threading.Thread(target=wait, daemon=True).start()
+
+
+def _prepare(device: str) -> None:
+    """Loads the compiler, starts its processes and makes the GPU's context, which takes seconds, while others work."""
+    with contextlib.suppress(Exception):  # what does not work here is told where it is needed
+        torch.compile(lambda x: x + 1)(torch.zeros(16, device=device))
+        torch._dynamo.reset()
 
 
 def _offer_to_out_of_memory_killer() -> None:

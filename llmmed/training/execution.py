@@ -19,8 +19,19 @@ def prepare_backend(config: Config) -> None:
     torch.set_float32_matmul_precision("highest" if exact else "high")
     if config.train.deterministic:
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # read when cuBLAS starts
-        torch.use_deterministic_algorithms(True)
-        torch.backends.cudnn.benchmark = False
+        take_deterministic_kernels()
+
+
+def take_deterministic_kernels() -> None:
+    """Has PyTorch take, in this process, kernels that give the same bits on every run.
+
+    Of attention's backends these are FlashAttention and plain mathematics. With torch 2.11 on an H200 cuDNN's gradients
+    were then not finite at some shapes, and those of the memory-efficient backend differed between two runs.
+    """
+    torch.use_deterministic_algorithms(True)
+    torch.backends.cudnn.benchmark = False
+    torch.backends.cuda.enable_cudnn_sdp(False)
+    torch.backends.cuda.enable_mem_efficient_sdp(False)
 
 
 def resolve_compile(config: Config) -> Mode:

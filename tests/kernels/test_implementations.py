@@ -5,7 +5,8 @@ Other people's may be judged wrong: then they are not used, and nothing here is 
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import contextlib
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import pytest
@@ -22,6 +23,7 @@ from llmmed.kernels.catalog import (
     load_function,
     op_names,
 )
+from llmmed.training.execution import take_deterministic_kernels
 
 ALL = [(op, name) for op in op_names() for name in implementation_names(op)]
 THEIRS = ("liger", "torch_fused", "cudnn", "efficient", "flash")
@@ -58,12 +60,26 @@ def test_every_op_has_a_default_for_every_device_and_dtype(op: str) -> None:
 
 def assert_verified(op: str, name: str, dtype: torch.dtype, device: torch.device) -> None:
     implementation, function = load(op, name, dtype, device)
-    verdict = verify(
-        get_op(op), implementation, function, [], device, dtype=dtype, deterministic=implementation.deterministic
-    )
+    with deterministic_algorithms(implementation.deterministic):
+        verdict = verify(
+            get_op(op), implementation, function, [], device, dtype=dtype, deterministic=implementation.deterministic
+        )
     allowed = ("verified", "wrong") if name in THEIRS else ("verified",)
     assert verdict.status in allowed, verdict
     assert verdict.checks > 1
+
+
+@contextlib.contextmanager
+def deterministic_algorithms(wanted: bool) -> Iterator[None]:
+    """As `train.deterministic=true` has it: PyTorch's attention is reproducible only when it is told to be."""
+    if wanted:
+        take_deterministic_kernels()
+    try:
+        yield
+    finally:
+        torch.use_deterministic_algorithms(False)
+        torch.backends.cuda.enable_cudnn_sdp(True)
+        torch.backends.cuda.enable_mem_efficient_sdp(True)
 
 
 def load(op: str, name: str, dtype: torch.dtype, device: torch.device) -> tuple[Implementation, Callable[..., Any]]:
