@@ -30,6 +30,7 @@ from llmmed.autotune.plan import KernelPlan
 from llmmed.errors import UserError
 from llmmed.files import read_json, write_atomically, write_json
 from llmmed.kernels.catalog import DEFAULT
+from llmmed.reporting import sweep_curves
 
 _ABSENT = "\N{EN DASH}"
 _GRID_SWEEPER = "hydra._internal.core_plugins.basic_sweeper.BasicSweeper"
@@ -88,6 +89,8 @@ def tell(folder: Path, console: Console) -> list[JobSummary]:
         console.print(f"{job.status}: {job.job}: {job.reason or 'no reason is known'}{where}", markup=False)
     write(jobs, folder)
     console.print(f"\ncomparison in {run_folder.shown(folder)}/sweep_summary.csv, .md, .json and .png", markup=False)
+    if (folder / "sweep_curves.png").exists():
+        console.print(f"validation losses in {run_folder.shown(folder)}/sweep_curves.png", markup=False)
     return jobs
 
 
@@ -207,7 +210,7 @@ def told_kernels(kernels: dict[str, str] | None) -> str:
 
 
 def write(jobs: Sequence[JobSummary], folder: Path) -> None:
-    """`sweep_summary.json`, `.csv`, `.md` and `.png`, each whole or not at all."""
+    """`sweep_summary.json`, `.csv`, `.md` and `.png`, and `sweep_curves.png`, each whole or not at all."""
     rows = [asdict(job) for job in jobs]
     finite = [{key: None if value != value else value for key, value in row.items()} for row in rows]  # JSON has no NaN
     write_json(folder / "sweep_summary.json", finite)
@@ -218,6 +221,14 @@ def write(jobs: Sequence[JobSummary], folder: Path) -> None:
     write_atomically(folder / "sweep_summary.csv", text.getvalue())
     write_atomically(folder / "sweep_summary.md", _markdown(jobs))
     write_atomically(folder / "sweep_summary.png", _picture(jobs))
+    curves = sweep_curves.picture({job.job: losses_of(folder / job.folder) for job in jobs if job.folder})
+    if curves is not None:
+        write_atomically(folder / "sweep_curves.png", curves)
+
+
+def losses_of(folder: Path) -> list[tuple[float, float]]:
+    """(step, validation loss in nats a token), one point a step, of a run that may have been resumed."""
+    return list({e["step"]: (e["step"], e["val/loss"]) for e in metrics_of(folder) if "val/loss" in e}.values())
 
 
 _COLUMNS = (

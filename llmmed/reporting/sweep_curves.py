@@ -1,0 +1,61 @@
+"""The validation losses of a sweep's jobs against the optimizer step, in one picture."""
+
+from __future__ import annotations
+
+import io
+import math
+from collections.abc import Mapping, Sequence
+
+MOST_CURVES = 8  # the jobs that came to the lowest loss; more cannot be told apart
+_LOOKS = tuple(  # Okabe and Ito, 2008, and a marker beside each
+    zip(
+        ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000", "#999999"),
+        ("o", "s", "^", "D", "v", "P", "X", "*"),
+        strict=True,
+    )
+)
+
+Curve = Sequence[tuple[float, float]]  # (step, nats a token)
+
+
+def best_curves(curves: Mapping[str, Curve]) -> dict[str, list[tuple[float, float]]]:
+    """The finite points of the curves that are worth a line, those with the lowest loss first."""
+    finite = {name: [(x, y) for x, y in points if math.isfinite(y)] for name, points in curves.items()}
+    drawable = {name: points for name, points in finite.items() if len(points) > 1}
+    ranked = sorted(drawable, key=lambda name: min(y for _, y in drawable[name]))
+    return {name: drawable[name] for name in ranked[:MOST_CURVES]}
+
+
+def picture(curves: Mapping[str, Curve]) -> bytes | None:
+    """A PNG of the best curves, or None where no job has two points."""
+    shown = best_curves(curves)
+    if not shown:
+        return None
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    figure, axis = pyplot.subplots(figsize=(8.0, 4.5), layout="constrained")
+    for (name, points), (colour, marker) in zip(shown.items(), _LOOKS, strict=False):
+        steps, losses = zip(*points, strict=True)
+        lowest = f"{name.replace('$', chr(92) + '$')}: {min(losses):.3f}"
+        axis.plot(steps, losses, color=colour, marker=marker, markersize=4, linewidth=1.4, label=lowest)
+    axis.set_xlabel("optimizer step")
+    axis.set_ylabel("validation loss (nats a token)")
+    axis.set_ylim(*_range([y for points in shown.values() for _, y in points]))
+    axis.grid(alpha=0.3)
+    axis.set_axisbelow(True)
+    axis.legend(title="job: lowest loss", fontsize="small")
+    drawn = io.BytesIO()
+    figure.savefig(drawn, format="png", dpi=120)
+    pyplot.close(figure)
+    return drawn.getvalue()
+
+
+def _range(losses: Sequence[float]) -> tuple[float, float]:
+    """From the lowest to what all but the first quarter lie below: the start says little and takes most of the room."""
+    low, ordered = min(losses), sorted(losses)
+    high = ordered[(3 * (len(ordered) - 1)) // 4]
+    margin = 0.05 * (high - low) or 0.1
+    return low - margin, high + margin
