@@ -72,7 +72,7 @@ def _halves(gate: Tensor, up: Tensor | None) -> tuple[Tensor, Tensor]:
     """Gate and up, each [rows, d_ff] with unit stride in the last dimension."""
     gate_rows = as_rows(gate)
     if up is None:
-        gate_half, up_half = gate_rows.chunk(2, dim=1)
+        gate_half, up_half = gate_rows.split(gate_rows.shape[1] // 2, dim=1)  # an odd width is refused
         return gate_half, up_half
     return gate_rows, as_rows(up)
 
