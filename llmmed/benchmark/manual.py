@@ -62,9 +62,8 @@ def benchmark_rotary(batch_size: int = 32, seq_len: int = 512, n_heads: int = 12
 
 
 def benchmark_swiglu(batch_size: int = 32, seq_len: int = 512, d_ff: int = 2048) -> Comparison:
-    """SwiGLU's activation of gate and up, each [batch_size, seq_len, d_ff]."""
-    states = _states(batch_size, seq_len, d_ff)
-    return _compare(Call.of("swiglu", gate=states, up=states))
+    """SwiGLU's activation of a fused projection [batch_size, seq_len, 2 d_ff], as the model calls it."""
+    return _compare(Call.of("swiglu", gate=_states(batch_size, seq_len, 2 * d_ff), up=None))
 
 
 def benchmark_attention(batch_size: int = 8, seq_len: int = 512, n_heads: int = 12, d_head: int = 64) -> Comparison:

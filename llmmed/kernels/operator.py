@@ -123,11 +123,11 @@ def make_operator(
     *,
     forward: Callable[..., tuple[Tensor, ...]],
     fake_forward: Callable[..., tuple[Tensor, ...]],
-    backward: Callable[..., tuple[Tensor, ...]],
-    fake_backward: Callable[..., tuple[Tensor, ...]],
+    backward: Callable[..., Sequence[Tensor]],
+    fake_backward: Callable[..., Sequence[Tensor]],
     save: Callable[[tuple[Any, ...], tuple[Tensor, ...]], tuple[Any, ...]],
     gradients: Sequence[str],
-    spread: Callable[..., Sequence[Tensor]] = lambda *results: results,
+    spread: Callable[..., Sequence[Tensor | None]] = lambda *results: results,
     n_outputs: int = 1,
 ) -> Callable[..., Any]:
     """Builds the operator; the result takes `forward`'s arguments by position or by name.
@@ -137,12 +137,12 @@ def make_operator(
         forward: `(arguments) -> (public outputs, what only backward needs)`. Fully annotated; allocates its results.
         fake_forward: The same on fake tensors: allocates, computes nothing.
         backward: `(one gradient per public output, then what `save` returned) -> results`. Fully annotated. Gradients
-            may come in any strides.
+            may come in any strides. How many results there are may depend on the arguments if it returns a list.
         fake_backward: The same on fake tensors.
         save: `(arguments, forward's results) -> what backward needs` (tensors and plain numbers).
         gradients: For each gradient, the argument that it belongs to.
         spread: `(backward's results) -> gradients`. An operator's results must not share memory; here one result can
-            become the gradient of several arguments, or views of it the gradients.
+            become the gradient of several arguments, or views of it the gradients; None for an argument that is None.
         n_outputs: How many of `forward`'s results are public.
     """
     parameters = inspect.signature(forward).parameters

@@ -9,7 +9,6 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from llmmed.kernels.base import Kernels
-from llmmed.kernels.swiglu.halves import halves
 from llmmed.model.transformer import Block, Transformer, _add_rms_norm
 
 
@@ -46,8 +45,8 @@ class Decoder:
             q, k = kernels.rotary(q, k, cos, sin)
             update = F.linear(self._attend(index, q, k, v).flatten(2), layer.output_projection.to(dtype))
             normed, residual = _add_rms_norm(kernels, update, residual, layer.mlp_norm, layer.eps)
-            gate, up = halves(F.linear(normed, layer.gate_up_projection.to(dtype)))
-            update = F.linear(kernels.swiglu(gate, up), layer.down_projection.to(dtype))
+            gate_up = F.linear(normed, layer.gate_up_projection.to(dtype))
+            update = F.linear(kernels.swiglu(gate_up), layer.down_projection.to(dtype))
         hidden, _ = _add_rms_norm(self._kernels, update, residual, model.final_norm, model.config.norm_eps)
         self.seen = end
         return F.linear(hidden[:, -1], model.head.to(model.compute_dtype)).float()

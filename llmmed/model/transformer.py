@@ -17,7 +17,6 @@ from torch.utils.checkpoint import checkpoint
 from llmmed.config import Config, ModelConfig
 from llmmed.errors import UserError
 from llmmed.kernels.base import Kernels
-from llmmed.kernels.swiglu.halves import halves
 from llmmed.model.precision import compute_dtype as dtype_of
 
 IGNORE_INDEX = -100  # a target that does not count, as in `torch.nn.functional.cross_entropy`
@@ -199,8 +198,8 @@ class Block(nn.Module):
         return F.linear(kernels.attention(q, k, v).flatten(2), self.output_projection.to(x.dtype))
 
     def _feed_forward(self, x: Tensor, kernels: Kernels) -> Tensor:
-        gate, up = halves(F.linear(x, self.gate_up_projection.to(x.dtype)))  # views [batch, seq, d_ff]
-        return F.linear(kernels.swiglu(gate, up), self.down_projection.to(x.dtype))
+        gate_up = F.linear(x, self.gate_up_projection.to(x.dtype))  # [batch, seq, 2 d_ff]
+        return F.linear(kernels.swiglu(gate_up), self.down_projection.to(x.dtype))
 
 
 def rotary_tables(seq_len: int, d_head: int, theta: float) -> tuple[Tensor, Tensor]:

@@ -79,7 +79,7 @@ def test_another_result_in_the_step_is_a_failure(clock: StepClock, monkeypatch: 
 
     def wrong(choice: Any) -> Kernels:
         functions = dict(right.functions)
-        functions["swiglu"] = lambda gate, up: 1.1 * right.functions["swiglu"](gate, up)
+        functions["swiglu"] = lambda gate_up: 1.1 * right.functions["swiglu"](gate_up)
         return Kernels(functions, dict(choice))
 
     monkeypatch.setattr("llmmed.autotune.step_clock.load_kernels", wrong)

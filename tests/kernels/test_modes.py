@@ -28,9 +28,13 @@ def load(op: str, name: str) -> Callable[..., Any]:
 def draw(op: Op, call: Call, seed: int) -> Inputs:
     generator = torch.Generator(DEVICE).manual_seed(seed)
     inputs = op.make_inputs(call, op.regimes[0], generator, DEVICE)
-    for name in op.differentiable:
-        inputs[name].requires_grad_()
+    for leaf in leaves(op, inputs):
+        leaf.requires_grad_()
     return inputs
+
+
+def leaves(op: Op, inputs: Inputs) -> list[Tensor]:
+    return [inputs[name] for name in op.differentiable if inputs[name] is not None]
 
 
 def outputs_and_gradients(op: Op, function: Callable[..., Any], inputs: Inputs) -> list[Tensor]:
@@ -38,9 +42,7 @@ def outputs_and_gradients(op: Op, function: Callable[..., Any], inputs: Inputs) 
     outputs = [outputs] if isinstance(outputs, Tensor) else list(outputs)
     if not op.differentiable:
         return outputs
-    gradients = torch.autograd.grad(
-        outputs, [inputs[name] for name in op.differentiable], [torch.ones_like(o) for o in outputs]
-    )
+    gradients = torch.autograd.grad(outputs, leaves(op, inputs), [torch.ones_like(o) for o in outputs])
     return [*(o.detach() for o in outputs), *gradients]
 
 

@@ -2,19 +2,21 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable
 from typing import Any
 from unittest import mock
 
 import pytest
 import torch
+from functorch.compile import make_boxed_func
 from torch import Tensor
+from torch._dynamo.backends.common import aot_autograd
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from llmmed.kernels.base import Call, Inputs, Op
 from llmmed.kernels.catalog import get_implementation, get_op, implementation_names, load_function, op_names
 from llmmed.kernels.operator import make_operator
-from llmmed.kernels.swiglu.halves import halves
 
 CANDIDATES = [(op, name) for op in op_names() for name in implementation_names(op) if name.startswith("triton")]
 CPU = torch.device("cpu")
@@ -86,24 +88,25 @@ def test_one_result_can_be_the_gradient_of_two_arguments() -> None:
     torch.testing.assert_close(dx, torch.tensor([8.0, 16.0]))
 
 
-def test_halves_gives_back_the_buffer_that_holds_both_gradients() -> None:
-    fused = torch.randn(2, 3, 8, requires_grad=True)
-    first, second = halves(fused)
-    assert torch.equal(torch.cat((first, second), -1), fused)
-    buffer = torch.randn(2, 3, 8)
-    (gradient,) = torch.autograd.grad((first, second), fused, buffer.chunk(2, -1))
-    assert torch.equal(gradient, buffer)
-    assert gradient.data_ptr() == buffer.data_ptr()
+@pytest.mark.interpreter
+def test_a_compiled_projection_and_swiglu_copy_no_gradients_together() -> None:
+    swiglu = load_function("swiglu", get_implementation("swiglu", "triton"))
+    called: list[str] = []
 
+    def record(graph: torch.fx.GraphModule, _: Any) -> Callable[..., Any]:
+        called.extend(str(node.target) for node in graph.graph.nodes if node.op == "call_function")
+        return make_boxed_func(graph.forward)
 
-@pytest.mark.parametrize("swapped", [False, True])
-def test_halves_copies_gradients_that_lie_elsewhere(swapped: bool) -> None:
-    fused = torch.randn(2, 3, 8, requires_grad=True)
-    first, second = (torch.randn(2, 3, 4) for _ in range(2))
-    if swapped:
-        second, first = torch.randn(2, 3, 8).chunk(2, -1)
-    (gradient,) = torch.autograd.grad(halves(fused), fused, (first, second))
-    assert torch.equal(gradient, torch.cat((first, second), -1))
+    torch.compiler.reset()
+    compiled = torch.compile(
+        lambda x, weight: swiglu(torch.nn.functional.linear(x, weight)),
+        fullgraph=True,
+        backend=aot_autograd(fw_compiler=record, bw_compiler=record),
+    )
+    x, weight = torch.randn(2, 5, 8, requires_grad=True), torch.randn(32, 8, requires_grad=True)
+    compiled(x, weight).sum().backward()
+    assert any("swiglu_triton_backward" in name for name in called), called
+    assert not [name for name in called if re.search(r"cat|copy|clone|slice_backward", name)], called
 
 
 class _Recorder(TorchDispatchMode):
@@ -139,9 +142,13 @@ def small_cases(op: Op) -> list[Call]:
 
 def draw(op: Op, call: Call) -> Inputs:
     inputs = op.make_inputs(call, op.regimes[0], torch.Generator().manual_seed(0), CPU)
-    for name in op.differentiable:
-        inputs[name].requires_grad_()
+    for leaf in leaves(op, inputs):
+        leaf.requires_grad_()
     return inputs
+
+
+def leaves(op: Op, inputs: Inputs) -> list[Tensor]:
+    return [inputs[name] for name in op.differentiable if inputs[name] is not None]
 
 
 def outputs_and_gradients(op: Op, function: Callable[..., Any], inputs: Inputs) -> list[Tensor]:
@@ -151,7 +158,7 @@ def outputs_and_gradients(op: Op, function: Callable[..., Any], inputs: Inputs) 
         return outputs
     generator = torch.Generator().manual_seed(1)
     upstream = [torch.randn(output.shape, generator=generator) for output in outputs]
-    gradients = torch.autograd.grad(outputs, [inputs[name] for name in op.differentiable], upstream)
+    gradients = torch.autograd.grad(outputs, leaves(op, inputs), upstream)
     return [*(output.detach() for output in outputs), *gradients]
 
 

@@ -19,8 +19,10 @@ def _load() -> Callable[..., Any]:
     if not torch.cuda.is_available():
         raise Unavailable("Liger's kernels need a CUDA GPU, and torch sees none")
 
-    def swiglu(gate: Tensor, up: Tensor) -> Tensor:
+    def swiglu(gate: Tensor, up: Tensor | None = None) -> Tensor:
         """See `reference.swiglu`."""
+        if up is None:
+            gate, up = gate.chunk(2, dim=-1)
         # What is not contiguous Liger copies itself.
         y: Tensor = LigerSiLUMulFunction.apply(*(x.clone() if x.is_contiguous() else x for x in (gate, up)))
         return y

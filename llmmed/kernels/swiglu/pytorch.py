@@ -8,8 +8,10 @@ from torch import Tensor
 from llmmed.kernels.base import Implementation
 
 
-def swiglu(gate: Tensor, up: Tensor) -> Tensor:
+def swiglu(gate: Tensor, up: Tensor | None = None) -> Tensor:
     """See `reference.swiglu`. The activation is rounded to the inputs' dtype before the product."""
+    if up is None:
+        gate, up = gate.chunk(2, dim=-1)
     return F.silu(gate) * up
 
 

@@ -1,7 +1,7 @@
 """`swiglu` in Triton: one pass over memory each way, nothing kept but the inputs.
 
-Rows may be strided, so the two halves of a fused projection are read where they lie. Backward writes both gradients
-into one [..., 2 d_ff] buffer, the layout of that projection (see `halves`).
+Rows may be strided, so the two halves of a fused projection are read where they lie. The gradient of one is written as
+one tensor, which the product before it takes as it is; two tensors would have to be copied together first.
 """
 
 # Annotations must be real objects: torch infers the operator's schema from them. So no `from __future__` here.
@@ -43,8 +43,8 @@ def swiglu_triton_fwd_kernel(
 
 @triton.jit
 def swiglu_triton_bwd_kernel(
-    dy_ptr, gate_ptr, up_ptr, dgate_up_ptr, dy_stride, gate_stride, up_stride, n_rows,
-    N: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+    dy_ptr, gate_ptr, up_ptr, dgate_ptr, dup_ptr, dy_stride, gate_stride, up_stride, n_rows,
+    N: tl.constexpr, GRADIENT_STRIDE: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
     rows, cols, mask = _tile(n_rows, N, BLOCK_M, BLOCK_N)
     dy = tl.load(dy_ptr + rows * dy_stride + cols, mask=mask, other=0.0).to(tl.float32)
@@ -54,9 +54,9 @@ def swiglu_triton_bwd_kernel(
     silu = gate * sigmoid
     dgate = dy * up * (sigmoid + silu * (1.0 - sigmoid))
     dup = dy * silu
-    out = dgate_up_ptr + rows * (2 * N) + cols
-    tl.store(out, dgate.to(dgate_up_ptr.dtype.element_ty), mask=mask)
-    tl.store(out + N, dup.to(dgate_up_ptr.dtype.element_ty), mask=mask)
+    out = rows * GRADIENT_STRIDE + cols
+    tl.store(dgate_ptr + out, dgate.to(dgate_ptr.dtype.element_ty), mask=mask)
+    tl.store(dup_ptr + out, dup.to(dup_ptr.dtype.element_ty), mask=mask)
 
 
 def _launch(n_rows: int, width: int) -> tuple[int, int, int]:
@@ -68,10 +68,28 @@ def _launch(n_rows: int, width: int) -> tuple[int, int, int]:
     return block_m, block_n, triton.cdiv(n_rows, block_m) * triton.cdiv(width, block_n)
 
 
-def _forward(gate: Tensor, up: Tensor) -> tuple[Tensor]:
-    gate_rows, up_rows = as_rows(gate), as_rows(up)
+def _halves(gate: Tensor, up: Tensor | None) -> tuple[Tensor, Tensor]:
+    """Gate and up, each [rows, d_ff] with unit stride in the last dimension."""
+    gate_rows = as_rows(gate)
+    if up is None:
+        gate_half, up_half = gate_rows.split(gate_rows.shape[1] // 2, dim=1)  # an odd width is refused
+        return gate_half, up_half
+    return gate_rows, as_rows(up)
+
+
+def _output(gate: Tensor, up: Tensor | None) -> Tensor:
+    width = gate.shape[-1] if up is not None else gate.shape[-1] // 2
+    return torch.empty((*gate.shape[:-1], width), dtype=gate.dtype, device=gate.device)
+
+
+def _gradients(gate: Tensor, up: Tensor | None) -> list[Tensor]:
+    return [torch.empty(x.shape, dtype=x.dtype, device=x.device) for x in (gate, up) if x is not None]
+
+
+def _forward(gate: Tensor, up: Tensor | None) -> tuple[Tensor]:
+    y = _output(gate, up)
+    gate_rows, up_rows = _halves(gate, up)
     n_rows, width = gate_rows.shape
-    y = torch.empty(gate.shape, dtype=gate.dtype, device=gate.device)
     if n_rows:
         block_m, block_n, programs = _launch(n_rows, width)
         swiglu_triton_fwd_kernel[(programs,)](
@@ -81,25 +99,27 @@ def _forward(gate: Tensor, up: Tensor) -> tuple[Tensor]:
     return (y,)
 
 
-def _fake_forward(gate: Tensor, up: Tensor) -> tuple[Tensor]:
-    return (gate.new_empty(gate.shape),)
+def _fake_forward(gate: Tensor, up: Tensor | None) -> tuple[Tensor]:
+    return (_output(gate, up),)
 
 
-def _backward(dy: Tensor, gate: Tensor, up: Tensor) -> tuple[Tensor]:
-    dy_rows, gate_rows, up_rows = as_rows(dy), as_rows(gate), as_rows(up)
+def _backward(dy: Tensor, gate: Tensor, up: Tensor | None) -> list[Tensor]:
+    gradients = _gradients(gate, up)
+    dgate_rows, dup_rows = _halves(gradients[0], None if up is None else gradients[1])
+    dy_rows, (gate_rows, up_rows) = as_rows(dy), _halves(gate, up)
     n_rows, width = gate_rows.shape
-    dgate_up = torch.empty((*gate.shape[:-1], 2 * width), dtype=gate.dtype, device=gate.device)
     if n_rows:
         block_m, block_n, programs = _launch(n_rows, width)
         swiglu_triton_bwd_kernel[(programs,)](
-            dy_rows, gate_rows, up_rows, dgate_up, dy_rows.stride(0), gate_rows.stride(0), up_rows.stride(0), n_rows,
-            N=width, BLOCK_M=block_m, BLOCK_N=block_n, num_warps=4,
+            dy_rows, gate_rows, up_rows, dgate_rows, dup_rows,
+            dy_rows.stride(0), gate_rows.stride(0), up_rows.stride(0), n_rows,
+            N=width, GRADIENT_STRIDE=dgate_rows.stride(0), BLOCK_M=block_m, BLOCK_N=block_n, num_warps=4,
         )  # fmt: skip
-    return (dgate_up,)
+    return gradients
 
 
-def _fake_backward(dy: Tensor, gate: Tensor, up: Tensor) -> tuple[Tensor]:
-    return (gate.new_empty((*gate.shape[:-1], 2 * gate.shape[-1])),)
+def _fake_backward(dy: Tensor, gate: Tensor, up: Tensor | None) -> list[Tensor]:
+    return _gradients(gate, up)
 
 
 _operator = make_operator(
@@ -110,11 +130,11 @@ _operator = make_operator(
     fake_backward=_fake_backward,
     save=lambda arguments, results: arguments,
     gradients=("gate", "up"),
-    spread=lambda dgate_up: dgate_up.chunk(2, dim=-1),
+    spread=lambda dgate, dup=None: (dgate, dup),
 )
 
 
-def swiglu(gate: Tensor, up: Tensor) -> Tensor:
+def swiglu(gate: Tensor, up: Tensor | None = None) -> Tensor:
     """See `reference.swiglu`."""
     result: Tensor = _operator(gate, up)
     return result

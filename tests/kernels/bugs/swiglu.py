@@ -20,17 +20,32 @@ BUGS = {
     "derivative without its sigmoid": ("silu * (1.0 - sigmoid)", "gate * (1.0 - sigmoid)"),
     "gate's gradient without up": ("dgate = dy * up * ", "dgate = dy * "),
     "up's gradient from the sigmoid": ("dup = dy * silu", "dup = dy * sigmoid"),
-    "gradients exchanged": (
-        "lambda dgate_up: dgate_up.chunk(2, dim=-1)",
-        "lambda dgate_up: dgate_up.chunk(2, dim=-1)[::-1]",
+    "gradients exchanged": ("(dgate, dup),\n)", "(dgate, dup) if dup is None else (dup, dgate),\n)"),
+    "halves of a fused projection exchanged": ("return gate_half, up_half", "return up_half, gate_half"),
+    "halves of the fused gradient exchanged": (
+        "dy_rows, (gate_rows, up_rows) = as_rows(dy)",
+        "(dgate_rows, dup_rows) = (dgate_rows, dup_rows) if up is not None else (dup_rows, dgate_rows)\n"
+        "    dy_rows, (gate_rows, up_rows) = as_rows(dy)",
     ),
-    "gradient halves overlap by a column": ("tl.store(out + N,", "tl.store(out + N - 1,"),
+    "up's half of the fused gradient not written": (
+        "tl.store(dup_ptr + out, dup.to(dup_ptr.dtype.element_ty), mask=mask)",
+        "tl.store(dup_ptr + out, dup.to(dup_ptr.dtype.element_ty), mask=mask & (GRADIENT_STRIDE == N))",
+    ),
+    "fused gradient with the rows of one half": ("GRADIENT_STRIDE=dgate_rows.stride(0)", "GRADIENT_STRIDE=width"),
+    "gradient halves overlap by a column": (
+        "tl.store(dup_ptr + out,",
+        "tl.store(dup_ptr + out - (1 if GRADIENT_STRIDE > N else 0),",
+    ),
+    "up of a fused projection a column early": (
+        "return gate_half, up_half",
+        "return gate_half, gate_rows[:, gate_half.shape[1] - 1 : -1]",
+    ),
     "arriving gradient taken for contiguous": (
         "dy_ptr + rows * dy_stride + cols",
         "dy_ptr + rows * N + cols + 0 * dy_stride",
     ),
     "gate overwritten": (
-        "y = torch.empty(gate.shape, dtype=gate.dtype, device=gate.device)\n    if",
-        "y = gate.detach()\n    if",
+        "y = _output(gate, up)\n    gate_rows",
+        "y = gate.detach() if up is not None else _output(gate, up)\n    gate_rows",
     ),
 }
