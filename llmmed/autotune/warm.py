@@ -50,12 +50,15 @@ def main() -> None:
 
 @dataclass(frozen=True)
 class _Unit:
-    """One call of a candidate that tuning will make: as the gate makes it, or compiled, as the clock does."""
+    """One call of a candidate that tuning will make: as the gate makes it, or compiled, as the clock does.
+
+    All layouts belong to one unit, since they mostly share their kernels: two processes would compile the same twice.
+    """
 
     op: Op
     name: str
     call: Call
-    layout: Layout
+    layouts: tuple[Layout, ...]
     compiled: bool
 
     def weight(self) -> int:
@@ -73,7 +76,8 @@ class _Unit:
             run_once(self.op, torch.compile(function, fullgraph=True, dynamic=False), self.call, device)
             return
         with exact_products():  # which compile-time arguments depend on
-            run_once(self.op, function, self.call, device, self.layout)
+            for layout in self.layouts:
+                run_once(self.op, function, self.call, device, layout)
 
 
 def _units(tasks: list[Task], mode: Mode, device: torch.device) -> Iterator[_Unit]:
@@ -81,13 +85,16 @@ def _units(tasks: list[Task], mode: Mode, device: torch.device) -> Iterator[_Uni
         op, calls = get_op(task.op), list(task.counts())
         for name in [*task.verify, *task.verified] if task.measure else ():
             if compiled_alone(get_implementation(task.op, name), mode):
-                yield from (_Unit(op, name, call, "contiguous", compiled=True) for call in calls)
+                yield from (_Unit(op, name, call, ("contiguous",), compiled=True) for call in calls)
         for name in task.verify:
             tried = trials(op, calls, None, device, few_shapes=name == COMPILED) if name != DEFAULT else ()
-            for call, layout in dict.fromkeys((trial.call, trial.layout) for trial in tried):
-                yield _Unit(op, name, call, layout, compiled=False)
+            layouts: dict[Call, dict[Layout, None]] = {}
+            for trial in tried:
+                layouts.setdefault(trial.call, {})[trial.layout] = None
+            for call, found in layouts.items():
+                yield _Unit(op, name, call, tuple(found), compiled=False)
         for name in task.verified:
-            yield from (_Unit(op, name, call, "contiguous", compiled=False) for call in calls if name != DEFAULT)
+            yield from (_Unit(op, name, call, ("contiguous",), compiled=False) for call in calls if name != DEFAULT)
 
 
 def _claim(path: Path) -> bool:

@@ -33,7 +33,9 @@ def test_every_trial_of_the_gate_is_covered(job: Job, norms: Workload) -> None:
     units = list(warm._units(job.tasks, job.mode, torch.device("cpu")))
     calls = list(norms.by_op()["rms_norm"])
     tried = {(t.call, t.layout) for t in trials(get_op("rms_norm"), calls, None, torch.device("cpu"))}
-    assert {(u.call, u.layout) for u in units if u.name == "triton" and not u.compiled} == tried
+    covered = [(u.call, layout) for u in units if u.name == "triton" and not u.compiled for layout in u.layouts]
+    assert set(covered) == tried
+    assert len(covered) == len(tried)
     assert [u.call for u in units if u.compiled] == calls
     assert {u.name for u in units if u.compiled} == {"pytorch"}
 
