@@ -1,8 +1,9 @@
 """Compiles what tuning will need, on all cores at once, before the one process that tries and times it.
 
-Each warm-up process runs a share of the calls once, forward and backward, and throws the results away: what stays is in
-the compilers' caches on disk. Nothing is judged here, since processes that share a GPU wait long for its answers.
-Whatever goes wrong here goes wrong again where it is judged.
+Each warm-up process makes a share of the calls once, forward and backward: Triton's on meta tensors, where a launch
+compiles and does nothing else, those of `torch.compile` for real. What stays is in the compilers' caches on disk.
+Nothing is judged here, since processes that share a GPU wait long for its answers. Whatever goes wrong here goes wrong
+again where it is judged.
 
 Run as `python -m llmmed.autotune.warm <job.json> <folder>` by `child.py`; the processes that share a folder share the
 work.
@@ -26,6 +27,7 @@ from llmmed.autotune.journal import Job, Task
 from llmmed.autotune.measure import compiled_alone
 from llmmed.autotune.plan import Mode
 from llmmed.autotune.verify import Layout, arriving, exact_products, trials
+from llmmed.kernels.ahead_of_time import compiling_only, run_on_meta
 from llmmed.kernels.base import Call, Op
 from llmmed.kernels.catalog import COMPILED, DEFAULT, get_implementation, get_op, load_function
 
@@ -62,10 +64,10 @@ class _Unit:
     compiled: bool
 
     def weight(self) -> int:
-        """What takes longest to compile comes first: products in float32 are unrolled without tensor cores."""
+        """What takes longest comes first: `torch.compile`, then products in float32, unrolled without tensor cores."""
         cost = self.op.cost(self.call)
         products = cost.forward_flops + cost.backward_flops > 0
-        return 2 * (products and self.call.compute_dtype == torch.float32) + (self.compiled or products)
+        return 3 * self.compiled + 2 * (products and self.call.compute_dtype == torch.float32) + products
 
     def run(self, device: torch.device) -> None:
         implementation = get_implementation(self.op.name, self.name)
@@ -75,9 +77,9 @@ class _Unit:
         if self.compiled:
             run_once(self.op, torch.compile(function, fullgraph=True, dynamic=False), self.call, device)
             return
-        with exact_products():  # which compile-time arguments depend on
+        with exact_products(), compiling_only(device):  # which compile-time arguments depend on
             for layout in self.layouts:
-                run_once(self.op, function, self.call, device, layout)
+                run_on_meta(self.op, function, self.call, lambda out, layout=layout: _arriving(out, layout))  # type: ignore[misc]
 
 
 def _units(tasks: list[Task], mode: Mode, device: torch.device) -> Iterator[_Unit]:
@@ -106,10 +108,12 @@ def _claim(path: Path) -> bool:
     return True
 
 
-def run_once(
-    op: Op, function: Callable[..., Any], call: Call, device: torch.device, layout: Layout = "contiguous"
-) -> None:
-    """One forward and backward pass over bland values, with arriving gradients that lie as told."""
+def _arriving(output: Tensor, layout: Layout) -> Tensor:
+    return arriving(torch.ones_like(output), output.dtype, layout)
+
+
+def run_once(op: Op, function: Callable[..., Any], call: Call, device: torch.device) -> None:
+    """One forward and backward pass over bland values."""
     generator = torch.Generator(device=device).manual_seed(0)
     inputs = op.make_inputs(call, op.regimes[0], generator, device)
     leaves = [inputs[n] for n, spec in call.tensors.items() if spec.requires_grad and n in op.differentiable]
@@ -118,8 +122,7 @@ def run_once(
     outputs = function(**inputs)
     outputs = [outputs] if isinstance(outputs, Tensor) else list(outputs)
     if leaves:
-        upstream = [arriving(torch.ones_like(o), o.dtype, layout) for o in outputs]
-        torch.autograd.grad(outputs, leaves, upstream, allow_unused=True)
+        torch.autograd.grad(outputs, leaves, [torch.ones_like(o) for o in outputs], allow_unused=True)
 
 
 if __name__ == "__main__":

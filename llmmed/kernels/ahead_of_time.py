@@ -25,7 +25,7 @@ from torch import Tensor
 
 from llmmed.kernels.base import Call, Op
 from llmmed.kernels.catalog import get_implementation, get_op, load_function
-from llmmed.kernels.operator import INTERPRETED, Gpu, absent_gpu
+from llmmed.kernels.operator import INTERPRETED, Gpu, absent_gpu, gpu_of
 
 if TYPE_CHECKING:
     from triton import JITFunction
@@ -126,8 +126,25 @@ def record_launches(
         with absent_gpu(TARGETS[target]), _recording(op, implementation, target, found):
             function = load_function(op, get_implementation(op, implementation))
             for call in calls:
-                _run_on_meta(get_op(op), function, call)
+                run_on_meta(get_op(op), function, call)
     return list(found)
+
+
+@contextlib.contextmanager
+def compiling_only(device: torch.device) -> Iterator[None]:
+    """Within it a launch of a Triton kernel compiles it for this GPU, into Triton's cache on disk, and is not made.
+
+    What runs within gets meta tensors: no memory is taken and nothing is computed.
+    """
+    from triton.runtime.jit import JITFunction
+
+    launch = JITFunction.run
+
+    def compile_it(self: JITFunction[Any], *args: Any, grid: object, warmup: bool, **kwargs: Any) -> object:
+        return launch(self, *args, grid=grid, warmup=True, **kwargs)
+
+    with absent_gpu(gpu_of(device)), mock.patch.object(JITFunction, "run", compile_it):
+        yield
 
 
 def compile_launches(launches: Iterable[Launch], processes: int = 2) -> list[CompiledKernel]:
@@ -143,13 +160,16 @@ def compile_launches(launches: Iterable[Launch], processes: int = 2) -> list[Com
     return [replace(kernel, op=launch.op, implementation=launch.implementation) for launch, kernel in found]
 
 
-def _run_on_meta(op: Op, function: Callable[..., Any], call: Call) -> None:
+def run_on_meta(
+    op: Op, function: Callable[..., Any], call: Call, arriving: Callable[[Tensor], Tensor] = torch.empty_like
+) -> None:
+    """One forward and backward pass on meta tensors; `arriving` makes the gradient of an output."""
     tensors = {n: spec.empty("meta").requires_grad_(spec.requires_grad) for n, spec in call.tensors.items()}
     outputs = function(**(dict(call.arguments) | tensors))
     flowing = [o for o in ([outputs] if isinstance(outputs, Tensor) else outputs) if o.requires_grad]
     leaves = [tensor for name, tensor in tensors.items() if name in op.differentiable and tensor.requires_grad]
     if flowing and leaves:
-        torch.autograd.grad(flowing, leaves, [torch.empty_like(output) for output in flowing])
+        torch.autograd.grad(flowing, leaves, [arriving(output) for output in flowing])
 
 
 @contextlib.contextmanager

@@ -53,17 +53,17 @@ def as_rows(tensor: Tensor) -> Tensor:
 
 def sm_count(device: torch.device) -> int:
     """Streaming multiprocessors of a GPU; a small number on a CPU."""
-    return _gpu(device).multiprocessors
+    return gpu_of(device).multiprocessors
 
 
 def l2_bytes(device: torch.device) -> int:
     """Size of a GPU's L2 cache; a small number on a CPU."""
-    return _gpu(device).l2_bytes
+    return gpu_of(device).l2_bytes
 
 
 def shared_bytes(device: torch.device) -> int:
     """Shared memory that one program may have; a small number on a CPU."""
-    return _gpu(device).shared_bytes
+    return gpu_of(device).shared_bytes
 
 
 @contextlib.contextmanager
@@ -77,7 +77,8 @@ def absent_gpu(gpu: Gpu) -> Iterator[None]:
         _absent_gpu = before
 
 
-def _gpu(device: torch.device) -> Gpu:
+def gpu_of(device: torch.device) -> Gpu:
+    """What launches on this device depend on; of a CPU, a small GPU's, since kernels run there in the interpreter."""
     if device.type == "cuda":
         return _present_gpu(device)
     return _absent_gpu or _SMALL

@@ -14,11 +14,21 @@ import torch
 
 from llmmed.autotune.workload import record_workload
 from llmmed.compose import compose
-from llmmed.kernels.ahead_of_time import TARGETS, CompiledKernel, Launch, compile_launches, record_launches
+from llmmed.kernels.ahead_of_time import (
+    TARGETS,
+    CompiledKernel,
+    Launch,
+    compile_launches,
+    compiling_only,
+    record_launches,
+    run_on_meta,
+)
 from llmmed.kernels.base import Call, tensor_spec
 from llmmed.kernels.catalog import (
     get_implementation,
+    get_op,
     implementation_names,
+    load_function,
     op_names,
 )
 from llmmed.kernels.operator import INTERPRETED
@@ -111,3 +121,34 @@ def test_launches_follow_the_shape_and_are_told_apart() -> None:
     assert record_launches("rms_norm", "triton", [call(256), call(256)], targets=[90]) == one
     assert len(record_launches("rms_norm", "triton", [call(256), call(512)], targets=[90])) == 4
     assert len(record_launches("rms_norm", "triton", [call(256)], targets=[80, 90])) == 4
+
+
+class Driver:
+    """A GPU as far as compiling asks for one."""
+
+    def get_current_device(self) -> int:
+        return 0
+
+    def get_current_stream(self, device: int) -> int:
+        return 0
+
+    def get_current_target(self) -> object:
+        from triton.backends.compiler import GPUTarget
+
+        return GPUTarget("cuda", 90, 32)
+
+
+def test_a_launch_that_only_compiles_leaves_its_kernel_in_the_cache(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from triton import knobs
+    from triton.runtime.driver import driver
+
+    monkeypatch.setattr(knobs.cache, "dir", str(tmp_path))
+    monkeypatch.setattr(driver, "_active", Driver())
+    with compiling_only(torch.device("cpu")):
+        function = load_function("rms_norm", get_implementation("rms_norm", "triton"))
+        call = next(iter(get_op("rms_norm").cases(torch.bfloat16).values()))
+        run_on_meta(get_op("rms_norm"), function, call)
+    compiled = {path.stem for path in tmp_path.rglob("*.cubin")}
+    assert compiled == {"rms_norm_triton_fwd_kernel", "rms_norm_triton_bwd_kernel"}
