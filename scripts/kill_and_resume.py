@@ -1,8 +1,10 @@
 """Kills a training with SIGKILL at random moments and resumes it: `python scripts/kill_and_resume.py runs=50 seed=0`.
 
-A tiny run on the CPU, killed while it trains, writes a checkpoint, prepares data or evaluates, until it comes to its
-end; then another, until there were as many kills as asked for. Every one must have the losses, weights and optimizer
-state of a run that nobody disturbed, bit for bit. The exit code is 0 if all have.
+    python scripts/kill_and_resume.py runs=4 device=cuda train.deterministic=true kernels=triton      on a GPU
+
+A tiny run, on the CPU unless overrides say otherwise, killed while it trains, writes a checkpoint, prepares data or
+evaluates, until it comes to its end; then another, until there were as many kills as asked for. Every one must have the
+losses, weights and optimizer state of a run that nobody disturbed, bit for bit. The exit code is 0 if all have.
 """
 
 from __future__ import annotations
@@ -16,7 +18,7 @@ import sys
 import tempfile
 import time
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from safetensors import safe_open
@@ -33,23 +35,27 @@ STAGES = ("training", "writing a checkpoint", "preparing data", "evaluating")
 
 def main(arguments: list[str]) -> int:
     numbers = {"runs": 50, "seed": random.SystemRandom().randrange(10**6)}
+    overrides = []
     for argument in arguments:
-        key, _, value = argument.partition("=")
-        if key not in numbers or not value.isdigit():
-            print(f"error: '{argument}': write runs=50 seed=0", file=sys.stderr)
+        key, equals, value = argument.partition("=")
+        if not equals or (key in numbers and not value.isdigit()):
+            print(f"error: '{argument}': write runs=50 seed=0, or an override of train.py", file=sys.stderr)
             return 1
-        numbers[key] = int(value)
+        if key in numbers:
+            numbers[key] = int(value)
+        else:
+            overrides.append(argument)
     print(f"{numbers['runs']} kills, seed={numbers['seed']}", flush=True)
     with tempfile.TemporaryDirectory(prefix="llmmed-kills-") as name:
-        return kill_and_resume(Path(name), numbers["runs"], random.Random(numbers["seed"]))
+        return kill_and_resume(Path(name), overrides, numbers["runs"], random.Random(numbers["seed"]))
 
 
-def kill_and_resume(folder: Path, kills: int, chance: random.Random) -> int:
+def kill_and_resume(folder: Path, overrides: Sequence[str], kills: int, chance: random.Random) -> int:
     words = [f"{a}{b}" for a in ("bone", "joint", "heart", "nerve", "vein") for b in ("", "s", " meets", " of")]
     lines = (" ".join(chance.choices(words, k=12)) for _ in range(3000))
     (folder / "text.txt").write_text("\n\n".join(f"{number}. {line}." for number, line in enumerate(lines)))
     began = time.perf_counter()
-    undisturbed = Life(folder, "undisturbed")
+    undisturbed = Life(folder, "undisturbed", overrides)
     if undisturbed.process.wait() != 0:
         print(undisturbed.output.read_text(), file=sys.stderr)
         return 1
@@ -60,7 +66,7 @@ def kill_and_resume(folder: Path, kills: int, chance: random.Random) -> int:
         run = f"run{finished}"
         while done.total() < kills:
             # Every stage in turn, so that a few kills already meet all of them.
-            stage = killed(folder, run, STAGES[done.total() % len(STAGES)], chance)
+            stage = killed(folder, run, overrides, STAGES[done.total() % len(STAGES)], chance)
             if stage is None:
                 break
             done[stage] += 1
@@ -68,7 +74,7 @@ def kill_and_resume(folder: Path, kills: int, chance: random.Random) -> int:
             halves |= half
             told = f"{reached(folder / run)} steps on disk{' and half a checkpoint' if half else ''}"
             print(f"{done.total():3d}. killed while {stage}, {told}", flush=True)
-        last = Life(folder, run)
+        last = Life(folder, run, overrides)
         problem = differs(folder / "undisturbed", folder / run) if last.process.wait() == 0 else last.output.read_text()
         if problem:
             print(f"error: {run} after {done.total()} kills: {problem}", file=sys.stderr)
@@ -84,13 +90,13 @@ def kill_and_resume(folder: Path, kills: int, chance: random.Random) -> int:
 class Life:
     """One process of a run, from its start or from its checkpoint."""
 
-    def __init__(self, folder: Path, run: str) -> None:
+    def __init__(self, folder: Path, run: str, overrides: Sequence[str]) -> None:
         self.run, self.cache = folder / run, folder / "cache"
         self.output = folder / f"{run}.txt"
         script = Path(__file__).parent / "train.py"
         with self.output.open("w") as output:
             self.process = subprocess.Popen(
-                [sys.executable, str(script), *TRAIN, f"hydra.run.dir={run}"],
+                [sys.executable, str(script), *TRAIN, *overrides, f"hydra.run.dir={run}"],
                 cwd=folder, stdout=output, stderr=output, env=os.environ | {"LLMMED_CACHE": str(self.cache)},
             )  # fmt: skip
 
@@ -104,7 +110,7 @@ class Life:
         return True
 
 
-def killed(folder: Path, run: str, stage: str, chance: random.Random) -> str | None:
+def killed(folder: Path, run: str, overrides: Sequence[str], stage: str, chance: random.Random) -> str | None:
     """Starts the run or goes on with it, and kills it at that stage.
 
     Returns the stage that it was killed at in truth, or None if it came to its end before.
@@ -112,7 +118,7 @@ def killed(folder: Path, run: str, stage: str, chance: random.Random) -> str | N
     if stage == "preparing data":
         shutil.rmtree(folder / "cache", ignore_errors=True)
     first = reached(folder / run)
-    life = Life(folder, run)
+    life = Life(folder, run, overrides)
     target = first + chance.randint(1, 8)
     moments: dict[str, Callable[[], bool]] = {
         "preparing data": lambda: any((life.cache / "data").glob("*")),

@@ -87,6 +87,17 @@ def test_killed_at_random_moments_and_resumed(repository: Path) -> None:
     assert "all bit-identical" in done.stdout
 
 
+@pytest.mark.gpu
+@pytest.mark.parametrize("kernels", ["triton", "pytorch"])
+def test_on_a_gpu_killed_and_resumed_with_the_same_bits(repository: Path, kernels: str) -> None:
+    command = [sys.executable, str(repository / "scripts" / "kill_and_resume.py"), "runs=2", "device=cuda"]
+    done = subprocess.run(
+        [*command, "train.deterministic=true", f"kernels={kernels}"], capture_output=True, text=True, timeout=400
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert "all bit-identical" in done.stdout
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGUSR2])
 def test_a_signal_ends_it_after_the_step_with_a_checkpoint(
