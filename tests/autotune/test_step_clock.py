@@ -85,3 +85,10 @@ def test_another_result_in_the_step_is_a_failure(clock: StepClock, monkeypatch: 
     monkeypatch.setattr("llmmed.autotune.step_clock.load_kernels", wrong)
     with pytest.raises(Failed, match=r"in the step the gradient of .* differs by .* from PyTorch's"):
         clock.duel(base, "swiglu", "compiled")
+
+
+def test_a_whole_step_takes_no_less_than_a_shallow_one(clock: StepClock) -> None:
+    """Even if another process slowed the shallowest model down, so that the line through both depths falls."""
+    busy, idle = [9.0, 9.1, 9.2], [3.0, 3.1, 3.2]
+    times = clock._times(default_choice(), [busy, idle], [None, None], 0.0)
+    assert times.ms == times.ms_low == times.ms_high == 3.1
