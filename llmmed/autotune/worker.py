@@ -1,8 +1,8 @@
 """The tuning process: verifies every candidate, measures those that passed, and journals each before it is tried.
 
 Run as `python -m llmmed.autotune.worker <job.json> <device>` by `child.py`, perhaps before the job is written: then it
-makes itself ready and waits. It may die of a candidate at any time: what it found
-until then is in the journal, and the next process goes on without the culprit.
+makes itself ready and waits. It may die of a candidate at any time: what it found until then is in the journal, and the
+next process goes on without the culprit.
 """
 
 from __future__ import annotations
