@@ -9,7 +9,7 @@ from __future__ import annotations
 import contextlib
 import importlib.util
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from typing import Any, Protocol
@@ -94,7 +94,7 @@ class Trainee(Protocol):
     excluded_seconds: float  # spent on what a user of it would not do
 
     @property
-    def choice(self) -> Mapping[str, str] | None:
+    def plan(self) -> KernelPlan | None:
         """The kernels of ours."""
         ...
 
@@ -123,10 +123,10 @@ class _Ours:
     excluded_seconds = 0.0
 
     def __init__(self, config: Config) -> None:
-        self.plan: KernelPlan = tune(config, record_workload(config), mode=resolve_compile(config))
-        self._mode = self.plan.mode
-        self.choice: Mapping[str, str] | None = self.plan.choice
-        self._model = Transformer.for_training(config, load_kernels(self.plan.choice), config.device)
+        plan = tune(config, record_workload(config), mode=resolve_compile(config))
+        self.plan: KernelPlan | None = plan
+        self._mode = plan.mode
+        self._model = Transformer.for_training(config, load_kernels(plan.choice), config.device)
         accumulates = accumulation_steps(config.train) > 1
         self._stepper = Stepper(self._model, build_micro_step(self._model, self._mode, accumulates=accumulates), config)
 
@@ -158,7 +158,7 @@ _PARTS = {
 class _Rival:
     """Somebody else's model in the loop that its users write."""
 
-    choice: Mapping[str, str] | None = None
+    plan: KernelPlan | None = None
 
     def __init__(self, contestant: Contestant, config: Config) -> None:
         self._contestant, self._config = contestant, config

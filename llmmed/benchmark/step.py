@@ -39,7 +39,7 @@ def run_step(
 ) -> Iterator[tuple[list[StepShape], list[StepRow]]]:
     """Everything that the settings ask for, within their time; gives what is known after every process.
 
-    The log of every process goes into the folder.
+    The log of every process goes into the folder, and the kernel plan of ours.
     """
     deadline = time.perf_counter() + settings.seconds
     sizes: list[str | None] = [*settings.sizes] or [None]
@@ -119,7 +119,10 @@ class _Entry:
             "HF_HUB_OFFLINE": "1",
         }
         job = caches / f"{name}_{number}.job"
-        StepJob(contestant=self.contestant.name, overrides=own, started=time.time(), result=result).write(job)
+        plan = folder / f"{name}_kernels.json"
+        StepJob(contestant=self.contestant.name, overrides=own, started=time.time(), result=result, plan=plan).write(
+            job
+        )
         with started_process("llmmed.benchmark.step_worker", [str(job)], log, variables) as process:
             with contextlib.suppress(subprocess.TimeoutExpired):
                 process.wait(limit)

@@ -33,12 +33,13 @@ class _Frozen(BaseModel):
 
 
 class StepJob(_Frozen):
-    """What the process is to do; `started` is the `time.time()` of its start."""
+    """What the process is to do; `started` is the `time.time()` of its start. `plan` is where ours leaves its plan."""
 
     contestant: str
     overrides: list[str]
     started: float
     result: Path
+    plan: Path
 
     def write(self, path: Path) -> None:
         write_atomically(path, self.model_dump_json())
@@ -72,7 +73,7 @@ def main() -> None:
     try:
         settings, config = compose_benchmark(job.overrides)
         assert isinstance(settings, StepSettings)
-        found = compete(contestant, settings, config, job.started)
+        found = compete(contestant, settings, config, job)
     except UserError as error:
         found = StepFound(status="crashed", reason=str(error))
     except Exception as error:  # noqa: BLE001 - whatever a contestant raises puts that contestant alone out
@@ -82,15 +83,17 @@ def main() -> None:
     os._exit(0)  # at once: what a contestant left behind, say a thread, must not hold the process
 
 
-def compete(contestant: Contestant, settings: StepSettings, config: Config, started: float) -> StepFound:
+def compete(contestant: Contestant, settings: StepSettings, config: Config, job: StepJob) -> StepFound:
     """Builds, trains and measures. Raises whatever the contestant raises."""
     from llmmed.training.metrics import peak_tflops
 
     device = torch.device(config.device)
     trainee = build(contestant, config)
+    if trainee.plan is not None:
+        trainee.plan.write(job.plan)
     steps = _Steps(trainee, _batches(config, device), device)
     loss, norm = steps.run(1)
-    first_step_seconds = time.time() - started - trainee.excluded_seconds
+    first_step_seconds = time.time() - job.started - trainee.excluded_seconds
     first_loss, first_norm = loss.item(), norm.item()
     steps.run(settings.warm_up_steps)
     samples = []
@@ -115,7 +118,7 @@ def compete(contestant: Contestant, settings: StepSettings, config: Config, star
         first_gradient_norm=first_norm,
         last_loss=last_loss,
         device_ms=device_ms,
-        kernels=dict(trainee.choice) if trainee.choice is not None else None,
+        kernels=trainee.plan.choice if trainee.plan is not None else None,
     )
 
 
