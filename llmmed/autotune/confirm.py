@@ -80,7 +80,7 @@ class Arena(Protocol):
         ...
 
     def whole(self, choice: Choice, other: Choice, mode: Mode | None = None) -> Match:
-        """Two plans, the whole model. Raises `Failed`."""
+        """Two plans, the whole model; the second in another mode than the first if one is given. Raises `Failed`."""
         ...
 
 
@@ -169,15 +169,15 @@ def confirm(
         keeps, reason = _keeps_its_seat(match, terms, margin)
     if keeps:
         chosen = default
-    modes = {mode: chosen.ms}
+    modes, best, gain = {mode: chosen.ms}, mode, margin * chosen.ms
     for other in other_modes if not time_is_up() else ():
         try:
-            modes[other] = arena.whole(chosen.choice, chosen.choice, other).first.ms
+            match = arena.whole(chosen.choice, chosen.choice, other)
         except Failed:
             continue
-    best = min(modes, key=lambda each: modes[each])
-    if modes[best] * (1 + margin) > modes[mode]:
-        best = mode
+        modes[other] = match.second.ms
+        if match.gain_ms > gain and match.gain_ms_low > 0:
+            best, gain = other, match.gain_ms
     return StepEvidence(
         trial_depth=arena.trial_depth,
         depths=arena.depths,

@@ -92,8 +92,8 @@ class StepTrial(_Frozen):
 
 
 class StepTimes(_Frozen):
-    """A plan in the real step, the whole model, extrapolated from two depths: ms of all its micro-batches and, where
-    the optimizer has kernels to choose, of its update."""
+    """A plan in the real step, the whole model, measured or drawn on from `StepEvidence.depths`: ms of all its
+    micro-batches and, where the optimizer has kernels to choose, of its update."""
 
     choice: dict[str, str]
     ms: float
@@ -106,7 +106,8 @@ class StepEvidence(_Frozen):
     """What the real step said, forward, backward and, where kernels of the optimizer are chosen, its update.
 
     `default` is PyTorch's plan (with what is pinned), `chosen` the plan that was left. `modes` are the times of the
-    chosen plan in other modes, where `train.compile=auto` leaves that open; `mode` is the one to train in.
+    chosen plan in other modes, where `train.compile=auto` leaves that open; `mode` is the one to train in. `depths` are
+    the numbers of layers that whole plans were timed with: twice all of them, or two from which a line is drawn.
     """
 
     trial_depth: int

@@ -1,8 +1,9 @@
-"""The step's clock: plans side by side in the real model's forward and backward pass, at reduced depths.
+"""The step's clock: plans side by side in the real model's forward and backward pass.
 
-A plan is built as the training will build it: same shapes, same dtype, same mode. All share one set of parameters.
-What a shallow model shows is carried over to the whole one: a plan's time is a line in the number of layers, drawn
-through two depths, and what a flip saves is scaled by how often the whole model calls the op.
+A plan is built as the training will build it: same shapes, same dtype, same mode, and on a GPU all of its layers, which
+cost no compilation of their own. All plans share one set of parameters. Where the whole model is too large or too slow
+to be tried, and on a CPU, what a shallow one shows is carried over: a plan's time is a line in the number of layers,
+drawn through two depths, and what a flip saves is scaled by how often the whole model calls the op.
 """
 
 from __future__ import annotations
@@ -30,7 +31,9 @@ from llmmed.optim import build_optimizers
 from llmmed.training.micro_step import GraphedMicroStep, LaunchedMicroStep
 
 DEPTHS = (1, 2)
-_SECONDS = {"cuda": 0.6, "cpu": 2.0}  # of timed steps in one duel
+_FITS = 0.9  # of the GPU's memory: with more, or with a slower micro-batch, the whole model is not tried
+_SLOWEST_MS = 500.0
+_SECONDS = {"cuda": 1.2, "cpu": 2.0}  # of timed steps in one duel
 _SAMPLE_SECONDS = {"cuda": 0.008, "cpu": 0.02}  # of each timed stretch; a single step if that takes longer
 _ROUNDS = (9, 60)
 _WARM_UP = 3
@@ -40,7 +43,7 @@ _DIFFERENCE = {torch.float32: 2e-3, torch.bfloat16: 0.06, torch.float16: 0.03}
 
 
 class StepClock:
-    """Builds plans at reduced depth and times them in turns.
+    """Builds plans and times them in turns.
 
     Args:
         config: The run's.
@@ -51,11 +54,12 @@ class StepClock:
         self._config, self._mode = config, mode
         self.device = torch.device(config.device)
         self.layers = config.model.n_layers
-        self.trial_depth = min(DEPTHS[1], self.layers)
+        self._check_depth = self.trial_depth = min(DEPTHS[1], self.layers)
         self.depths = (min(DEPTHS[0], self.layers), self.trial_depth)
         self._weights = Transformer.for_training(
             _shallow(config, self.trial_depth), load_kernels(default_choice()), config.device
         )
+        self._pool: tuple[torch.cuda.CUDAGraph, Tensor, torch.cuda._POOL_HANDLE] | None = None
         generator = torch.Generator(self.device).manual_seed(0)
         shape = (2, config.train.micro_batch_size, config.train.seq_len + 1)
         self._batches = torch.randint(config.model.vocab_size, shape, generator=generator, device=self.device)
@@ -64,24 +68,29 @@ class StepClock:
         self._kept: dict[tuple[tuple[str, str], ...], _Subject] = {}
         self._truth: dict[str, Tensor] = {}
         self._allowed: dict[str, float] = {}
-        self._calls = {depth: self._count_calls(depth) for depth in (self.trial_depth, self.layers)}
+        self._calls = {depth: self._count_calls(depth) for depth in (self._check_depth, self.layers)}
 
     def called(self, choice: Choice) -> set[str]:
         """The ops that a step under this plan calls."""
         return called_ops(_shallow(self._config, 1), choice)
 
     def set_default(self, choice: Choice) -> None:
-        """Takes the gradients that every plan has to agree with: this plan's, launched one by one.
+        """Takes the gradients that every plan has to agree with: this plan's, launched one by one. Then finds out
+        whether the whole model can be tried.
 
         Raises:
             Failed: this plan cannot be built in the run's mode.
         """
-        launched = self._build(choice, self.trial_depth, "eager")
+        launched = self._build(choice, self._check_depth, "eager")
         self._truth = launched.gradients(self._batches[1])
         del launched
-        base = self._subject(choice)
+        base = self._subject(choice, self._check_depth)
         floor = _DIFFERENCE[compute_dtype(self._config.train.precision)]
         self._allowed = {n: max(floor, 4 * d) for n, d in self._differences(base).items()}
+        if self._on_gpu and self.layers > self._check_depth and self._whole_model_can_be_tried(choice):
+            self._weights = _deepened(self._config, self._weights)
+            self.trial_depth, self.depths = self.layers, (self.layers, self.layers)
+            self._kept.clear()
 
     def duel(self, champion: Choice, op: str, name: str) -> Duel:
         """What one flip saves the whole model. Raises `Failed`."""
@@ -89,8 +98,8 @@ class StepClock:
         if op not in self._in_model:
             return self._optimizer_duel(champion, challenger)
         self._keep(champion)
+        self._check(self._subject(challenger, self._check_depth))
         standing, subject = self._subject(champion), self._subject(challenger)
-        self._check(subject)
         growth = self._calls[self.layers][op] / self._calls[self.trial_depth][op]
         scale = growth * accumulation_steps(self._config.train)
         try:
@@ -103,11 +112,11 @@ class StepClock:
         return Duel(*median_interval(gains), saved)
 
     def whole(self, choice: Choice, other: Choice, mode: Mode | None = None) -> Match:
-        """Two plans in the whole model. Raises `Failed`."""
+        """Two plans in the whole model, the second in another mode if one is given. Raises `Failed`."""
         pairs: list[list[tuple[float, float]]] = []
         memory: list[tuple[float | None, float | None]] = []
         for depth in dict.fromkeys(self.depths):
-            first, second = (self._subject(each, depth, mode) for each in (choice, other))
+            first, second = self._subject(choice, depth), self._subject(other, depth, mode)
             pairs.append(self._pairs(first.run, second.run))
             memory.append((first.memory_mib, second.memory_mib))
         updates = [self._update_ms(each) for each in (choice, other)]
@@ -117,6 +126,16 @@ class StepClock:
         )
         gains = self._at_full_depth([[a - b for a, b in depth] for depth in pairs])
         return Match(first_times, second_times, *(gain + updates[0] - updates[1] for gain in gains))
+
+    def _whole_model_can_be_tried(self, choice: Choice) -> bool:
+        """Whether two plans with all layers fit beside each other, and a trial does not take too long."""
+        subjects = [self._subject(choice, depth) for depth in self.depths]
+        near, far = (self._sample(subject.run, 2) for subject in subjects)
+        peak = self._peak_gib([subject.memory_mib for subject in subjects])
+        assert peak is not None
+        gradients = parameter_count(self._config.model) * 4 / 2**30  # of the second plan
+        most = torch.cuda.get_device_properties(self.device).total_memory / 2**30
+        return peak + gradients < _FITS * most and near + self._reach * (far - near) < _SLOWEST_MS
 
     def _count_calls(self, depth: int) -> dict[str, int]:
         """How often a micro-batch calls each op at some depth."""
@@ -129,13 +148,20 @@ class StepClock:
         # Where a busy machine makes the deeper model the faster one, the line falls: the whole takes at least as long.
         least = median(samples[-1])
         middle, low, high = (max(least, found) for found in self._at_full_depth(samples))
-        peak = None
-        if memory[0] is not None and memory[-1] is not None:
-            activations = memory[0] + self._reach * (memory[-1] - memory[0])
-            peak = (activations + _static_mib(self._config)) / 1024
         return StepTimes(
-            choice=dict(choice), ms=middle + update, ms_low=low + update, ms_high=high + update, peak_memory_gib=peak
+            choice=dict(choice),
+            ms=middle + update,
+            ms_low=low + update,
+            ms_high=high + update,
+            peak_memory_gib=self._peak_gib(memory),
         )
+
+    def _peak_gib(self, memory: list[float | None]) -> float | None:
+        """Of the whole model's step, from what was measured at both depths in MiB; None on a CPU."""
+        near, far = memory[0], memory[-1]
+        if near is None or far is None:
+            return None
+        return (near + self._reach * (far - near) + _static_mib(self._config)) / 1024
 
     @property
     def _reach(self) -> float:
@@ -198,9 +224,20 @@ class StepClock:
 
     def _build(self, choice: Choice, depth: int, mode: Mode) -> _Subject:
         try:
-            return _Subject(self, self._config, self._weights, self._batches[0], self._scale, choice, depth, mode)
+            pool = self._shared_pool() if mode == "graphs" else None
+            return _Subject(self._config, self._weights, self._batches[0], self._scale, choice, depth, mode, pool)
         except Exception as error:  # whatever a plan raises rejects that plan alone
             raise Failed(_failure(error)) from error
+
+    def _shared_pool(self) -> torch.cuda._POOL_HANDLE:
+        """One for all plans, so that their activations take turns in the same memory. A pool ends with the last of its
+        graphs: one that does next to nothing keeps it."""
+        if self._pool is None:
+            graph, pool = torch.cuda.CUDAGraph(), torch.cuda.graph_pool_handle()
+            with torch.cuda.graph(graph, pool=pool):
+                held = torch.zeros((), device=self.device)
+            self._pool = (graph, held, pool)
+        return self._pool[2]
 
     def _check(self, subject: _Subject) -> None:
         for name, difference in self._differences(subject).items():
@@ -256,21 +293,20 @@ class _Subject:
     """A plan at some depth, warmed up and ready to run on a fixed batch [batch, seq + 1]."""
 
     def __init__(
-        self, clock: StepClock, config: Config, weights: Transformer, batch: Tensor, scale: Tensor, choice: Choice,
-        depth: int, mode: Mode,
+        self, config: Config, weights: Transformer, batch: Tensor, scale: Tensor, choice: Choice, depth: int,
+        mode: Mode, pool: torch.cuda._POOL_HANDLE | None,
     ) -> None:  # fmt: skip
         model = _at_depth(config, weights, choice, depth)
         self._names = [name for name, _ in model.named_parameters()]
         self._parameters = list(model.parameters())
-        loss: Callable[..., Tensor] = model
         if mode != "eager":
-            loss = torch.compile(model, fullgraph=True, dynamic=False)
+            model.compile_parts()
         self._batch, self._scale = batch, scale
-        self._micro_step: LaunchedMicroStep | GraphedMicroStep = LaunchedMicroStep(loss, self._parameters)
+        self._micro_step: LaunchedMicroStep | GraphedMicroStep = LaunchedMicroStep(model, self._parameters)
         self.run()  # compiles
         self.memory_mib = self._peak_mib() if batch.device.type == "cuda" else None
         if mode == "graphs":
-            self._micro_step = GraphedMicroStep(loss, self._parameters, accumulates=False)
+            self._micro_step = GraphedMicroStep(model, self._parameters, accumulates=False, pool=pool)
         for _ in range(_WARM_UP):
             self.run()
 
@@ -307,6 +343,19 @@ def _at_depth(config: Config, weights: Transformer, choice: Choice, depth: int) 
     model = Transformer.for_training(_shallow(config, depth), kernels, "meta")
     shared: Mapping[str, nn.Parameter] = dict(weights.named_parameters())
     model.load_state_dict({name: shared[name] for name, _ in model.named_parameters()}, assign=True)
+    model.cos, model.sin = weights.cos, weights.sin
+    return model
+
+
+def _deepened(config: Config, weights: Transformer) -> Transformer:
+    """A model with all layers: those that are there as they are, the others with random numbers."""
+    model = Transformer.for_training(config, weights.kernels, "meta")
+    given, device = dict(weights.named_parameters()), weights.cos.device
+    for name, parameter in model.named_parameters():
+        if name not in given:
+            drawn = torch.ones if parameter.ndim == 1 else torch.randn
+            given[name] = nn.Parameter(drawn(parameter.shape, device=device) * (1.0 if parameter.ndim == 1 else 0.02))
+    model.load_state_dict(given, assign=True)
     model.cos, model.sin = weights.cos, weights.sin
     return model
 

@@ -104,6 +104,7 @@ def run(
     from llmmed.benchmark import results, tables
     from llmmed.reporting.benchmark_plots import draw
 
+    folder.mkdir(parents=True, exist_ok=True)
     origin = results.origin(config.device, compose.as_dict(config), _command)
     console.print(tables.header(origin), highlight=False)
     with _bar(console) as tell:

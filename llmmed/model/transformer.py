@@ -8,6 +8,8 @@ in the compute dtype. There is no autocast: its rules differ between meta, CPU a
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -68,6 +70,7 @@ class Transformer(nn.Module):
         cos, sin = rotary_tables(max_seq_len, config.d_model // config.n_heads, config.rope_theta)
         self.register_buffer("cos", cos.to(device), persistent=False)
         self.register_buffer("sin", sin.to(device), persistent=False)
+        self._embed, self._norm, self._loss = _embed, _add_rms_norm, _loss
         self.initialize(seed)
 
     @classmethod
@@ -104,6 +107,21 @@ class Transformer(nn.Module):
         """Takes another plan from the next call on. Parameters stay what they are; a compiled model compiles again."""
         self.kernels = kernels
 
+    def compile_parts(self, backend: str | Callable[..., Any] = "inductor") -> None:
+        """Compiles embedding, block, final norm and loss by themselves, each as one graph with static shapes.
+
+        All blocks are the same code and share their compiled form, so that the time to compile does not grow with the
+        depth; a model of another depth takes it over, too. What a compiler fuses lies within a block: what passes from
+        one to the next is two tensors that are in memory anyway.
+        """
+
+        def compiled(part: Callable[..., Any]) -> Callable[..., Any]:
+            return torch.compile(part, fullgraph=True, dynamic=False, backend=backend)
+
+        self._embed, self._norm, self._loss = compiled(_embed), compiled(_add_rms_norm), compiled(_loss)
+        for layer in self.layers:
+            layer.compile(fullgraph=True, dynamic=False, backend=backend)
+
     def forward(self, tokens: Tensor, targets: Tensor | None = None, scale: Tensor | None = None) -> Tensor:
         """Logits, or the loss if targets are given.
 
@@ -131,9 +149,7 @@ class Transformer(nn.Module):
 
     def loss(self, hidden_states: Tensor, targets: Tensor, scale: Tensor | None = None) -> Tensor:
         """The loss as `forward` gives it, from what `hidden_states` gives."""
-        rows, wanted = hidden_states.flatten(0, 1), targets.flatten()
-        loss: Tensor = self.kernels.linear_cross_entropy(rows, self.head, wanted, IGNORE_INDEX, scale)
-        return loss
+        return self._loss(self.kernels, hidden_states, self.head, targets, scale)
 
     def hidden_states(self, tokens: Tensor) -> Tensor:
         """What the head takes, [batch, seq, d_model] in the compute dtype, of tokens [batch, seq]."""
@@ -144,10 +160,10 @@ class Transformer(nn.Module):
                 f"shorten it or build the model with max_seq_len={seq_len}"
             )
         cos, sin = self.cos[:seq_len], self.sin[:seq_len]
-        update, residual = F.embedding(tokens, self.token_embedding).to(self.compute_dtype), None
+        update, residual = self._embed(tokens, self.token_embedding, self.compute_dtype), None
         for layer in self.layers:
             update, residual = self._run_block(layer, update, residual, cos, sin)
-        hidden_states, _ = _add_rms_norm(self.kernels, update, residual, self.final_norm, self.config.norm_eps)
+        hidden_states, _ = self._norm(self.kernels, update, residual, self.final_norm, self.config.norm_eps)
         return hidden_states
 
     def _run_block(
@@ -211,6 +227,16 @@ def rotary_tables(seq_len: int, d_head: int, theta: float) -> tuple[Tensor, Tens
     exponents = torch.arange(0, d_head, 2, dtype=torch.float64, device="cpu") / d_head
     angles = torch.outer(torch.arange(seq_len, dtype=torch.float64, device="cpu"), theta**-exponents)
     return angles.cos().float(), angles.sin().float()
+
+
+def _embed(tokens: Tensor, table: Tensor, dtype: torch.dtype) -> Tensor:
+    return F.embedding(tokens, table).to(dtype)
+
+
+def _loss(kernels: Kernels, hidden_states: Tensor, head: Tensor, targets: Tensor, scale: Tensor | None) -> Tensor:
+    rows, wanted = hidden_states.flatten(0, 1), targets.flatten()
+    loss: Tensor = kernels.linear_cross_entropy(rows, head, wanted, IGNORE_INDEX, scale)
+    return loss
 
 
 def _add_rms_norm(

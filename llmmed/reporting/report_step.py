@@ -70,7 +70,8 @@ def _notes(plan: KernelPlan, chosen: Breakdown) -> str:
         text += " One by one the ops take longer than the whole step, where they overlap: there is no rest to show."
     if plan.step is not None:
         first, second = plan.step.depths
-        text += f" The whole was measured at {first} and {second} layers and extrapolated to all."
+        if first != second:
+            text += f" The whole was measured at {first} and {second} layers and extrapolated to all."
     if chosen.untimed:
         text += f" Not timed, and so not in the bars: {', '.join(chosen.untimed)}."
     return f"<p>{escape(text)}</p>"
@@ -88,7 +89,7 @@ def _evidence(step: StepEvidence) -> str:
         parts.append("<p><code>kernels.budget_seconds</code> ended the trials before all were made.</p>")
     if not step.trials:
         return "".join(parts) + "<p>No op had a rival worth a trial in the step.</p>"
-    what = f"<p>Trials at {step.trial_depth} layers; gains are scaled to the whole model, positive is better.</p>"
+    what = f"<p>Trials at {step.trial_depth} layers; gains are those of the whole model, positive is better.</p>"
     memory = any(trial.memory_gain_mib is not None for trial in step.trials)
     headers = ["op", "tried", "in place of", "verdict", "gain, ms", "interval at 95 %, ms"]
     headers += ["memory gain, MiB"] if memory else []

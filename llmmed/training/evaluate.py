@@ -18,22 +18,13 @@ _CHUNK = 2**24  # logits at once: all of a batch would be gigabytes
 
 class Evaluator:
     """Args:
-    model: On its device. Its kernels compute the loss, as in the training.
+    model: On its device, compiled or not. Its kernels compute the loss, as in the training.
     dataset: Its validation tokens.
     train: `eval_batches` windows of micro-batch size at most; fewer where the validation set is smaller.
-    compiled: Whether the forward pass is compiled.
     """
 
-    def __init__(self, model: Transformer, dataset: Dataset, train: TrainConfig, *, compiled: bool) -> None:
+    def __init__(self, model: Transformer, dataset: Dataset, train: TrainConfig) -> None:
         self._model, self._device = model, model.token_embedding.device
-
-        def forward(tokens: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
-            hidden_states = model.hidden_states(tokens)
-            return model.loss(hidden_states, targets), hidden_states
-
-        self._forward: Callable[[Tensor, Tensor], tuple[Tensor, Tensor]] = (
-            torch.compile(forward, fullgraph=True, dynamic=False) if compiled else forward
-        )
         self._bytes_per_token = dataset.bytes_per_token
         # A set shorter than a batch fills it by starting again: the shapes stay those of the training.
         windows = Batches(
@@ -53,8 +44,8 @@ class Evaluator:
                 return None
             moved = batch.to(self._device, non_blocking=True)
             targets = moved[:, 1:].contiguous()
-            loss, hidden_states = self._forward(moved[:, :-1].contiguous(), targets)
-            total += loss
+            hidden_states = self._model.hidden_states(moved[:, :-1].contiguous())
+            total += self._model.loss(hidden_states, targets)
             right += count_right(hidden_states.flatten(0, 1), self._model.head, targets.flatten())
         loss_value = float(total) / len(self._batches)
         found = {

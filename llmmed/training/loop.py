@@ -160,7 +160,7 @@ class _Run:
         self.launched = launched if self.device.type == "cuda" else None
         self.count = accumulation_steps(config.train)
         self.stepper = Stepper(model, build_micro_step(model, mode, accumulates=self.count > 1), config)
-        self.evaluator = Evaluator(model, dataset, config.train, compiled=mode != "eager")
+        self.evaluator = Evaluator(model, dataset, config.train)
         self.sampler: Sampler | None = None
         self.batches = Batches(
             dataset.train, config.train.seq_len, config.train.micro_batch_size, config.seed, shuffle=True,

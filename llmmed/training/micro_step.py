@@ -9,9 +9,10 @@ import torch
 from torch import Tensor, nn
 
 from llmmed.autotune.plan import Mode
+from llmmed.model import Transformer
 
 Loss = Callable[[Tensor, Tensor, Tensor], Tensor]
-"""`(tokens, targets, scale) -> scale * mean loss`: the model itself or its compiled form."""
+"""`(tokens, targets, scale) -> scale * mean loss`: the model."""
 
 
 class MicroStep(Protocol):
@@ -25,14 +26,15 @@ class MicroStep(Protocol):
         ...
 
 
-def build_micro_step(model: nn.Module, mode: Mode, *, accumulates: bool) -> MicroStep:
-    """The micro-step of a run: `mode` says whether the model is compiled and replayed, `accumulates` whether a step has
-    several."""
-    loss: Loss = model if mode == "eager" else torch.compile(model, fullgraph=True, dynamic=False)
+def build_micro_step(model: Transformer, mode: Mode, *, accumulates: bool) -> MicroStep:
+    """The micro-step of a run: `mode` says whether the model is compiled, which happens in place, and replayed;
+    `accumulates` whether a step has several."""
+    if mode != "eager":
+        model.compile_parts()
     parameters = list(model.parameters())
     if mode == "graphs":
-        return GraphedMicroStep(loss, parameters, accumulates=accumulates)
-    return LaunchedMicroStep(loss, parameters)
+        return GraphedMicroStep(model, parameters, accumulates=accumulates)
+    return LaunchedMicroStep(model, parameters)
 
 
 class LaunchedMicroStep:
@@ -54,12 +56,22 @@ class GraphedMicroStep:
     A replay costs the host one call instead of hundreds of launches; a small model waits for the host otherwise. The
     gradients live in the graphs' memory, so nobody may set them to None; `first` overwrites them. Captured at the first
     call, after warming up on its micro-batch, which changes no parameter.
+
+    Several may share a memory pool, by its handle: then one's activations lie where another's were.
     """
 
     _WARM_UP = 3
 
-    def __init__(self, loss: Loss, parameters: Sequence[nn.Parameter], *, accumulates: bool) -> None:
+    def __init__(
+        self,
+        loss: Loss,
+        parameters: Sequence[nn.Parameter],
+        *,
+        accumulates: bool,
+        pool: torch.cuda._POOL_HANDLE | None = None,
+    ) -> None:
         self._loss, self._parameters, self._accumulates = loss, parameters, accumulates
+        self._pool = pool
         self._graphs: dict[bool, tuple[torch.cuda.CUDAGraph, Tensor]] = {}
         self.gradients: list[Tensor] = []  # of the parameters, in the graphs' memory
 
@@ -82,7 +94,7 @@ class GraphedMicroStep:
                 _forward_and_backward(self._loss, self._batch, self._scale)
         torch.cuda.current_stream(batch.device).wait_stream(stream)
         _drop_gradients(self._parameters)
-        pool = torch.cuda.graph_pool_handle()
+        pool = self._pool or torch.cuda.graph_pool_handle()
         for first in (True, False) if self._accumulates else (True,):
             graph = torch.cuda.CUDAGraph()
             with torch.cuda.graph(graph, pool=pool):

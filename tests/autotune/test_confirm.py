@@ -52,7 +52,6 @@ class Known:
     def whole(self, choice: Choice, other: Choice, mode: Mode | None = None) -> Match:
         if mode is not None and mode not in self.modes:
             raise Failed("failed to compile in the step: no")
-        factor = self.modes[mode] if mode else 1.0
         a, b = (
             StepTimes(
                 choice=dict(c),
@@ -61,7 +60,7 @@ class Known:
                 ms_high=factor * self.ms(c) + self.noise,
                 peak_memory_gib=self.mib(c) / 1024,
             )
-            for c in (choice, other)
+            for c, factor in ((choice, 1.0), (other, self.modes[mode] if mode else 1.0))
         )
         gain = a.ms - b.ms
         return Match(a, b, gain, gain - self.noise, gain + self.noise)

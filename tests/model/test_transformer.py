@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from dataclasses import replace
+from typing import Any
 
 import pytest
 import torch
@@ -178,6 +179,30 @@ def test_compiles_in_one_graph_and_takes_a_new_plan(
 
     model.set_kernels(Kernels({**kernels.functions, "add_rms_norm": flat}))
     assert compiled(tokens, targets).item() == pytest.approx(math.log(tiny.vocab_size), rel=1e-5)
+
+
+def test_its_parts_are_compiled_once_for_all_blocks(tiny: ModelConfig, kernels: Kernels) -> None:
+    def compiled_graphs(n_layers: int) -> int:
+        torch._dynamo.reset()
+        count = 0
+
+        def backend(graph: torch.fx.GraphModule, inputs: list[Tensor]) -> Callable[..., Any]:
+            nonlocal count
+            count += 1
+            return graph.forward
+
+        config = replace(tiny, n_layers=n_layers)
+        plain, model = build(config, kernels), build(config, kernels)
+        model.compile_parts(backend)
+        tokens, targets = draw_tokens(config)
+        found = gradients(model, model, tokens, targets)
+        for name, expected in gradients(plain, plain, tokens, targets).items():
+            torch.testing.assert_close(found[name], expected, atol=1e-6, rtol=0, msg=name)
+        assert set(model.state_dict()) == set(plain.state_dict())
+        return count
+
+    # Embedding, a block without and one with a residual stream, final norm, loss.
+    assert compiled_graphs(2) == compiled_graphs(5) == 5
 
 
 def test_a_sequence_that_is_too_long_is_told(tiny: ModelConfig, kernels: Kernels) -> None:

@@ -16,7 +16,7 @@ from tests.training.tiny import build, pattern, tiny_config
 def test_it_is_what_one_computes_by_hand() -> None:
     config = tiny_config("train.eval_batches=3")
     model, dataset = build(config), pattern()
-    found = Evaluator(model, dataset, config.train, compiled=False).run()
+    found = Evaluator(model, dataset, config.train).run()
     assert found is not None
     windows = Batches(dataset.validation, 16, 4, seed=0, shuffle=False)
     batch = torch.cat([windows.get(i) for i in range(3)])
