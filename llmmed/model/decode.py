@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from llmmed.kernels.base import Kernels
-from llmmed.model.transformer import Block, Transformer, _add_rms_norm
+from llmmed.model.transformer import Block, Transformer
 
 
 class Decoder:
@@ -35,21 +35,22 @@ class Decoder:
         if end > model.cos.shape[0]:
             raise ValueError(f"{end} tokens are more than the {model.cos.shape[0]} that the model was built for")
         cos, sin = model.cos[self.seen : end], model.sin[self.seen : end]
-        update, residual = F.embedding(tokens, model.token_embedding).to(model.compute_dtype), None
-        for index, layer in enumerate(model.layers):
+        kernels, dtype, eps = self._kernels, model.compute_dtype, model.config.norm_eps
+        norms = model.norms
+        residual = F.embedding(tokens, model.token_embedding).to(dtype)
+        normed = kernels.rms_norm(residual, norms[0], eps)
+        for index, (layer, next_norm) in enumerate(zip(model.layers, norms[1:], strict=True)):
             assert isinstance(layer, Block)
-            kernels, dtype = self._kernels, model.compute_dtype
-            normed, residual = _add_rms_norm(kernels, update, residual, layer.attention_norm, layer.eps)
             qkv = F.linear(normed, layer.qkv_projection.to(dtype)).view(*normed.shape[:2], -1, layer.d_head)
             q, k, v = qkv.split(layer.heads, dim=2)
             q, k = kernels.rotary(q, k, cos, sin)
             update = F.linear(self._attend(index, q, k, v).flatten(2), layer.output_projection.to(dtype))
-            normed, residual = _add_rms_norm(kernels, update, residual, layer.mlp_norm, layer.eps)
+            normed, residual = kernels.add_rms_norm(update, residual, layer.mlp_norm, eps)
             gate_up = F.linear(normed, layer.gate_up_projection.to(dtype))
             update = F.linear(kernels.swiglu(gate_up), layer.down_projection.to(dtype))
-        hidden, _ = _add_rms_norm(self._kernels, update, residual, model.final_norm, model.config.norm_eps)
+            normed, residual = kernels.add_rms_norm(update, residual, next_norm, eps)
         self.seen = end
-        return F.linear(hidden[:, -1], model.head.to(model.compute_dtype)).float()
+        return F.linear(normed[:, -1], model.head.to(dtype)).float()
 
     def _attend(self, index: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         if self.seen:

@@ -70,7 +70,7 @@ class Transformer(nn.Module):
         cos, sin = rotary_tables(max_seq_len, config.d_model // config.n_heads, config.rope_theta)
         self.register_buffer("cos", cos.to(device), persistent=False)
         self.register_buffer("sin", sin.to(device), persistent=False)
-        self._embed, self._norm, self._loss = _embed, _add_rms_norm, _loss
+        self._embed, self._loss = _embed, _loss
         self.initialize(seed)
 
     @classmethod
@@ -108,7 +108,7 @@ class Transformer(nn.Module):
         self.kernels = kernels
 
     def compile_parts(self, backend: str | Callable[..., Any] = "inductor") -> None:
-        """Compiles embedding, block, final norm and loss by themselves, each as one graph with static shapes.
+        """Compiles embedding, block and loss by themselves, each as one graph with static shapes.
 
         All blocks are the same code and share their compiled form, so that the time to compile does not grow with the
         depth; a model of another depth takes it over, too. What a compiler fuses lies within a block: what passes from
@@ -118,7 +118,7 @@ class Transformer(nn.Module):
         def compiled(part: Callable[..., Any]) -> Callable[..., Any]:
             return torch.compile(part, fullgraph=True, dynamic=False, backend=backend)
 
-        self._embed, self._norm, self._loss = compiled(_embed), compiled(_add_rms_norm), compiled(_loss)
+        self._embed, self._loss = compiled(_embed), compiled(_loss)
         for layer in self.layers:
             layer.compile(fullgraph=True, dynamic=False, backend=backend)
 
@@ -160,16 +160,23 @@ class Transformer(nn.Module):
                 f"shorten it or build the model with max_seq_len={seq_len}"
             )
         cos, sin = self.cos[:seq_len], self.sin[:seq_len]
-        update, residual = self._embed(tokens, self.token_embedding, self.compute_dtype), None
-        for layer in self.layers:
-            update, residual = self._run_block(layer, update, residual, cos, sin)
-        hidden_states, _ = self._norm(self.kernels, update, residual, self.final_norm, self.config.norm_eps)
-        return hidden_states
+        norms = self.norms
+        normed, residual = self._embed(
+            self.kernels, tokens, self.token_embedding, norms[0], self.config.norm_eps, self.compute_dtype
+        )
+        for layer, next_norm in zip(self.layers, norms[1:], strict=True):
+            normed, residual = self._run_block(layer, normed, residual, next_norm, cos, sin)
+        return normed
+
+    @property
+    def norms(self) -> list[nn.Parameter]:
+        """The weights of the norms that stand at the beginning of each layer, and of the final one."""
+        return [layer.get_parameter("attention_norm") for layer in self.layers] + [self.final_norm]
 
     def _run_block(
-        self, block: nn.Module, update: Tensor, residual: Tensor | None, cos: Tensor, sin: Tensor
+        self, block: nn.Module, normed: Tensor, residual: Tensor, next_norm: Tensor, cos: Tensor, sin: Tensor
     ) -> tuple[Tensor, Tensor]:
-        inputs = (update, residual, cos, sin, self.kernels)
+        inputs = (normed, residual, next_norm, cos, sin, self.kernels)
         if self.checkpoint_blocks and torch.is_grad_enabled():
             # Nothing in a block is random, and saving random states would wait for the device and break graph capture.
             return checkpoint(block, *inputs, use_reentrant=False, preserve_rng_state=False)  # type: ignore[no-any-return]
@@ -179,8 +186,8 @@ class Transformer(nn.Module):
 class Block(nn.Module):
     """One layer: attention, then the feed-forward network, each behind a norm and added to the residual stream.
 
-    A branch's output travels unadded to the norm that follows it, also across layers, so that adding and normalising
-    can be one kernel.
+    It ends where the next norm does, the next layer's first or the final one: adding a branch to the stream and
+    normalising the sum can then be one kernel, and all layers are the same code.
     """
 
     def __init__(self, config: ModelConfig, device: torch.device | str) -> None:
@@ -196,16 +203,16 @@ class Block(nn.Module):
         self.down_projection = _parameter(d_model, config.d_ff, device=device)
 
     def forward(
-        self, update: Tensor, residual: Tensor | None, cos: Tensor, sin: Tensor, kernels: Kernels
+        self, normed: Tensor, residual: Tensor, next_norm: Tensor, cos: Tensor, sin: Tensor, kernels: Kernels
     ) -> tuple[Tensor, Tensor]:
-        """Takes and returns a branch's output and the residual stream that it is still to be added to.
+        """Takes and returns the normed residual stream and the stream itself.
 
-        Both are [batch, seq, d_model] in the compute dtype; no residual means that nothing was there before.
+        Both are [batch, seq, d_model] in the compute dtype: what comes in is normed by this layer's `attention_norm`,
+        what goes out by `next_norm` [d_model].
         """
-        normed, residual = _add_rms_norm(kernels, update, residual, self.attention_norm, self.eps)
         update = self._attention(normed, cos, sin, kernels)
-        normed, residual = _add_rms_norm(kernels, update, residual, self.mlp_norm, self.eps)
-        return self._feed_forward(normed, kernels), residual
+        normed, residual = kernels.add_rms_norm(update, residual, self.mlp_norm, self.eps)
+        return kernels.add_rms_norm(self._feed_forward(normed, kernels), residual, next_norm, self.eps)  # type: ignore[no-any-return]
 
     def _attention(self, x: Tensor, cos: Tensor, sin: Tensor, kernels: Kernels) -> Tensor:
         qkv = F.linear(x, self.qkv_projection.to(x.dtype)).view(*x.shape[:2], -1, self.d_head)
@@ -229,24 +236,18 @@ def rotary_tables(seq_len: int, d_head: int, theta: float) -> tuple[Tensor, Tens
     return angles.cos().float(), angles.sin().float()
 
 
-def _embed(tokens: Tensor, table: Tensor, dtype: torch.dtype) -> Tensor:
-    return F.embedding(tokens, table).to(dtype)
+def _embed(
+    kernels: Kernels, tokens: Tensor, table: Tensor, norm: Tensor, eps: float, dtype: torch.dtype
+) -> tuple[Tensor, Tensor]:
+    """The residual stream at its beginning, [batch, seq, d_model] in the compute dtype: normed, and itself."""
+    residual = F.embedding(tokens, table).to(dtype)
+    return kernels.rms_norm(residual, norm, eps), residual
 
 
 def _loss(kernels: Kernels, hidden_states: Tensor, head: Tensor, targets: Tensor, scale: Tensor | None) -> Tensor:
     rows, wanted = hidden_states.flatten(0, 1), targets.flatten()
     loss: Tensor = kernels.linear_cross_entropy(rows, head, wanted, IGNORE_INDEX, scale)
     return loss
-
-
-def _add_rms_norm(
-    kernels: Kernels, x: Tensor, residual: Tensor | None, weight: Tensor, eps: float
-) -> tuple[Tensor, Tensor]:
-    """Adds a branch to the residual stream and norms the sum: `(normed, new residual)`."""
-    if residual is None:
-        return kernels.rms_norm(x, weight, eps), x
-    normed, residual = kernels.add_rms_norm(x, residual, weight, eps)
-    return normed, residual
 
 
 def _parameter(*shape: int, device: torch.device | str) -> nn.Parameter:
