@@ -289,6 +289,11 @@ class StepClock:
             torch.cuda.synchronize(self.device)
 
 
+def compile_ahead(config: Config, choice: Choice) -> None:
+    """Compiles what the model calls under a plan, as a single layer, so that it is in the compilers' caches on disk."""
+    StepClock(_shallow(config, 1), "compiled")._subject(choice)
+
+
 class _Subject:
     """A plan at some depth, warmed up and ready to run on a fixed batch [batch, seq + 1]."""
 
