@@ -41,6 +41,8 @@ _WARM_UP = 3
 # two ways of running it differ by. The gate has judged the ops before: here it is stale or foreign memory that shows.
 _DIFFERENCE = {torch.float32: 2e-3, torch.bfloat16: 0.06, torch.float16: 0.03}
 
+_Plan = tuple[tuple[str, str], ...]  # op and implementation, sorted: a choice that can be a key
+
 
 class StepClock:
     """Builds plans and times them in turns.
@@ -65,7 +67,7 @@ class StepClock:
         self._batches = torch.randint(config.model.vocab_size, shape, generator=generator, device=self.device)
         self._scale = torch.ones((), device=self.device)
         self._in_model = set(record_micro_batch(config).by_op())
-        self._kept: dict[tuple[tuple[str, str], ...], _Subject] = {}
+        self._kept: dict[tuple[_Plan, int, Mode], _Subject] = {}
         self._truth: dict[str, Tensor] = {}
         self._allowed: dict[str, float] = {}
         self._calls = {depth: self._count_calls(depth) for depth in (self._check_depth, self.layers)}
@@ -113,6 +115,7 @@ class StepClock:
 
     def whole(self, choice: Choice, other: Choice, mode: Mode | None = None) -> Match:
         """Two plans in the whole model, the second in another mode if one is given. Raises `Failed`."""
+        self._keep(choice, other)
         pairs: list[list[tuple[float, float]]] = []
         memory: list[tuple[float | None, float | None]] = []
         for depth in dict.fromkeys(self.depths):
@@ -211,15 +214,15 @@ class StepClock:
         """A plan, built unless it is still there."""
         mode = mode or self._mode
         depth = depth or self.trial_depth
-        key = _key(choice, depth, mode)
+        key = (_plan(choice), depth, mode)
         if key not in self._kept:
             self._kept[key] = self._build(choice, depth, mode)
         return self._kept[key]
 
-    def _keep(self, choice: Choice) -> None:
-        """Forgets all plans but this one, since each holds the memory of a step."""
-        wanted = _key(choice, self.trial_depth, self._mode)
-        self._kept = {key: subject for key, subject in self._kept.items() if key == wanted}
+    def _keep(self, *choices: Choice) -> None:
+        """Forgets all plans but these, since each holds the memory of a step's gradients at least."""
+        wanted = {_plan(choice) for choice in choices}
+        self._kept = {key: subject for key, subject in self._kept.items() if key[0] in wanted}
         _release(self.device)
 
     def _build(self, choice: Choice, depth: int, mode: Mode) -> _Subject:
@@ -390,8 +393,8 @@ def _static_mib(config: Config) -> float:
     return parameter_count(config.model) * 4 * (1 + states) / 2**20
 
 
-def _key(choice: Choice, depth: int, mode: Mode) -> tuple[tuple[str, str], ...]:
-    return (*sorted(choice.items()), ("", f"{depth} {mode}"))
+def _plan(choice: Choice) -> _Plan:
+    return tuple(sorted(choice.items()))
 
 
 def _failure(error: Exception) -> str:
