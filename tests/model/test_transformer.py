@@ -229,10 +229,11 @@ def test_checkpointed_blocks_give_the_same_gradients(tiny: ModelConfig, kernels:
     torch._dynamo.reset()
     plain = build(tiny, kernels)
     checkpointed = Transformer(tiny, kernels, torch.float32, max_seq_len=SEQ, checkpoint_blocks=True)
-    run = checkpointed if backend is None else torch.compile(checkpointed, fullgraph=True, backend=backend)
+    if backend is not None:
+        checkpointed.compile_parts(backend)
     tokens, targets = draw_tokens(tiny)
     random_state = torch.get_rng_state()
-    found = gradients(checkpointed, run, tokens, targets)
+    found = gradients(checkpointed, checkpointed, tokens, targets)
     assert torch.equal(torch.get_rng_state(), random_state)
     for name, expected in gradients(plain, plain, tokens, targets).items():
         tolerance = 0 if backend is None else 1e-6  # eager runs the same kernels in the same order
