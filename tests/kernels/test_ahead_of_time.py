@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import functools
 import textwrap
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -82,6 +83,18 @@ def test_every_kernel_that_a_trace_is_searched_for_is_launched() -> None:
         launched = {launch.kernel for launch in record_launches(op, name, production_calls()[op], targets=[90])}
         expected = get_implementation(op, name).kernel_names
         assert all(any(part in kernel for kernel in launched) for part in expected), (op, name, launched)
+
+
+@pytest.mark.slow
+def test_attention_compiles_where_positions_are_2_31_elements_apart() -> None:
+    """Strides are then 64 bits wide: other kernels than those of the shipped models."""
+    states = tensor_spec(1, 2**16, 2, 64, dtype=torch.bfloat16, requires_grad=True)
+    states = replace(states, stride=(2**32, 2**16, 64, 1))
+    call = Call.of("attention", q=states, k=states, v=states)
+    launches = record_launches("attention", "triton", [call], targets=[90])
+    compiled = compile_launches(launches)
+    assert {kernel.kernel for kernel in compiled} >= set(get_implementation("attention", "triton").kernel_names)
+    assert all("LONG=True" in kernel.constants and kernel.fits for kernel in compiled)
 
 
 def test_a_kernel_that_needs_too_many_registers_is_seen_to_spill(
