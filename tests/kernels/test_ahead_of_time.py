@@ -6,6 +6,7 @@ No GPU is needed: the kernels go through Triton and ptxas, and are not run.
 from __future__ import annotations
 
 import functools
+import importlib
 import textwrap
 from dataclasses import replace
 from pathlib import Path
@@ -76,6 +77,16 @@ def test_compiles_for_every_target_and_does_not_spill(compiled: list[CompiledKer
     spilling = [k for k in kernels if k.spills > SPILL_CEILINGS.get(k.kernel, 0)]
     too_large = [k for k in kernels if not k.fits]
     assert not spilling + too_large, "\n".join(kernel.describe() for kernel in spilling + too_large)
+
+
+@pytest.mark.parametrize("op", sorted({op for op, _ in CANDIDATES}))
+def test_no_kernel_of_an_op_is_left_out(op: str) -> None:
+    module = importlib.import_module(f"llmmed.kernels.{op}.triton_impl")
+    defined = {name for name, value in vars(module).items()
+               if name.endswith("_kernel") and getattr(value, "__module__", "") == module.__name__}  # fmt: skip
+    launches = record_launches(op, "triton", production_calls()[op], targets=[90])
+    assert defined
+    assert {launch.kernel for launch in launches if launch.module == module.__name__} == defined
 
 
 def test_every_kernel_that_a_trace_is_searched_for_is_launched() -> None:
