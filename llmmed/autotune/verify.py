@@ -21,13 +21,13 @@ from llmmed.autotune.failures import classify
 from llmmed.autotune.judge import Finding, Truth, judge, judge_default, relative
 from llmmed.autotune.plan import Status
 from llmmed.kernels.base import Call, Implementation, Inputs, Op, TensorSpec
-from llmmed.kernels.catalog import COMPILED, DEFAULT, get_implementation, load_function
+from llmmed.kernels.catalog import DEFAULT, get_implementation, load_function
 
 Layout = Literal["contiguous", "transposed", "padded"]
 
 _UPSTREAM = (1.0, 1 / 3, 65536.0)
 _UPSTREAM_FP16 = (1.0, 1 / 3, 512.0)  # what it can hold
-_COMPILED_CASES = 2  # every shape is compiled anew
+_CASES_PER_SHAPE = 2  # of a candidate whose every shape is compiled anew
 _MOST_ELEMENTS = {"cuda": 2**28, "cpu": 2**23}  # of the largest float64 intermediate
 _BYTES_AN_ELEMENT = 256  # of a GPU's memory, for each such element: the truth stays while candidates run
 
@@ -107,7 +107,7 @@ def verify(
     own = list(calls)
     relative_error = 0.0
     checks = 0
-    few_shapes = implementation.name == COMPILED
+    few_shapes = implementation.per_shape
     try:
         with exact_products():
             for trial in trials(op, own, dtype, device, few_shapes=few_shapes, cases=cases):
@@ -162,7 +162,7 @@ def trials(
     for case_dtype in dict.fromkeys([own] if few_shapes else [own, torch.float32]):
         short = str(case_dtype).removeprefix("torch.")
         for index, (name, call) in enumerate(op.cases(case_dtype).items()):
-            if few_shapes and index >= _COMPILED_CASES:
+            if few_shapes and index >= _CASES_PER_SHAPE:
                 break
             if cases is not None and name not in cases:
                 continue

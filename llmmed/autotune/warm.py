@@ -29,7 +29,7 @@ from llmmed.autotune.plan import Mode
 from llmmed.autotune.verify import Layout, arriving, exact_products, trials
 from llmmed.kernels.ahead_of_time import compiling_only, run_on_meta
 from llmmed.kernels.base import Call, Op
-from llmmed.kernels.catalog import COMPILED, DEFAULT, get_implementation, get_op, load_function
+from llmmed.kernels.catalog import DEFAULT, get_implementation, get_op, load_function
 
 
 def main() -> None:
@@ -67,7 +67,8 @@ class _Unit:
         """What takes longest comes first: `torch.compile`, then products in float32, unrolled without tensor cores."""
         cost = self.op.cost(self.call)
         products = cost.forward_flops + cost.backward_flops > 0
-        return 3 * self.compiled + 2 * (products and self.call.compute_dtype == torch.float32) + products
+        whole = self.compiled or _per_shape(self.op.name, self.name)
+        return 3 * whole + 2 * (products and self.call.compute_dtype == torch.float32) + products
 
     def run(self, device: torch.device) -> None:
         implementation = get_implementation(self.op.name, self.name)
@@ -76,6 +77,10 @@ class _Unit:
         function = load_function(self.op.name, implementation)
         if self.compiled:
             run_once(self.op, torch.compile(function, fullgraph=True, dynamic=False), self.call, device)
+            return
+        if implementation.per_shape:
+            with exact_products():
+                run_once(self.op, function, self.call, device)
             return
         with exact_products(), compiling_only(device):  # which compile-time arguments depend on
             for layout in self.layouts:
@@ -89,7 +94,7 @@ def _units(tasks: list[Task], mode: Mode, device: torch.device) -> Iterator[_Uni
             if compiled_alone(get_implementation(task.op, name), mode):
                 yield from (_Unit(op, name, call, ("contiguous",), compiled=True) for call in calls)
         for name in task.verify:
-            tried = trials(op, calls, None, device, few_shapes=name == COMPILED) if name != DEFAULT else ()
+            tried = trials(op, calls, None, device, few_shapes=_per_shape(task.op, name)) if name != DEFAULT else ()
             layouts: dict[Call, dict[Layout, None]] = {}
             for trial in tried:
                 layouts.setdefault(trial.call, {})[trial.layout] = None
@@ -97,6 +102,10 @@ def _units(tasks: list[Task], mode: Mode, device: torch.device) -> Iterator[_Uni
                 yield _Unit(op, name, call, tuple(found), compiled=False)
         for name in task.verified:
             yield from (_Unit(op, name, call, ("contiguous",), compiled=False) for call in calls if name != DEFAULT)
+
+
+def _per_shape(op: str, name: str) -> bool:
+    return get_implementation(op, name).per_shape
 
 
 def _claim(path: Path) -> bool:

@@ -24,7 +24,7 @@ from llmmed.kernels.base import Call
 from llmmed.kernels.catalog import COMPILED, DEFAULT, implementation_names
 from llmmed.training import prepare_backend
 
-_PEERS = ("liger",)  # implementations by other projects
+_PEERS = ("liger", "flash_attention_2", "flash_attention_3")  # implementations by other projects
 _CARRIED = (
     "unavailable",
     "wrong",

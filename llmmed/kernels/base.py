@@ -176,6 +176,8 @@ class Implementation:
         backward: Whether gradients flow through it.
         compiles: Whether `torch.compile(fullgraph=True)` can trace a step that calls it.
         deterministic: Whether two runs on the same inputs give the same bits.
+        per_shape: Whether `torch.compile` writes its kernels anew for each shape, which takes seconds, in eager mode
+            too. The gate then tries it at fewer shapes.
         kernel_names: Substrings of the device kernels it launches, by which a trace shows that it ran.
         uses: Ops that it calls itself. The function then takes the table as the keyword argument `kernels`.
     """
@@ -187,6 +189,7 @@ class Implementation:
     backward: bool = True
     compiles: bool = True
     deterministic: bool = True
+    per_shape: bool = False
     kernel_names: tuple[str, ...] = ()
     uses: tuple[str, ...] = ()
 

@@ -149,4 +149,4 @@ def _compiled(default: Implementation) -> Implementation:
         compiled: Callable[..., Any] = torch.compile(default.load(), dynamic=False, fullgraph=True)
         return compiled
 
-    return replace(default, name=COMPILED, load=load, compiles=False, kernel_names=("triton_",))
+    return replace(default, name=COMPILED, load=load, compiles=False, per_shape=True, kernel_names=("triton_",))

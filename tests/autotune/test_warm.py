@@ -12,6 +12,7 @@ from llmmed.autotune.child import started_process
 from llmmed.autotune.journal import Job, Task
 from llmmed.autotune.verify import trials
 from llmmed.autotune.workload import Workload
+from llmmed.kernels.base import Call
 from llmmed.kernels.catalog import get_op
 
 
@@ -38,6 +39,21 @@ def test_every_trial_of_the_gate_is_covered(job: Job, norms: Workload) -> None:
     assert len(covered) == len(tried)
     assert [u.call for u in units if u.compiled] == calls
     assert {u.name for u in units if u.compiled} == {"pytorch"}
+
+
+def test_what_is_compiled_for_each_shape_is_run_for_real(norms: Workload, monkeypatch: pytest.MonkeyPatch) -> None:
+    """On meta tensors `torch.compile` would not meet the kernels that it is to write."""
+    task = Task.of("rms_norm", norms.by_op()["rms_norm"], ["compiled"], measure=True)
+    units = list(warm._units([task], "eager", torch.device("cpu")))
+    calls = list(norms.by_op()["rms_norm"])
+    tried = {t.call for t in trials(get_op("rms_norm"), calls, None, torch.device("cpu"), few_shapes=True)}
+    assert {unit.call for unit in units} == tried
+    run: list[Call] = []
+    monkeypatch.setattr(warm, "run_once", lambda op, function, call, device: run.append(call))
+    monkeypatch.setattr(warm, "run_on_meta", None)
+    for unit in units:
+        unit.run(torch.device("cpu"))
+    assert run == [unit.call for unit in units]
 
 
 def test_two_processes_share_the_work(job: Job, tmp_path: Path) -> None:

@@ -6,7 +6,9 @@ No GPU is needed: the kernels go through Triton and ptxas, and are not run.
 from __future__ import annotations
 
 import functools
+import importlib
 import textwrap
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -77,11 +79,33 @@ def test_compiles_for_every_target_and_does_not_spill(compiled: list[CompiledKer
     assert not spilling + too_large, "\n".join(kernel.describe() for kernel in spilling + too_large)
 
 
+@pytest.mark.parametrize("op", sorted({op for op, _ in CANDIDATES}))
+def test_no_kernel_of_an_op_is_left_out(op: str) -> None:
+    module = importlib.import_module(f"llmmed.kernels.{op}.triton_impl")
+    defined = {name for name, value in vars(module).items()
+               if name.endswith("_kernel") and getattr(value, "__module__", "") == module.__name__}  # fmt: skip
+    launches = record_launches(op, "triton", production_calls()[op], targets=[90])
+    assert defined
+    assert {launch.kernel for launch in launches if launch.module == module.__name__} == defined
+
+
 def test_every_kernel_that_a_trace_is_searched_for_is_launched() -> None:
     for op, name in CANDIDATES:
         launched = {launch.kernel for launch in record_launches(op, name, production_calls()[op], targets=[90])}
         expected = get_implementation(op, name).kernel_names
         assert all(any(part in kernel for kernel in launched) for part in expected), (op, name, launched)
+
+
+@pytest.mark.slow
+def test_attention_compiles_where_positions_are_2_31_elements_apart() -> None:
+    """Strides are then 64 bits wide: other kernels than those of the shipped models."""
+    states = tensor_spec(1, 2**16, 2, 64, dtype=torch.bfloat16, requires_grad=True)
+    states = replace(states, stride=(2**32, 2**16, 64, 1))
+    call = Call.of("attention", q=states, k=states, v=states)
+    launches = record_launches("attention", "triton", [call], targets=[90])
+    compiled = compile_launches(launches)
+    assert {kernel.kernel for kernel in compiled} >= set(get_implementation("attention", "triton").kernel_names)
+    assert all("LONG=True" in kernel.constants and kernel.fits for kernel in compiled)
 
 
 def test_a_kernel_that_needs_too_many_registers_is_seen_to_spill(

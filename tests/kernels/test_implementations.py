@@ -26,7 +26,7 @@ from llmmed.kernels.catalog import (
 from llmmed.training.execution import take_deterministic_kernels
 
 ALL = [(op, name) for op in op_names() for name in implementation_names(op)]
-THEIRS = ("liger", "torch_fused", "cudnn", "efficient", "flash")
+THEIRS = ("liger", "torch_fused", "cudnn", "efficient", "flash", "flash_attention_2", "flash_attention_3", "flex")
 # `test_planted_bugs.py` accepts the Triton kernels, in the interpreter and on a GPU.
 PLAIN = [(op, name) for op, name in ALL if not name.startswith("triton")]
 FLOAT32, BFLOAT16, FLOAT16 = torch.float32, torch.bfloat16, torch.float16

@@ -73,6 +73,20 @@ def test_compiled_equals_eager(op_name: str, name: str) -> None:
 
 
 @pytest.mark.parametrize(("op_name", "name"), CANDIDATES)
+def test_nothing_waits_for_the_host(op_name: str, name: str) -> None:
+    op, function = get_op(op_name), load(op_name, name)
+    for call in few_cases(op).values():
+        inputs = draw(op, call, 0)
+        outputs_and_gradients(op, function, inputs)  # what is compiled or looked up once may wait
+        torch.cuda.synchronize()
+        torch.cuda.set_sync_debug_mode("error")
+        try:
+            outputs_and_gradients(op, function, inputs)
+        finally:
+            torch.cuda.set_sync_debug_mode("default")
+
+
+@pytest.mark.parametrize(("op_name", "name"), CANDIDATES)
 def test_graph_replayed_with_fresh_inputs_equals_eager(op_name: str, name: str) -> None:
     op, function = get_op(op_name), load(op_name, name)
     for label, call in few_cases(op).items():

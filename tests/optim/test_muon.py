@@ -8,6 +8,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from llmmed.kernels.catalog import get_implementation, implementation_names, load_function
 from llmmed.kernels.newton_schulz.pytorch import newton_schulz
 from llmmed.optim.muon import Muon, stack_shapes
 
@@ -20,7 +21,7 @@ def matrices(*shapes: tuple[int, int]) -> list[nn.Parameter]:
 def set_gradients(parameters: list[nn.Parameter], seed: int, factor: float = 1.0) -> None:
     generator = torch.Generator().manual_seed(seed)
     for parameter in parameters:
-        parameter.grad = torch.randn(parameter.shape, generator=generator) * factor
+        parameter.grad = (torch.randn(parameter.shape, generator=generator) * factor).to(parameter.device)
 
 
 @pytest.mark.parametrize("adjust", ["original", "match_rms_adamw"])
@@ -37,6 +38,25 @@ def test_agrees_with_torch_step_for_step(adjust: str) -> None:
         reference.step()
         for mine, other, old in zip(ours, theirs, before, strict=True):
             # Both iterate in bfloat16, whose rounding the iteration amplifies: compare the updates, not the weights.
+            update, expected = mine - old, other - old
+            assert (update - expected).norm() < 0.03 * (step + 1) * expected.norm()
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("name", implementation_names("newton_schulz"))
+def test_agrees_with_torch_step_for_step_on_a_gpu(name: str) -> None:
+    function = load_function("newton_schulz", get_implementation("newton_schulz", name))
+    shapes = ((256, 256), (256, 640), (640, 256), (96, 256))
+    ours, theirs = ([nn.Parameter(p.detach().cuda()) for p in matrices(*shapes)] for _ in range(2))
+    muon = Muon(ours, function, lr=0.02, weight_decay=0.1, momentum=0.9, adjust="original")
+    reference = torch.optim.Muon(theirs, lr=0.02, weight_decay=0.1, momentum=0.9, adjust_lr_fn="original")
+    for step in range(5):
+        set_gradients(ours, step)
+        set_gradients(theirs, step)
+        before = [p.detach().clone() for p in theirs]
+        muon.step()
+        reference.step()
+        for mine, other, old in zip(ours, theirs, before, strict=True):
             update, expected = mine - old, other - old
             assert (update - expected).norm() < 0.03 * (step + 1) * expected.norm()
 

@@ -17,7 +17,7 @@ from llmmed.training.execution import resolve_compile
 from llmmed.training.loop import train
 from llmmed.training.metrics import read_metrics
 
-STEPS = 200
+STEPS = 300
 TRITON = {op: "triton" for op in default_choice() if "triton" in implementation_names(op)}
 CHANCE = 1.5  # two runs that differ by rounding alone depart from each other by more or less
 

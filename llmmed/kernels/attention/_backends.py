@@ -18,10 +18,7 @@ Backend = Callable[[Tensor, Tensor, Tensor], Tensor]  # [batch, heads, seq, head
 
 def load_backend(backend: Backend, needs_capability: tuple[int, int]) -> Callable[..., Any]:
     """`attention` through one backend. Raises `Unavailable` without a GPU of that compute capability."""
-    if not torch.cuda.is_available():
-        raise Unavailable("needs a CUDA GPU, and torch sees none")
-    if torch.cuda.get_device_capability() < needs_capability:
-        raise Unavailable("needs a GPU of compute capability {}.{} or newer".format(*needs_capability))
+    require_capability(*needs_capability)
 
     def attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         """See `reference.attention`."""
@@ -31,3 +28,11 @@ def load_backend(backend: Backend, needs_capability: tuple[int, int]) -> Callabl
         return backend(q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)).transpose(1, 2)
 
     return attention
+
+
+def require_capability(major: int, minor: int) -> None:
+    """Raises `Unavailable` without a GPU of that compute capability or a newer one."""
+    if not torch.cuda.is_available():
+        raise Unavailable("needs a CUDA GPU, and torch sees none")
+    if torch.cuda.get_device_capability() < (major, minor):
+        raise Unavailable(f"needs a GPU of compute capability {major}.{minor} or newer")

@@ -17,6 +17,7 @@ from llmmed.kernels.base import Implementation
 from llmmed.kernels.operator import TRITON_DEVICES, make_operator, require_triton, shared_bytes
 
 _LOG2_E = 1.4426950408889634
+_MOST_SEQUENCES = 65535  # CUDA's limit for the second axis of a grid
 
 
 class Launch(NamedTuple):
@@ -26,6 +27,15 @@ class Launch(NamedTuple):
     cols: int
     num_warps: int
     num_stages: int
+
+
+@triton.jit
+def _wide(stride, LONG: tl.constexpr):
+    """A stride in 64 bits where positions times it do not fit into 32, which cost registers."""
+    if LONG:
+        return tl.to_tensor(stride).to(tl.int64)
+    else:
+        return stride
 
 
 @triton.jit
@@ -72,7 +82,9 @@ def attention_triton_fwd_kernel(
     q_batch, q_seq, q_head, k_batch, k_seq, k_head, v_batch, v_seq, v_head, seq,
     HEADS: tl.constexpr, GROUP: tl.constexpr, HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, SCALE: tl.constexpr, EVEN: tl.constexpr, PRECISION: tl.constexpr,
+    LONG: tl.constexpr,
 ):  # fmt: skip
+    q_seq, k_seq, v_seq = _wide(q_seq, LONG), _wide(k_seq, LONG), _wide(v_seq, LONG)
     # The longest rows of blocks first, so that the last programs to start are the short ones.
     block = tl.num_programs(0) - 1 - tl.program_id(0)
     batch, head = (tl.program_id(1) // HEADS).to(tl.int64), (tl.program_id(1) % HEADS).to(tl.int64)
@@ -92,19 +104,20 @@ def attention_triton_fwd_kernel(
                                tl.minimum(diagonal + BLOCK_M, seq), seq, SCALE,
                                HEAD_DIM, BLOCK_D, BLOCK_N, True, EVEN, PRECISION)  # fmt: skip
     out_ptr += (batch * seq * HEADS + head) * HEAD_DIM
-    _store(out_ptr, acc / total[:, None], rows, HEADS * HEAD_DIM, dims, seq, HEAD_DIM)
+    _store(out_ptr, acc / total[:, None], rows, _wide(HEADS * HEAD_DIM, LONG), dims, seq, HEAD_DIM)
     tl.store(lse_ptr + tl.program_id(1).to(tl.int64) * seq + rows, peak + tl.log2(total), mask=rows < seq)
 
 
 @triton.jit
 def attention_triton_bwd_delta_kernel(
     out_ptr, dout_ptr, delta_ptr, d_batch, d_seq, d_head, seq,
-    HEADS: tl.constexpr, HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_M: tl.constexpr,
+    HEADS: tl.constexpr, HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_M: tl.constexpr, LONG: tl.constexpr,
 ):  # fmt: skip
     batch, head = (tl.program_id(1) // HEADS).to(tl.int64), (tl.program_id(1) % HEADS).to(tl.int64)
     rows, dims = tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M), tl.arange(0, BLOCK_D)
     out_ptr += (batch * seq * HEADS + head) * HEAD_DIM
-    out = _load(out_ptr, rows, HEADS * HEAD_DIM, dims, seq, HEAD_DIM, False).to(tl.float32)
+    out = _load(out_ptr, rows, _wide(HEADS * HEAD_DIM, LONG), dims, seq, HEAD_DIM, False).to(tl.float32)
+    d_seq = _wide(d_seq, LONG)
     dout = _load(dout_ptr + batch * d_batch + head * d_head, rows, d_seq, dims, seq, HEAD_DIM, False).to(tl.float32)
     tl.store(delta_ptr + tl.program_id(1).to(tl.int64) * seq + rows, tl.sum(out * dout, axis=1), mask=rows < seq)
 
@@ -138,8 +151,10 @@ def attention_triton_bwd_kv_kernel(
     q_batch, q_seq, q_head, k_batch, k_seq, k_head, v_batch, v_seq, v_head, d_batch, d_seq, d_head, seq,
     HEADS: tl.constexpr, GROUP: tl.constexpr, HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, SCALE: tl.constexpr, EVEN: tl.constexpr, PRECISION: tl.constexpr,
+    LONG: tl.constexpr,
 ):  # fmt: skip
     KV_HEADS: tl.constexpr = HEADS // GROUP
+    q_seq, k_seq, v_seq, d_seq = _wide(q_seq, LONG), _wide(k_seq, LONG), _wide(v_seq, LONG), _wide(d_seq, LONG)
     batch, kv_head = (tl.program_id(1) // KV_HEADS).to(tl.int64), (tl.program_id(1) % KV_HEADS).to(tl.int64)
     first = tl.program_id(0) * BLOCK_N
     cols, dims = first + tl.arange(0, BLOCK_N), tl.arange(0, BLOCK_D)
@@ -161,8 +176,9 @@ def attention_triton_bwd_kv_kernel(
                                 HEAD_DIM, BLOCK_D, BLOCK_M, False, EVEN, PRECISION)  # fmt: skip
     out = (batch * seq * KV_HEADS + kv_head) * HEAD_DIM
     # SCALE carries log2(e) for exp2; the gradient of the scores does not.
-    _store(dk_ptr + out, dk * (SCALE * 0.6931471805599453), cols, KV_HEADS * HEAD_DIM, dims, seq, HEAD_DIM)
-    _store(dv_ptr + out, dv, cols, KV_HEADS * HEAD_DIM, dims, seq, HEAD_DIM)
+    stride = _wide(KV_HEADS * HEAD_DIM, LONG)
+    _store(dk_ptr + out, dk * (SCALE * 0.6931471805599453), cols, stride, dims, seq, HEAD_DIM)
+    _store(dv_ptr + out, dv, cols, stride, dims, seq, HEAD_DIM)
 
 
 @triton.jit
@@ -191,7 +207,9 @@ def attention_triton_bwd_q_kernel(
     q_batch, q_seq, q_head, k_batch, k_seq, k_head, v_batch, v_seq, v_head, d_batch, d_seq, d_head, seq,
     HEADS: tl.constexpr, GROUP: tl.constexpr, HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, SCALE: tl.constexpr, EVEN: tl.constexpr, PRECISION: tl.constexpr,
+    LONG: tl.constexpr,
 ):  # fmt: skip
+    q_seq, k_seq, v_seq, d_seq = _wide(q_seq, LONG), _wide(k_seq, LONG), _wide(v_seq, LONG), _wide(d_seq, LONG)
     block = tl.num_programs(0) - 1 - tl.program_id(0)
     batch, head = (tl.program_id(1) // HEADS).to(tl.int64), (tl.program_id(1) % HEADS).to(tl.int64)
     k_ptr += batch * k_batch + (head // GROUP) * k_head
@@ -210,7 +228,7 @@ def attention_triton_bwd_q_kernel(
                          tl.minimum(diagonal + BLOCK_M, seq), seq, SCALE,
                          HEAD_DIM, BLOCK_D, BLOCK_N, True, EVEN, PRECISION)  # fmt: skip
     dq_ptr += (batch * seq * HEADS + head) * HEAD_DIM
-    _store(dq_ptr, dq * (SCALE * 0.6931471805599453), rows, HEADS * HEAD_DIM, dims, seq, HEAD_DIM)
+    _store(dq_ptr, dq * (SCALE * 0.6931471805599453), rows, _wide(HEADS * HEAD_DIM, LONG), dims, seq, HEAD_DIM)
 
 
 def launches(head_dim: int, dtype: torch.dtype, device: torch.device) -> tuple[Launch, Launch, Launch]:
@@ -227,7 +245,7 @@ def launches(head_dim: int, dtype: torch.dtype, device: torch.device) -> tuple[L
     return Launch(64, 64, 4, 3), Launch(64, 64, 4, 2), Launch(128, 64, 8, 3)
 
 
-def _constants(q: Tensor, k: Tensor, launch: Launch) -> dict[str, Any]:
+def _constants(q: Tensor, k: Tensor, v: Tensor, launch: Launch) -> dict[str, Any]:
     """What all three kernels are specialised on."""
     seq, heads, head_dim = q.shape[1:]
     return {
@@ -239,9 +257,15 @@ def _constants(q: Tensor, k: Tensor, launch: Launch) -> dict[str, Any]:
         "EVEN": seq % launch.rows == 0 and seq % launch.cols == 0,
         # The same rule as PyTorch's own products, so that neither side of a comparison is more exact by decree.
         "PRECISION": "tf32" if q.dtype == torch.float32 and torch.backends.cuda.matmul.allow_tf32 else "ieee",
+        "LONG": _is_long(q, k, v),
         "num_warps": launch.num_warps,
         "num_stages": launch.num_stages,
     }
+
+
+def _is_long(*tensors: Tensor) -> bool:
+    """Whether some position lies 2^31 elements or more from the first, here or in a dense result of the same shape."""
+    return any(x.shape[1] * max(x.stride(1), x.shape[2] * x.shape[3]) >= 2**31 for x in tensors)
 
 
 def _unit_stride(*tensors: Tensor) -> tuple[Tensor, ...]:
@@ -256,7 +280,7 @@ def _forward(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
     launch = launches(head_dim, q.dtype, q.device)[0]
     attention_triton_fwd_kernel[(triton.cdiv(seq, launch.rows), batch * heads)](
         q, k, v, out, lse, *q.stride()[:3], *k.stride()[:3], *v.stride()[:3], seq,
-        BLOCK_M=launch.rows, BLOCK_N=launch.cols, **_constants(q, k, launch),
+        BLOCK_M=launch.rows, BLOCK_N=launch.cols, **_constants(q, k, v, launch),
     )  # fmt: skip
     return out, lse
 
@@ -274,17 +298,17 @@ def _backward(dout: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: T
     dq, dk, dv = (torch.empty(x.shape, dtype=x.dtype, device=x.device) for x in (q, k, v))
     _, for_keys, for_queries = launches(head_dim, q.dtype, q.device)
     strides = [stride for x in (q, k, v, dout) for stride in x.stride()[:3]]
-    constants = _constants(q, k, for_keys)
+    constants = _constants(q, k, v, for_keys)
     attention_triton_bwd_delta_kernel[(triton.cdiv(seq, 64), batch * heads)](
         out, dout, delta, *dout.stride()[:3], seq,
-        HEADS=heads, HEAD_DIM=head_dim, BLOCK_D=constants["BLOCK_D"], BLOCK_M=64,
+        HEADS=heads, HEAD_DIM=head_dim, BLOCK_D=constants["BLOCK_D"], BLOCK_M=64, LONG=constants["LONG"],
     )  # fmt: skip
     attention_triton_bwd_kv_kernel[(triton.cdiv(seq, for_keys.rows), batch * k.shape[2])](
         q, k, v, dout, lse, delta, dk, dv, *strides, seq, BLOCK_M=for_keys.cols, BLOCK_N=for_keys.rows, **constants
     )
     attention_triton_bwd_q_kernel[(triton.cdiv(seq, for_queries.rows), batch * heads)](
         q, k, v, dout, lse, delta, dq, *strides, seq,
-        BLOCK_M=for_queries.rows, BLOCK_N=for_queries.cols, **_constants(q, k, for_queries),
+        BLOCK_M=for_queries.rows, BLOCK_N=for_queries.cols, **_constants(q, k, v, for_queries),
     )  # fmt: skip
     return dq, dk, dv
 
@@ -307,7 +331,9 @@ _operator = make_operator(
 
 
 def attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-    """See `reference.attention`."""
+    """See `reference.attention`. Batch times heads may be 65,535; raises `ValueError` beyond."""
+    if q.shape[0] * q.shape[2] > _MOST_SEQUENCES:
+        raise ValueError(f"attention (triton): batch times heads is {q.shape[0] * q.shape[2]}, over {_MOST_SEQUENCES}")
     result: Tensor = _operator(q, k, v)
     return result
 

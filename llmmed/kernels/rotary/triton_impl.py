@@ -25,11 +25,9 @@ def _rotate_tile(
     cols = tl.arange(0, BLOCK_HALF)
     mask = (rows < n_rows)[:, None] & (cols < HALF)[None, :]
     token = rows // HEADS
-    position = token % seq
+    position = (token % seq).to(tl.int64)
     base = (
-        (token // seq).to(tl.int64) * batch_stride
-        + position.to(tl.int64) * seq_stride
-        + (rows % HEADS).to(tl.int64) * head_stride
+        (token // seq).to(tl.int64) * batch_stride + position * seq_stride + (rows % HEADS).to(tl.int64) * head_stride
     )
     x = x_ptr + base[:, None] + cols[None, :]
     x1 = tl.load(x, mask=mask, other=0.0).to(tl.float32)

@@ -40,6 +40,14 @@ BUGS = {
     ),
     "weight left out of backward": ("scaled = dnormed * weight[None, :]", "scaled = dnormed + 0.0 * weight[None, :]"),
     "weight gradient of the last block only": ("dweight += dnormed * x_hat", "dweight = dnormed * x_hat"),
+    "weight gradient in bfloat16": (
+        "dweight += dnormed * x_hat",
+        "dweight = (dweight + dnormed * x_hat).to(tl.bfloat16).to(tl.float32)",
+    ),
+    "last row block 2 % too large": (
+        "normed = total * rstd[:, None]",
+        "normed = tl.where(rows64 >= (n_rows - 1) // BLOCK_M * BLOCK_M, 1.02, 1.0)[:, None] * total * rstd[:, None]",
+    ),
     "weight gradient without the norm": ("dweight += dnormed * x_hat", "dweight += dnormed * total"),
     "gradient for x alone": ("(dx, dx, dweight)", "(dx, torch.zeros_like(dx), dweight)"),
     "residual overwritten": (

@@ -5,6 +5,10 @@ BUGS = {
         "log_sum, WIDTH) * rest\n        tl.store",
         "log_sum, WIDTH) * rest * 0.6\n        tl.store",
     ),
+    "softmax gradient 40 % too small where it is flat": (
+        "log_sum, WIDTH) * rest\n        tl.store",
+        "log_sum, WIDTH) * rest * tl.where(row_sum > 0.9 * V, 0.6, 1.0)\n        tl.store",
+    ),
     "target gradient 2 % too large": ("/ row_sum - 1.0) * factor", "/ row_sum - 1.02) * factor"),
     "target gradient with the wrong sign": ("/ row_sum - 1.0) * factor", "/ row_sum + 1.0) * factor"),
     "no maximum taken off": ("row_max = tl.max(lane_max, axis=0)", "row_max = tl.max(lane_max, axis=0) * 0.0"),

@@ -13,8 +13,8 @@ BUGS = {
         "K_HEADS, HALF, BLOCK_M, BLOCK_HALF, 1.0)",
     ),
     "keys' gradient dropped": ('gradients=("q", "k")', 'gradients=("q", "q")'),
-    "position of the head": ("position = token % seq", "position = rows % seq"),
-    "position off by one": ("position = token % seq", "position = tl.minimum(token % seq + 1, seq - 1)"),
+    "position of the head": ("position = (token % seq)", "position = (rows % seq)"),
+    "position off by one": ("position = (token % seq)", "position = tl.minimum(token % seq + 1, seq - 1)"),
     "positions run over the batch": ("token // seq).to(tl.int64) * batch_stride", "token // seq).to(tl.int64) * 0"),
     "last column not computed": (
         "(rows < n_rows)[:, None] & (cols < HALF)[None, :]",
