@@ -19,6 +19,7 @@ if TYPE_CHECKING:
         benchmark_newton_schulz,
         benchmark_rms_norm,
         benchmark_rotary,
+        benchmark_rotary_attention,
         benchmark_swiglu,
         manual_kernel_benchmark,
     )
@@ -33,6 +34,7 @@ __all__ = [
     "benchmark_newton_schulz",
     "benchmark_rms_norm",
     "benchmark_rotary",
+    "benchmark_rotary_attention",
     "benchmark_swiglu",
     "manual_kernel_benchmark",
 ]

@@ -24,7 +24,7 @@ from llmmed.model import Transformer, compute_dtype
 
 CHOICES = [
     {op: name}
-    for op in ("rms_norm", "rotary")
+    for op in ("rms_norm", "rotary", "rotary_attention")
     for name in implementation_names(op)
     if name not in ("liger", "compiled")
 ]

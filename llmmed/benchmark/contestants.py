@@ -7,6 +7,7 @@ autocast, fused AdamW or `torch.optim.Muon`, `clip_grad_norm_`, gradients set to
 from __future__ import annotations
 
 import contextlib
+import functools
 import importlib.util
 import time
 from collections.abc import Callable
@@ -139,8 +140,7 @@ class _Ours:
             yield
             return
         kernels = self._model.kernels
-        wrapped = {op: in_range(function, _PARTS[op]) for op, function in kernels.functions.items() if op in _PARTS}
-        self._model.set_kernels(Kernels({**kernels.functions, **wrapped}, kernels.chosen))
+        self._model.set_kernels(_marked(kernels))
         yield
         self._model.set_kernels(kernels)
 
@@ -149,10 +149,23 @@ _PARTS = {
     "rms_norm": "norm",
     "add_rms_norm": "norm",
     "rotary": "rotary",
+    "rotary_attention": "attention",  # but for the rotary that it calls
     "swiglu": "swiglu",
     "attention": "attention",
     "linear_cross_entropy": "loss",
 }
+
+
+def _marked(kernels: Kernels) -> Kernels:
+    """The same table with ranges around the ops, also around those that an op calls itself."""
+    functions: dict[str, Callable[..., Any]] = {}
+    marked = Kernels(functions, kernels.chosen)
+    for op, function in kernels.functions.items():
+        if isinstance(function, functools.partial) and "kernels" in function.keywords:
+            function = functools.partial(function, kernels=marked)
+        functions[op] = in_range(function, _PARTS[op]) if op in _PARTS else function
+    marked.__post_init__()
+    return marked
 
 
 class _Rival:

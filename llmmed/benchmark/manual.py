@@ -61,6 +61,15 @@ def benchmark_rotary(batch_size: int = 32, seq_len: int = 512, n_heads: int = 12
     return _compare(Call.of("rotary", q=states, k=states, cos=table, sin=table))
 
 
+def benchmark_rotary_attention(
+    batch_size: int = 8, seq_len: int = 512, n_heads: int = 12, d_head: int = 64
+) -> Comparison:
+    """Rotary positions and causal attention of a fused projection [batch_size, seq_len, 3 n_heads, d_head]."""
+    table = tensor_spec(seq_len, d_head // 2, dtype=torch.float32)
+    qkv = _states(batch_size, seq_len, 3 * n_heads, d_head)
+    return _compare(Call.of("rotary_attention", qkv=qkv, cos=table, sin=table, n_heads=n_heads))
+
+
 def benchmark_swiglu(batch_size: int = 32, seq_len: int = 512, d_ff: int = 2048) -> Comparison:
     """SwiGLU's activation of a fused projection [batch_size, seq_len, 2 d_ff], as the model calls it."""
     return _compare(Call.of("swiglu", gate=_states(batch_size, seq_len, 2 * d_ff), up=None))
@@ -116,6 +125,7 @@ BENCHMARKS: dict[str, Callable[..., Comparison]] = {
     "newton_schulz": benchmark_newton_schulz,
     "rms_norm": benchmark_rms_norm,
     "rotary": benchmark_rotary,
+    "rotary_attention": benchmark_rotary_attention,
     "swiglu": benchmark_swiglu,
 }
 

@@ -1,7 +1,8 @@
 """The contract of the kernels: what an operation (`Op`) is, what an `Implementation` is, and what a `Call` of one is.
 
 An op's folder holds the op (`__init__.py`), its truth (`reference.py`), inputs and costs (`cases.py`) and one module an
-implementation. This file is the only one of the project that those folders import, beside `operator.py`.
+implementation. Of the project those folders import this file, `operator.py`, and the folders of ops that an op is made
+of.
 """
 
 from __future__ import annotations

@@ -216,9 +216,8 @@ class Block(nn.Module):
 
     def _attention(self, x: Tensor, cos: Tensor, sin: Tensor, kernels: Kernels) -> Tensor:
         qkv = F.linear(x, self.qkv_projection.to(x.dtype)).view(*x.shape[:2], -1, self.d_head)
-        q, k, v = qkv.split(self.heads, dim=2)  # views [batch, seq, heads, d_head] of one projection
-        q, k = kernels.rotary(q, k, cos, sin)
-        return F.linear(kernels.attention(q, k, v).flatten(2), self.output_projection.to(x.dtype))
+        attended = kernels.rotary_attention(qkv, cos, sin, self.heads[0])  # [batch, seq, n_heads, d_head]
+        return F.linear(attended.flatten(2), self.output_projection.to(x.dtype))
 
     def _feed_forward(self, x: Tensor, kernels: Kernels) -> Tensor:
         gate_up = F.linear(x, self.gate_up_projection.to(x.dtype))  # [batch, seq, 2 d_ff]

@@ -67,6 +67,10 @@ def test_records_every_call_with_its_layout(config: Config) -> None:
             sin=table,
         ): LAYERS
     }
+    qkv = tensor_spec(BATCH, SEQ, HEADS + 2 * KV_HEADS, D_HEAD, dtype=torch.bfloat16, requires_grad=True)
+    assert calls["rotary_attention"] == {
+        Call.of("rotary_attention", qkv=qkv, cos=table, sin=table, n_heads=HEADS): LAYERS
+    }
 
 
 def test_records_what_the_optimizer_orthogonalises(config: Config) -> None:
@@ -108,7 +112,7 @@ def test_checkpointed_blocks_are_recorded_twice(config: Config) -> None:
             assert (count, checkpointed[call]) == (2 * LAYERS, 4 * LAYERS)
         else:
             assert checkpointed[call] == (count if call.op in outside else 2 * count), call.op
-    assert {call.op for call in plain} >= {"rotary", "attention", "swiglu"}
+    assert {call.op for call in plain} >= {"rotary_attention", "rotary", "attention", "swiglu"}
 
 
 def test_the_fingerprint_tells_runs_apart(config: Config) -> None:

@@ -89,23 +89,28 @@ def test_one_result_can_be_the_gradient_of_two_arguments() -> None:
 
 
 @pytest.mark.interpreter
-def test_a_compiled_projection_and_swiglu_copy_no_gradients_together() -> None:
-    swiglu = load_function("swiglu", get_implementation("swiglu", "triton"))
+@pytest.mark.parametrize("op_name", ["swiglu", "rotary_attention"])
+def test_a_compiled_projection_and_its_op_copy_no_gradients_together(op_name: str) -> None:
+    function = load_function(op_name, get_implementation(op_name, "triton"))
+    cos, sin = torch.rand(2, 5, 4)
     called: list[str] = []
 
     def record(graph: torch.fx.GraphModule, _: Any) -> Callable[..., Any]:
         called.extend(str(node.target) for node in graph.graph.nodes if node.op == "call_function")
         return make_boxed_func(graph.forward)
 
+    def step(x: Tensor, weight: Tensor) -> Tensor:
+        projected = torch.nn.functional.linear(x, weight)
+        if op_name == "swiglu":
+            return function(projected)
+        return function(projected.view(2, 5, 4, 8), cos, sin, 2).flatten(2)
+
     torch.compiler.reset()
-    compiled = torch.compile(
-        lambda x, weight: swiglu(torch.nn.functional.linear(x, weight)),
-        fullgraph=True,
-        backend=aot_autograd(fw_compiler=record, bw_compiler=record),
-    )
+    backend = aot_autograd(fw_compiler=record, bw_compiler=record)
+    compiled = torch.compile(step, fullgraph=True, backend=backend)
     x, weight = torch.randn(2, 5, 8, requires_grad=True), torch.randn(32, 8, requires_grad=True)
     compiled(x, weight).sum().backward()
-    assert any("swiglu_triton_backward" in name for name in called), called
+    assert any(f"{op_name}_triton_backward" in name for name in called), called
     assert not [name for name in called if re.search(r"cat|copy|clone|slice_backward", name)], called
 
 

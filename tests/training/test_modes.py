@@ -16,7 +16,8 @@ from tests.training.tiny import pattern, tiny_config
 
 pytestmark = pytest.mark.gpu
 
-TRITON = dict.fromkeys(("rms_norm", "rotary", "attention", "linear_cross_entropy"), "triton")
+PARTS = dict.fromkeys(("rms_norm", "rotary", "attention", "linear_cross_entropy"), "triton")
+TRITON = {**PARTS, "rotary_attention": "triton"}  # one kernel in the place of two parts
 
 
 def weights(folder: Path, mode: str, precision: str, accumulated: int, kernels: dict[str, str]) -> list[torch.Tensor]:
@@ -49,7 +50,7 @@ def weights(folder: Path, mode: str, precision: str, accumulated: int, kernels: 
     return [parameter.detach().float() for parameter in model.parameters()]
 
 
-@pytest.mark.parametrize("kernels", [{}, TRITON], ids=["pytorch", "triton"])
+@pytest.mark.parametrize("kernels", [{}, PARTS, TRITON], ids=["pytorch", "parts", "triton"])
 @pytest.mark.parametrize("accumulated", [1, 4])
 @pytest.mark.parametrize("precision", ["bf16", "fp16"])
 def test_every_mode_trains_like_eager(

@@ -17,7 +17,7 @@ from llmmed.kernels.base import Implementation
 from llmmed.kernels.operator import TRITON_DEVICES, make_operator, require_triton, shared_bytes
 
 _LOG2_E = 1.4426950408889634
-_MOST_SEQUENCES = 65535  # CUDA's limit for the second axis of a grid
+MOST_SEQUENCES = 65535  # CUDA's limit for the second axis of a grid
 
 
 class Launch(NamedTuple):
@@ -56,13 +56,14 @@ def _store(ptr, values, rows, stride, cols, seq, HEAD_DIM: tl.constexpr):
 @triton.jit
 def _attend(
     acc, total, peak, q, k_ptr, v_ptr, k_stride, v_stride, rows, lo, hi, seq, scale,
-    HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_N: tl.constexpr,
+    ROW: tl.constexpr, HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_N: tl.constexpr,
     MASKED: tl.constexpr, EVEN: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
+    # ROW is what a row of keys has in memory: HEAD_DIM, or BLOCK_D where the padding is there, too.
     dims = tl.arange(0, BLOCK_D)
     for start in tl.range(lo, hi, BLOCK_N):
         cols = start + tl.arange(0, BLOCK_N)
-        k = _load(k_ptr, cols, k_stride, dims, seq, HEAD_DIM, EVEN or not MASKED)
+        k = _load(k_ptr, cols, k_stride, dims, seq, ROW, EVEN or not MASKED)
         scores = tl.dot(q, tl.trans(k), input_precision=PRECISION) * scale
         if MASKED:
             scores = tl.where(rows[:, None] >= cols[None, :], scores, float("-inf"))
@@ -99,10 +100,10 @@ def attention_triton_fwd_kernel(
     acc = tl.zeros((BLOCK_M, BLOCK_D), dtype=tl.float32)
     diagonal = block * BLOCK_M
     acc, total, peak = _attend(acc, total, peak, q, k_ptr, v_ptr, k_seq, v_seq, rows, 0, diagonal, seq, SCALE,
-                               HEAD_DIM, BLOCK_D, BLOCK_N, False, EVEN, PRECISION)  # fmt: skip
+                               HEAD_DIM, HEAD_DIM, BLOCK_D, BLOCK_N, False, EVEN, PRECISION)  # fmt: skip
     acc, total, peak = _attend(acc, total, peak, q, k_ptr, v_ptr, k_seq, v_seq, rows, diagonal,
                                tl.minimum(diagonal + BLOCK_M, seq), seq, SCALE,
-                               HEAD_DIM, BLOCK_D, BLOCK_N, True, EVEN, PRECISION)  # fmt: skip
+                               HEAD_DIM, HEAD_DIM, BLOCK_D, BLOCK_N, True, EVEN, PRECISION)  # fmt: skip
     out_ptr += (batch * seq * HEADS + head) * HEAD_DIM
     _store(out_ptr, acc / total[:, None], rows, _wide(HEADS * HEAD_DIM, LONG), dims, seq, HEAD_DIM)
     tl.store(lse_ptr + tl.program_id(1).to(tl.int64) * seq + rows, peak + tl.log2(total), mask=rows < seq)
@@ -125,13 +126,13 @@ def attention_triton_bwd_delta_kernel(
 @triton.jit
 def _key_gradients(
     dk, dv, k, v, q_ptr, dout_ptr, lse_ptr, delta_ptr, q_stride, d_stride, cols, lo, hi, seq, scale,
-    HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_M: tl.constexpr,
+    ROW: tl.constexpr, HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_M: tl.constexpr,
     MASKED: tl.constexpr, EVEN: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     dims = tl.arange(0, BLOCK_D)
     for start in tl.range(lo, hi, BLOCK_M):
         rows = start + tl.arange(0, BLOCK_M)
-        q = _load(q_ptr, rows, q_stride, dims, seq, HEAD_DIM, EVEN)
+        q = _load(q_ptr, rows, q_stride, dims, seq, ROW, EVEN)
         lse = tl.load(lse_ptr + rows, mask=rows < seq, other=float("inf"))
         p = tl.exp2(tl.dot(k, tl.trans(q), input_precision=PRECISION) * scale - lse[None, :])  # [keys, queries]
         if MASKED:
@@ -170,10 +171,10 @@ def attention_triton_bwd_kv_kernel(
         # Blocks on the diagonal are masked; BLOCK_M divides BLOCK_N, so the rest need no mask.
         dk, dv = _key_gradients(dk, dv, k, v, q_head_ptr, d_head_ptr, lse_ptr + statistics, delta_ptr + statistics,
                                 q_seq, d_seq, cols, first, tl.minimum(first + BLOCK_N, seq), seq, SCALE,
-                                HEAD_DIM, BLOCK_D, BLOCK_M, True, EVEN, PRECISION)  # fmt: skip
+                                HEAD_DIM, HEAD_DIM, BLOCK_D, BLOCK_M, True, EVEN, PRECISION)  # fmt: skip
         dk, dv = _key_gradients(dk, dv, k, v, q_head_ptr, d_head_ptr, lse_ptr + statistics, delta_ptr + statistics,
                                 q_seq, d_seq, cols, first + BLOCK_N, seq, seq, SCALE,
-                                HEAD_DIM, BLOCK_D, BLOCK_M, False, EVEN, PRECISION)  # fmt: skip
+                                HEAD_DIM, HEAD_DIM, BLOCK_D, BLOCK_M, False, EVEN, PRECISION)  # fmt: skip
     out = (batch * seq * KV_HEADS + kv_head) * HEAD_DIM
     # SCALE carries log2(e) for exp2; the gradient of the scores does not.
     stride = _wide(KV_HEADS * HEAD_DIM, LONG)
@@ -184,13 +185,13 @@ def attention_triton_bwd_kv_kernel(
 @triton.jit
 def _query_gradient(
     dq, q, dout, lse, delta, k_ptr, v_ptr, k_stride, v_stride, rows, lo, hi, seq, scale,
-    HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_N: tl.constexpr,
+    ROW: tl.constexpr, HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_N: tl.constexpr,
     MASKED: tl.constexpr, EVEN: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     dims = tl.arange(0, BLOCK_D)
     for start in tl.range(lo, hi, BLOCK_N):
         cols = start + tl.arange(0, BLOCK_N)
-        k = _load(k_ptr, cols, k_stride, dims, seq, HEAD_DIM, EVEN or not MASKED)
+        k = _load(k_ptr, cols, k_stride, dims, seq, ROW, EVEN or not MASKED)
         v = _load(v_ptr, cols, v_stride, dims, seq, HEAD_DIM, EVEN or not MASKED)
         p = tl.exp2(tl.dot(q, tl.trans(k), input_precision=PRECISION) * scale - lse[:, None])
         if MASKED:
@@ -223,10 +224,10 @@ def attention_triton_bwd_q_kernel(
     dq = tl.zeros((BLOCK_M, BLOCK_D), dtype=tl.float32)
     diagonal = block * BLOCK_M
     dq = _query_gradient(dq, q, dout, lse, delta, k_ptr, v_ptr, k_seq, v_seq, rows, 0, diagonal, seq, SCALE,
-                         HEAD_DIM, BLOCK_D, BLOCK_N, False, EVEN, PRECISION)  # fmt: skip
+                         HEAD_DIM, HEAD_DIM, BLOCK_D, BLOCK_N, False, EVEN, PRECISION)  # fmt: skip
     dq = _query_gradient(dq, q, dout, lse, delta, k_ptr, v_ptr, k_seq, v_seq, rows, diagonal,
                          tl.minimum(diagonal + BLOCK_M, seq), seq, SCALE,
-                         HEAD_DIM, BLOCK_D, BLOCK_N, True, EVEN, PRECISION)  # fmt: skip
+                         HEAD_DIM, HEAD_DIM, BLOCK_D, BLOCK_N, True, EVEN, PRECISION)  # fmt: skip
     dq_ptr += (batch * seq * HEADS + head) * HEAD_DIM
     _store(dq_ptr, dq * (SCALE * 0.6931471805599453), rows, _wide(HEADS * HEAD_DIM, LONG), dims, seq, HEAD_DIM)
 
@@ -245,6 +246,11 @@ def launches(head_dim: int, dtype: torch.dtype, device: torch.device) -> tuple[L
     return Launch(64, 64, 4, 3), Launch(64, 64, 4, 2), Launch(128, 64, 8, 3)
 
 
+def padded(head_dim: int) -> int:
+    """The columns of a tile: a product on tensor cores takes no fewer than 16."""
+    return max(16, int(triton.next_power_of_2(head_dim)))
+
+
 def _constants(q: Tensor, k: Tensor, v: Tensor, launch: Launch) -> dict[str, Any]:
     """What all three kernels are specialised on."""
     seq, heads, head_dim = q.shape[1:]
@@ -252,7 +258,7 @@ def _constants(q: Tensor, k: Tensor, v: Tensor, launch: Launch) -> dict[str, Any
         "HEADS": heads,
         "GROUP": heads // k.shape[2],
         "HEAD_DIM": head_dim,
-        "BLOCK_D": max(16, triton.next_power_of_2(head_dim)),
+        "BLOCK_D": padded(head_dim),
         "SCALE": head_dim**-0.5 * _LOG2_E,
         "EVEN": seq % launch.rows == 0 and seq % launch.cols == 0,
         # The same rule as PyTorch's own products, so that neither side of a comparison is more exact by decree.
@@ -332,8 +338,8 @@ _operator = make_operator(
 
 def attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     """See `reference.attention`. Batch times heads may be 65,535; raises `ValueError` beyond."""
-    if q.shape[0] * q.shape[2] > _MOST_SEQUENCES:
-        raise ValueError(f"attention (triton): batch times heads is {q.shape[0] * q.shape[2]}, over {_MOST_SEQUENCES}")
+    if q.shape[0] * q.shape[2] > MOST_SEQUENCES:
+        raise ValueError(f"attention (triton): batch times heads is {q.shape[0] * q.shape[2]}, over {MOST_SEQUENCES}")
     result: Tensor = _operator(q, k, v)
     return result
 
