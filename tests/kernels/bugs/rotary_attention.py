@@ -68,8 +68,8 @@ BUGS = {
         "BLOCK_D, v_seq, rows + 1, diagonal,\n",
     ),
     "scale 2 % too small": (
-        "    constants = _constants(q, k, launch)\n",
-        '    constants = _constants(q, k, launch)\n    constants["SCALE"] *= 0.98\n',
+        "    constants = _constants(q, k, v, launch)\n",
+        '    constants = _constants(q, k, v, launch)\n    constants["SCALE"] *= 0.98\n',
     ),
     "queries' gradient 2 % too large": (
         "dq * (SCALE * 0.6931471805599453)",
