@@ -47,7 +47,7 @@ def main() -> None:
     except (HydraException, omegaconf.errors.OmegaConfBaseException) as error:
         _exit(compose.explain(error))
     except OSError as error:
-        _exit(f"{error.strerror or error}: {error.filename}" if error.filename else str(error))
+        _exit(f"{error.strerror or error}{f': {error.filename}' if error.filename else ''}")
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
         if sweep.RememberFolder.folder is not None:

@@ -169,7 +169,7 @@ def test_what_cannot_be_mended_by_waiting_is_one_line(hub: Hub, tmp_path: Path) 
         "no name": (["data.path='a b'"], ["a b"]),
         "server that stays broken": (["data.path=always/broken", "data.retries=1"], ["does not answer", "2 attempts"]),
         "no such tokenizer": (
-            ["data.path=some/notes", "data.text_field=body", "tokenizer=hub", "tokenizer.path=some/body"],
+            ["data.path=not/asked", "tokenizer=hub", "tokenizer.path=some/body"],
             ["tokenizer.path=some/body", "no such"],
         ),
         "no tokenizer.json": (
@@ -183,6 +183,7 @@ def test_what_cannot_be_mended_by_waiting_is_one_line(hub: Hub, tmp_path: Path) 
         assert "\n" not in error
         for word in words:
             assert word in error, (name, error)
+        assert "not/asked" not in " ".join(hub.requests), "text is fetched for a tokenizer that there is not"
         assert name == "server that stays broken" or not any("trying again" in line for line in answers[name]["told"])
 
 
