@@ -21,7 +21,7 @@ from hydra.core.hydra_config import HydraConfig
 from hydra.errors import HydraException
 from omegaconf import DictConfig, OmegaConf
 
-from llmmed import compose, micro_batch, run_folder, sweep
+from llmmed import compose, continuation, micro_batch, run_folder, sweep
 from llmmed.errors import UserError
 from llmmed.files import write_atomically
 from llmmed.signals import INTERRUPTED, Interrupted, StopRequest
@@ -47,7 +47,7 @@ def main() -> None:
     except (HydraException, omegaconf.errors.OmegaConfBaseException) as error:
         _exit(compose.explain(error))
     except OSError as error:
-        _exit(f"{error.strerror or error}: {error.filename}" if error.filename else str(error))
+        _exit(f"{error.strerror or error}{f': {error.filename}' if error.filename else ''}")
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
         if sweep.RememberFolder.folder is not None:
@@ -69,7 +69,7 @@ def _hydra_main(task: Callable[[DictConfig], float | None]) -> None:
 
 
 def _prepare_arguments() -> bool:
-    """Refuses what is mistaken before Hydra makes a folder, and sends a resumed run to the folder it had.
+    """Refuses what is mistaken before Hydra makes a folder; sends a resumed run to the folder and overrides it had.
 
     Returns whether this is a single run, and neither a sweep nor a question to Hydra.
     """
@@ -82,10 +82,16 @@ def _prepare_arguments() -> bool:
     others = ("help", "hydra_help", "cfg", "info", "shell_completion", "config_dir", "config_name")
     if any(getattr(arguments, name, None) for name in others):
         return False
+    earlier = run_folder.earlier_overrides(arguments.overrides)
+    if earlier:
+        place = sys.argv.index(arguments.overrides[0])
+        sys.argv[place:place] = earlier
+        arguments.overrides[:0] = earlier
     composed = compose.compose_yaml(arguments.overrides)
     config = compose.validate(composed, arguments.overrides)
     folder = run_folder.to_resume(config, Path("outputs"))
     if folder is not None:
+        continuation.changes(folder, config)  # refused here, a mistake leaves the folder as it is
         _add([f"hydra.run.dir={sweep.quoted(folder)}"], arguments.overrides)
     return True
 

@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from pydantic import TypeAdapter
+from safetensors import SafetensorError
 from safetensors.torch import save_file
 
 from llmmed.config import ModelConfig
@@ -28,6 +29,9 @@ def main(arguments: Sequence[str]) -> int:
         step = export_hf(Path(arguments[0]), Path(arguments[1]))
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
+        return 1
+    except (OSError, SafetensorError) as error:
+        print(f"error: {arguments[1]} cannot be written: {error}; what is in it is not whole", file=sys.stderr)
         return 1
     print(f"step {step} of {arguments[0]} is in {arguments[1]}")
     return 0

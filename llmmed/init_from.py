@@ -17,6 +17,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from llmmed.config import ModelConfig
+from llmmed.data import network
 from llmmed.errors import UserError
 from llmmed.export import TOKENIZER, best_or_newest
 from llmmed.files import read_json
@@ -27,6 +28,7 @@ logger = logging.getLogger(__name__)
 
 _HUB_NAME = re.compile(r"[\w.-]+/[\w.-]+")
 _WEIGHTS, _INDEX = "model.safetensors", "model.safetensors.index.json"
+_RETRIES = 6  # as data.retries
 _NOT_SHAPE = ("name", "init_from")  # fields of ModelConfig that do not decide what the weights mean
 
 
@@ -115,23 +117,14 @@ def _ours(name: str, folder: Path) -> InitialWeights:
 def _download(name: str) -> Path:
     """A snapshot of a hub model's configuration, weights and tokenizer, from the hub's cache if it is there."""
     from huggingface_hub import snapshot_download
-    from huggingface_hub.errors import GatedRepoError, RepositoryNotFoundError
 
-    try:
-        return Path(snapshot_download(name, allow_patterns=["config.json", TOKENIZER, "*.safetensors", _INDEX]))
-    except GatedRepoError as error:
-        raise UserError(
-            f"model.init_from={name} is gated: accept its terms at https://huggingface.co/{name}, then log in with "
-            f"`hf auth login`"
-        ) from error
-    except RepositoryNotFoundError as error:
-        raise UserError(f"model.init_from={name}: there is no such model on the hub, nor such a folder") from error
-    except (OSError, ValueError) as error:
-        reason = " ".join(str(error).split())[:150]
-        raise UserError(
-            f"model.init_from={name} is not in the hub's cache and cannot be fetched: {reason}; check the connection, "
-            f"or give a folder"
-        ) from error
+    wanted = ["config.json", TOKENIZER, "*.safetensors", _INDEX]
+    return network.fetch(
+        lambda: Path(snapshot_download(name, allow_patterns=wanted)),
+        f"model.init_from={name}",
+        _RETRIES,
+        logger.warning,
+    )
 
 
 def _architecture(found: InitialWeights) -> ModelConfig:

@@ -19,10 +19,9 @@ from pathlib import Path
 
 from omegaconf import DictConfig
 
-from llmmed import compose
+from llmmed import compose, continuation
 from llmmed.config import Config, TrainConfig
 from llmmed.errors import UserError
-from llmmed.files import read_json
 
 TOO_LARGE = 3  # exit code of the process that tries one size
 
@@ -88,10 +87,8 @@ def divisors(train: TrainConfig) -> list[int]:
 
 
 def _of_checkpoint(folder: Path) -> int | None:
-    for path in sorted((folder / "checkpoints").glob("step_*/state.json"), reverse=True):
-        with contextlib.suppress(OSError, ValueError, KeyError, TypeError):
-            return int(read_json(path)["config"]["train"]["micro_batch_size"])
-    return None
+    stored = continuation.stored_config(folder)
+    return None if stored is None else int(stored["train"]["micro_batch_size"])
 
 
 def _stated(overrides: Sequence[str]) -> int:

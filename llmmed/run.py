@@ -14,7 +14,7 @@ from typing import Any
 
 from rich.console import Console
 
-from llmmed import data, init_from, run_folder
+from llmmed import continuation, data, init_from, run_folder
 from llmmed.autotune.hardware import describe_hardware
 from llmmed.autotune.plan import KernelPlan, Mode
 from llmmed.autotune.tuner import tune
@@ -95,11 +95,15 @@ def _run(config: Config, folder: Path, console: Console, started: float, stop: S
     logger.info("configuration: %s", as_dict(config))
     prepare_backend(config)
     mode = resolve_compile(config)
+    # What may be mistaken comes before what takes long.
+    newest = checkpoint.latest(folder / "checkpoints") if config.train.resume is not None else None
+    if newest is not None:
+        for change in continuation.changes(folder, config):
+            console.print(f"goes on with another value: {change}", style="dim", markup=False)
+    initial = init_from.find(config.model) if newest is None else None  # a resumed run has weights of its own
     dataset = data.prepare(config, report=lambda message: console.print(message, style="dim", markup=False))
     print_header(config, dataset, mode, folder, console)
 
-    newest = checkpoint.latest(folder / "checkpoints") if config.train.resume is not None else None
-    initial = init_from.find(config.model) if newest is None else None  # a resumed run has weights of its own
     if initial is not None:
         init_from.warn_of_other_tokenizer(initial, dataset.tokenizer_file)
 

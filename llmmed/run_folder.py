@@ -7,11 +7,13 @@ import os
 import platform
 import subprocess
 import sys
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any, Literal
 
+from hydra.core.override_parser.overrides_parser import OverridesParser
 from omegaconf import OmegaConf
 
 from llmmed.compose import as_dict
@@ -70,6 +72,19 @@ def to_resume(config: Config, outputs: Path) -> Path | None:
     raise UserError(f"train.resume=latest: no unfinished run of this configuration under {outputs}/; leave it out")
 
 
+def earlier_overrides(overrides: Sequence[str]) -> list[str]:
+    """What the run that `train.resume=<folder>` names was started with, but for what is given again."""
+    asked = [override for override in overrides if override.startswith("train.resume=")]
+    if not asked:
+        return []
+    folder = str(OverridesParser.create().parse_override(asked[-1]).value())
+    file = Path(folder) / ".hydra" / "overrides.yaml"
+    if folder in ("auto", "latest") or not file.exists():
+        return []
+    given = {_key(override) for override in overrides}
+    return [override for override in map(str, OmegaConf.load(file)) if _key(override) not in given]
+
+
 def describe_environment() -> dict[str, Any]:
     """What `env.json` holds: the command, versions, the source's commit. The hardware stands in `kernels.json`."""
     packages = ("torch", "triton", "hydra-core", "omegaconf", "wandb", "datasets", "tokenizers", "llmmed")
@@ -103,6 +118,10 @@ def _comparable(values: dict[str, Any]) -> dict[str, Any]:
     """
     train = {key: value for key, value in values["train"].items() if key not in ("resume", "micro_batch_size")}
     return {**values, "train": train}
+
+
+def _key(override: str) -> str:
+    return override.partition("=")[0].lstrip("+")
 
 
 def _version(package: str) -> str | None:

@@ -72,6 +72,14 @@ def test_a_sequence_longer_than_the_data(tmp_path: Path, repository: Path) -> No
     assert_one_line(done, ["train.seq_len"])
 
 
+def test_a_sequence_longer_than_the_validation_part(tmp_path: Path, repository: Path) -> None:
+    (tmp_path / "notes.txt").write_text("\n\n".join(f"Bone number {i} lies beside bone {i * i}." for i in range(60)))
+    done, seconds = train(["data=text", "data.path=notes.txt", "tokenizer.vocab_size=300"], tmp_path, repository)
+    assert_one_line(done, ["train.seq_len=128", "the validation part of data=text has", "more text"])
+    assert seconds < 20, "three seconds on an idle machine, and nothing was tuned"
+    assert not list(tmp_path.glob("outputs/*/*/kernels.json"))
+
+
 def test_outputs_that_cannot_be_written(tmp_path: Path, repository: Path) -> None:
     (tmp_path / "outputs").write_text("a file where the folder should be")
     done, _ = train(["experiment=smoke"], tmp_path, repository)

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import shlex
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -14,7 +17,8 @@ from llmmed.export import export_hf
 from llmmed.kernels.catalog import default_choice, load_kernels
 from llmmed.model import Transformer
 from llmmed.training import checkpoint
-from tests.training.tiny import run_with
+from tests.training.test_faults import can_mount
+from tests.training.tiny import run, run_with, tiny_config
 
 transformers = pytest.importorskip("transformers")
 
@@ -42,6 +46,35 @@ def test_logits_and_tokens_are_the_same(tmp_path: Path) -> None:
     assert tokenizer.eos_token_id == dataset.end_token
     tokens = torch.tensor([ids[:16]])
     torch.testing.assert_close(model(tokens), theirs(tokens).logits, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.skipif(not can_mount(), reason="needs user namespaces: unshare -Urm")
+def test_a_full_disk_is_one_line(tmp_path: Path, repository: Path) -> None:
+    run(tiny_config("train.max_steps=2"), tmp_path / "run")
+    (tmp_path / "disk").mkdir()
+    script = 'mount -t tmpfs -o size=40k tmpfs disk && "$@"'
+    command = [sys.executable, str(repository / "scripts" / "export_hf.py"), "run", "disk/exported"]
+    done = subprocess.run(
+        ["unshare", "-Urm", "bash", "-c", script, "bash", *command], cwd=tmp_path, capture_output=True, text=True
+    )
+    assert done.returncode == 1
+    assert done.stderr.startswith("error: disk/exported cannot be written: ")
+    assert "No space left on device" in done.stderr
+    assert done.stderr.count("\n") == 1
+
+
+def test_whoever_reads_generated_text_may_stop(tmp_path: Path, repository: Path) -> None:
+    (tmp_path / "text.txt").write_text("\n\n".join(f"Bone {i} meets joint {i % 7}." for i in range(400)))
+    config = compose(
+        ["experiment=smoke", "data=text", f"data.path='{tmp_path / 'text.txt'}'", "tokenizer.vocab_size=400",
+         "train.seq_len=16", "train.max_steps=2", "train.eval_every=0", "device=cpu"]
+    )  # fmt: skip
+    model = Transformer.for_training(config, load_kernels(default_choice()), "cpu")
+    run_with(model, config, tmp_path / "run", dataset=data.prepare(config))
+    generate = shlex.join([sys.executable, str(repository / "scripts" / "generate.py"), "run", "prompt=Bone"])
+    script = f"{generate} | head -c 4; exit ${{PIPESTATUS[0]}}"
+    done = subprocess.run(["bash", "-c", script], cwd=tmp_path, capture_output=True, text=True, timeout=120)
+    assert (done.returncode, done.stdout, done.stderr) == (0, "Bone", "")
 
 
 def test_a_run_without_checkpoints_is_told(tmp_path: Path) -> None:

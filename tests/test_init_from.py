@@ -133,7 +133,7 @@ def test_damaged_weights_are_told(smol: Path, tmp_path: Path, what: str, message
     ("name", "message"),
     [
         ("no-such-folder", "no such folder, and it is no hub name"),
-        ("nobody/nothing", "not in the hub's cache and cannot be fetched"),
+        ("nobody/nothing", "not in the local cache, and HF_HUB_OFFLINE forbids the network"),
         (".", "neither a Hugging Face folder"),
     ],
 )

@@ -14,7 +14,7 @@ from llmmed import compose, micro_batch
 from llmmed.errors import UserError
 from llmmed.micro_batch import divisors, largest_that_fits
 from llmmed.training.fits import fits
-from llmmed.training.loop import out_of_memory
+from llmmed.training.memory import advice
 from tests.training.tiny import tiny_config
 
 AUTO = ["experiment=smoke", "data=synthetic", "kernels=pytorch", "device=cpu", "train.micro_batch_size=auto"]
@@ -94,12 +94,13 @@ def test_a_run_stores_the_number_and_its_continuation_keeps_it(tmp_path: Path, r
 
 def test_out_of_memory_names_what_may_fit() -> None:
     train = tiny_config("train.micro_batch_size=6", "train.global_batch_tokens=192").train
-    assert out_of_memory(train).endswith(
-        "try train.micro_batch_size=4 train.global_batch_tokens=192 or train.activation_checkpointing=block"
+    assert advice(train).endswith(
+        "try train.micro_batch_size=4 train.global_batch_tokens=192, or auto in place of 4 for what fits a GPU, or "
+        "train.activation_checkpointing=block"
     )
     one = replace(train, micro_batch_size=1)
-    assert out_of_memory(one).endswith("try train.activation_checkpointing=block")
-    assert "shorter train.seq_len" in out_of_memory(replace(one, activation_checkpointing="block"))
+    assert advice(one).endswith("try train.activation_checkpointing=block")
+    assert "shorter train.seq_len" in advice(replace(one, activation_checkpointing="block"))
 
 
 @pytest.mark.gpu

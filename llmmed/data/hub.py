@@ -1,18 +1,19 @@
 """Datasets and tokenizers of the Hugging Face Hub, through `datasets` and `huggingface_hub`.
 
-Errors of the network are tried again, with a pause that doubles; every other failure is one line.
+`network` tries again what failed on the way; every other failure is one line.
 """
 
 from __future__ import annotations
 
 import functools
 import itertools
-import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import TYPE_CHECKING, Any
 
 from llmmed.config import DataConfig, TokenizerConfig
+from llmmed.data import network
+from llmmed.data.network import Report
 from llmmed.data.text import unpaired_surrogate
 from llmmed.errors import UserError
 
@@ -21,19 +22,14 @@ if TYPE_CHECKING:
 
     from llmmed.data.spool import Position
 
-Result = TypeVar("Result")
-Report = Callable[[str], None]
-
-_CLIENTS = {"httpx", "httpx2", "httpcore", "httpcore2", "requests", "urllib3", "aiohttp", "fsspec", "hf_xet"}
-_LONGEST_PAUSE = 60.0
-
 
 class HubSource:
     """The documents of a dataset, in its order. Raises `UserError`."""
 
     def __init__(self, config: DataConfig, report: Report) -> None:
         self._config, self._report = config, report
-        self._rows = _retrying(lambda: _load(config), f"data.path={config.path}", config.retries, report)
+        local = Path(config.path or "").exists()
+        self._rows = network.fetch(lambda: _load(config), f"data.path={config.path}", config.retries, report, local)
         self._check_field(self._rows.column_names)
         self._state: Position = {"row": 0}
         self._since = 0  # rows after `_state`
@@ -52,7 +48,9 @@ class HubSource:
                         yield text
                 return
             except Exception as error:  # sorted by kind in the function called  # noqa: BLE001
-                _handle(error, f"data.path={self._config.path}", next(failures), self._config.retries, self._report)
+                network.wait_or_raise(
+                    error, f"data.path={self._config.path}", next(failures), self._config.retries, self._report
+                )
 
     def position(self) -> Position:
         self._state = self._position()
@@ -110,7 +108,7 @@ def tokenizer_files(config: TokenizerConfig, retries: int, report: Report) -> tu
             raise UserError(f"tokenizer.path={config.path}: the folder has no tokenizer.json")
         return main, settings if settings.is_file() else None
     repository, what = config.path, f"tokenizer.path={config.path}"
-    found = [_retrying(functools.partial(_download, repository, name), what, retries, report) for name in names]
+    found = [network.fetch(functools.partial(_download, repository, name), what, retries, report) for name in names]
     if found[0] is None:
         raise UserError(f"{what}: the repository has no tokenizer.json")
     return found[0], found[1]
@@ -141,80 +139,3 @@ def _load(config: DataConfig) -> datasets.Dataset | datasets.IterableDataset:
     return datasets.load_dataset(
         config.path, config.subset, split=config.split, revision=config.revision, streaming=config.streaming
     )
-
-
-def _retrying(action: Callable[[], Result], what: str, retries: int, report: Report) -> Result:
-    for failures in itertools.count(1):
-        try:
-            return action()
-        except Exception as error:  # sorted by kind in the function called  # noqa: BLE001
-            _handle(error, what, failures, retries, report)
-    raise AssertionError("unreachable")
-
-
-def _handle(error: Exception, what: str, failures: int, retries: int, report: Report) -> None:
-    """Waits if it is worth trying again, else raises: a `UserError` for what the library's users can mend."""
-    if isinstance(error, UserError):
-        raise error
-    reason = _first_line(error)
-    if _is_network(error) and not _switched_off():
-        if failures <= retries:
-            pause = min(2.0 ** (failures - 1), _LONGEST_PAUSE)
-            report(f"{what}: {reason}; trying again in {pause:g} s ({failures} of {retries})")
-            time.sleep(pause)
-            return
-        raise UserError(
-            f"{what}: the Hugging Face Hub does not answer ({reason}), after {failures} attempts; "
-            f"look at the network and start again: what came is kept"
-        ) from None
-    raise _explained(error, what, reason) from None
-
-
-def _explained(error: Exception, what: str, reason: str) -> Exception:
-    if _switched_off() and (_is_network(error) or "offline" in reason.lower()):
-        return UserError(f"{what}: it is not in the local cache, and HF_HUB_OFFLINE forbids the network")
-    name, status = type(error).__name__, _status(error)
-    if "gated" in reason.lower() or name == "GatedRepoError":
-        return UserError(f"{what} is gated: ask for access on its page, then log in with hf auth login")
-    if name in ("DatasetNotFoundError", "RepositoryNotFoundError", "RevisionNotFoundError") or status in (
-        401,
-        403,
-        404,
-    ):
-        return UserError(f"{what}: there is no such thing on the Hugging Face Hub, or it is private ({reason})")
-    if isinstance(error, (FileNotFoundError, ValueError)) or type(error).__module__.startswith("datasets"):
-        return UserError(f"{what}: {reason}")
-    return error
-
-
-def _is_network(error: Exception) -> bool:
-    """Whether this, or what it was raised from, may be gone at the next attempt. A server's answer decides first."""
-    chain: list[BaseException] = []
-    link: BaseException | None = error
-    while link is not None and link not in chain:
-        chain.append(link)
-        link = link.__cause__ or link.__context__
-    answers = [status for status in map(_status, chain) if status is not None]
-    if answers:
-        return any(status >= 500 or status in (408, 429) for status in answers)
-    return any(
-        isinstance(e, (ConnectionError, TimeoutError))
-        or type(e).__module__.split(".")[0] in _CLIENTS
-        or type(e).__name__ in ("LocalEntryNotFoundError", "OfflineModeIsEnabled")
-        for e in chain
-    )
-
-
-def _status(error: BaseException) -> int | None:
-    return getattr(getattr(error, "response", None), "status_code", None)
-
-
-def _switched_off() -> bool:
-    from huggingface_hub import constants
-
-    return bool(constants.HF_HUB_OFFLINE)
-
-
-def _first_line(error: Exception) -> str:
-    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-    return lines[0][:200] if lines else type(error).__name__

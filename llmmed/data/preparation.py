@@ -60,14 +60,16 @@ def build(config: Config, work: Path, report: Report) -> None:
         work: Existing; what it has of an earlier attempt at the same is used.
         report: Is told what takes time.
     """
+    result = work / "result"
+    result.mkdir(exist_ok=True)
+    if config.tokenizer.name == "hub":  # one that is not to be had is told before hours of text are read
+        check_vocabulary(config, _tokenizer(config, [], work, result / "tokenizer.json", report)[0])
     sources = sources_of(config.data)
     parts = {key: _scanned(key, source, work, report) for key, source in sources.items()}
     if len(parts) > 1:
         drop_leaks([part.split for part in parts.values()], [part.scans for part in parts.values()])
     for part in parts.values():
         _write_parts(part)
-    result = work / "result"
-    result.mkdir(exist_ok=True)
     vocab_size, end_token = _tokenizer(config, list(parts.values()), work, result / "tokenizer.json", report)
     check_vocabulary(config, vocab_size)
     tokenizer.write_settings(result, str(tokenizer.read(result / "tokenizer.json").id_to_token(end_token)))

@@ -17,6 +17,7 @@ import numpy as np
 
 from llmmed.config import Config, DataConfig
 from llmmed.data import biomed, text
+from llmmed.data.batches import Batches
 from llmmed.data.mixture import Mixture
 from llmmed.data.parallel import Report
 from llmmed.data.preparation import build, check_vocabulary, sources_of
@@ -65,6 +66,14 @@ def check(config: Config) -> None:
 
 def prepare(config: Config, report: Report = lambda message: None) -> Dataset:
     """The data of a run, from the cache or prepared now. `report` is told what takes time. Raises `UserError`."""
+    dataset = _prepared(config, report)
+    for part, tokens in (("training", dataset.train), ("validation", dataset.validation)):
+        name = f"the {part} part of data={dataset.name}"
+        Batches(tokens, config.train.seq_len, 1, seed=0, shuffle=False, name=name)  # whether there is one window
+    return dataset
+
+
+def _prepared(config: Config, report: Report) -> Dataset:
     if config.data.name == "synthetic":
         return _synthetic(config)
     recipe = _recipe(config)

@@ -19,17 +19,16 @@ from torch import Tensor
 
 from llmmed.autotune.plan import Mode
 from llmmed.compose import accumulation_steps, as_dict
-from llmmed.config import Config, TrainConfig
+from llmmed.config import Config
 from llmmed.data import Batches, Dataset
 from llmmed.data.tokenizer import SETTINGS
 from llmmed.errors import UserError
 from llmmed.files import write_atomically
-from llmmed.micro_batch import divisors
 from llmmed.model import Transformer, flops_per_token
 from llmmed.optim import learning_rate
 from llmmed.run_folder import shown
 from llmmed.signals import Interrupted, StopRequest
-from llmmed.training import checkpoint
+from llmmed.training import checkpoint, memory
 from llmmed.training.evaluate import Evaluator
 from llmmed.training.executed import launched_kernels, prepare_tracing
 from llmmed.training.metrics import JsonLines, SampleSink, Sink, draw_loss, peak_tflops, read_metrics
@@ -109,26 +108,15 @@ def train(
     try:
         with StopRequest() if stop is None else contextlib.nullcontext(stop) as request, progress:
             run.loop(first, request, progress)
-    except torch.cuda.OutOfMemoryError as error:
-        raise UserError(out_of_memory(config.train)) from error
+    except (RuntimeError, MemoryError) as error:
+        if memory.is_out(error):
+            raise UserError(memory.advice(config.train)) from error
+        raise
     finally:
         run.close()
         if stop is not None:
             stop.waits, stop.moment = False, "after training"
     return run.result()
-
-
-def out_of_memory(train: TrainConfig) -> str:
-    """What to do about it: the next smaller micro-batch that makes up the same step, or else another way."""
-    smaller = [size for size in divisors(train) if size < train.micro_batch_size]
-    said = f"out of GPU memory in training with train.micro_batch_size={train.micro_batch_size}; try "
-    if smaller:
-        said += f"train.micro_batch_size={smaller[-1]} train.global_batch_tokens={train.global_batch_tokens}"
-    if train.activation_checkpointing == "none":
-        said += f"{' or ' if smaller else ''}train.activation_checkpointing=block"
-    elif not smaller:
-        said += "a shorter train.seq_len or a smaller model"
-    return said
 
 
 @dataclass

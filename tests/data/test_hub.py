@@ -8,6 +8,7 @@ from __future__ import annotations
 import io
 import json
 import os
+import shutil
 import socket
 import subprocess
 import sys
@@ -15,11 +16,13 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import huggingface_hub
 import numpy as np
 import pytest
 from hub_server import BROKEN, Hub, serve
 from tokenizers import Tokenizer
 
+from llmmed.data import network
 from llmmed.data.tokenizer import END, end_of, train_bpe
 
 DOCUMENTS = [f"Term {i}. The organ number {i} lies beside organ {i * 7 % 600}." for i in range(600)]
@@ -166,7 +169,7 @@ def test_what_cannot_be_mended_by_waiting_is_one_line(hub: Hub, tmp_path: Path) 
         "no name": (["data.path='a b'"], ["a b"]),
         "server that stays broken": (["data.path=always/broken", "data.retries=1"], ["does not answer", "2 attempts"]),
         "no such tokenizer": (
-            ["data.path=some/notes", "data.text_field=body", "tokenizer=hub", "tokenizer.path=some/body"],
+            ["data.path=not/asked", "tokenizer=hub", "tokenizer.path=some/body"],
             ["tokenizer.path=some/body", "no such"],
         ),
         "no tokenizer.json": (
@@ -180,6 +183,7 @@ def test_what_cannot_be_mended_by_waiting_is_one_line(hub: Hub, tmp_path: Path) 
         assert "\n" not in error
         for word in words:
             assert word in error, (name, error)
+        assert "not/asked" not in " ".join(hub.requests), "text is fetched for a tokenizer that there is not"
         assert name == "server that stays broken" or not any("trying again" in line for line in answers[name]["told"])
 
 
@@ -192,11 +196,52 @@ def test_without_a_network_it_says_so(tmp_path: Path) -> None:
         }
         answers = prepare(cases, tmp_path, endpoint)
         for answer in answers.values():
-            assert "does not answer" in answer["error"]
-            assert "2 attempts" in answer["error"]
+            assert "there is no network: 127.0.0.1:" in answer["error"]
+            assert "Connection refused, 2 attempts" in answer["error"]
             assert any("trying again in 1 s (1 of 1)" in line for line in answer["told"])
+        patient = prepare({"patient": ["data.path=some/terms", "data.retries=30"]}, tmp_path, endpoint)["patient"]
+        assert [line.split("again in ")[1] for line in patient["told"] if "again in" in line] == [
+            "1 s (1 of 4)", "2 s (2 of 4)", "4 s (3 of 4)", "8 s (4 of 4)"]  # fmt: skip
         switched_off = prepare({"off": cases["true"]}, tmp_path, endpoint, HF_HUB_OFFLINE="1")
         assert "HF_HUB_OFFLINE" in switched_off["off"]["error"]
+
+
+def test_without_a_network_what_was_downloaded_before_is_used(hub: Hub, tmp_path: Path) -> None:
+    hub.repositories["some/kept"] = {"train.jsonl": jsonl(DOCUMENTS)}
+    with serve() as gone:
+        gone.repositories["some/kept"] = hub.repositories["some/kept"]
+    case = {"kept": ["data.path=some/kept", "data.streaming=false", "tokenizer.vocab_size=400"]}
+    before = prepare(case, tmp_path, hub.url)["kept"]
+    shutil.rmtree(tmp_path / "cache")
+    after = prepare(case, tmp_path, gone.url)["kept"]
+    assert after["tokens"] == before["tokens"]
+    assert not after["from_cache"]
+    assert any("it is taken from the local cache" in line for line in after["told"])
+
+
+def test_a_network_that_comes_back_is_used(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(network.time, "sleep", lambda seconds: None)
+    told: list[str] = []
+    with socket.socket() as server:
+        server.bind(("127.0.0.1", 0))
+        monkeypatch.setattr(huggingface_hub.constants, "ENDPOINT", f"http://127.0.0.1:{server.getsockname()[1]}")
+        offline: list[bool] = []
+
+        def action() -> str:
+            offline.append(huggingface_hub.constants.HF_HUB_OFFLINE)
+            if offline[-1] or len(offline) < 5:
+                raise ConnectionError("gone")
+            return "here"
+
+        def report(line: str) -> None:
+            told.append(line)
+            if len(told) == 2:
+                server.listen()
+
+        assert network.fetch(action, "data.path=x", 6, report) == "here"
+    assert offline == [True, True, False, False, False]
+    assert "cannot be reached" in told[1]
+    assert "gone; trying again in 8 s (4 of 6)" in told[3]
 
 
 def test_a_local_folder_needs_no_server(tmp_path: Path) -> None:

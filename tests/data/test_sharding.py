@@ -272,7 +272,7 @@ def test_a_trained_tokenizer_sees_a_part_of_a_large_text(tmp_path: Path, monkeyp
 def test_max_documents_takes_the_first(tmp_path: Path) -> None:
     path = tmp_path / "notes.txt"
     path.write_text("\n\n".join(f"Term {i}. Its text." for i in range(100)))
-    dataset = data.prepare(config(path, "data.max_documents=40"))
+    dataset = data.prepare(config(path, "data.max_documents=40", "train.seq_len=8"))
     assert dataset.train_documents + dataset.validation_documents == 40
     assert dataset.tokenizer_file is not None
     decoded = Tokenizer.from_file(str(dataset.tokenizer_file)).decode([*dataset.train, *dataset.validation])

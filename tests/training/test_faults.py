@@ -132,5 +132,21 @@ def test_a_read_only_output_folder_is_one_line(tmp_path: Path, repository: Path)
     assert done.stderr.strip().splitlines() == ["error: Read-only file system: disk/run"]
 
 
+@pytest.mark.slow
+def test_out_of_memory_is_one_line_with_what_to_try(tmp_path: Path, repository: Path) -> None:
+    size = ["train.micro_batch_size=16384", "train.seq_len=256"]  # a GiB each activation
+    train = shlex.join([sys.executable, str(repository / "scripts" / "train.py"), *SMOKE, *size, "device=cpu"])
+    done = subprocess.run(
+        ["bash", "-c", f"ulimit -d 3000000; {train}"], cwd=tmp_path, capture_output=True, text=True, timeout=120
+    )
+    assert done.returncode == 1
+    assert done.stderr.startswith(
+        "error: out of memory in training with train.micro_batch_size=16384; "
+        "try train.micro_batch_size=8192 train.global_batch_tokens=4194304"
+    )
+    assert done.stderr.count("\n") == 1
+    assert json.loads((tmp_path / "disk" / "run" / "status.json").read_text())["state"] == "failed"
+
+
 def _with_path(folder: Path) -> dict[str, str]:
     return os.environ | {"PYTHONPATH": os.pathsep.join(filter(None, (str(folder), os.environ.get("PYTHONPATH"))))}

@@ -1,0 +1,54 @@
+"""Whether a configuration can go on from a checkpoint that another one, or the same, has written."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from llmmed.compose import as_dict
+from llmmed.config import Config
+from llmmed.errors import UserError
+from llmmed.files import read_json
+from llmmed.run_folder import shown
+
+_DECIDES_TENSORS = ("model", "optimizer.name")
+_FREE = ("model.name", "model.init_from", "train.resume", "train.micro_batch_size", "train.log_every",
+         "train.profile_steps", "train.dry_run", "kernels", "logger", "device")  # fmt: skip
+
+
+def stored_config(folder: Path) -> dict[str, Any] | None:
+    """The configuration in the newest checkpoint of a run folder that has a readable one. Reads no tensors."""
+    for path in sorted((folder / "checkpoints").glob("step_*/state.json"), reverse=True):
+        with contextlib.suppress(OSError, ValueError, KeyError, TypeError):
+            return dict(read_json(path)["config"])
+    return None
+
+
+def changes(folder: Path, config: Config) -> list[str]:
+    """What the run of a folder goes on with that is not as its checkpoint was written, as `key: before -> now`.
+
+    Raises:
+        UserError: the checkpoint's tensors do not fit.
+    """
+    old, new = _flat(stored_config(folder) or {}), _flat(as_dict(config))
+    found = [key for key in old if key in new and old[key] != new[key] and not _under(key, _FREE)]
+    misfit = [key for key in found if _under(key, _DECIDES_TENSORS)]
+    if misfit:
+        told = ", ".join(f"{key}={old[key]} (here {new[key]})" for key in misfit)
+        raise UserError(
+            f"the checkpoint in {shown(folder)} is of {told}; give what it was started with, or start a new run"
+        )
+    return [f"{key}: {old[key]} -> {new[key]}" for key in found]
+
+
+def _flat(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    found: dict[str, Any] = {}
+    for key, value in values.items():
+        found |= _flat(value, f"{prefix}{key}.") if isinstance(value, Mapping) and value else {f"{prefix}{key}": value}
+    return found
+
+
+def _under(key: str, names: tuple[str, ...]) -> bool:
+    return any(key == name or key.startswith(f"{name}.") for name in names)

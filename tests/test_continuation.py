@@ -1,0 +1,82 @@
+"""`train.resume=<folder>` goes on with what the run was started with, tells what is new, refuses what cannot fit."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from llmmed import continuation, run_folder
+from llmmed.errors import UserError
+from llmmed.files import write_json
+from tests.training.tiny import run, tiny_config
+
+STARTED = ["experiment=smoke", "data=synthetic", "kernels=pytorch", "model.d_ff=96", "+data@data.sources.more=text"]
+
+
+def stored(folder: Path, overrides: list[str]) -> Path:
+    write_json(folder / ".hydra" / "overrides.yaml", overrides)  # JSON is YAML
+    return folder
+
+
+@pytest.mark.parametrize(
+    ("given", "kept"),
+    [
+        ([], STARTED),
+        (["model.d_ff=128", "data=text"], ["experiment=smoke", "kernels=pytorch", STARTED[-1]]),
+        (["data@data.sources.more=hub"], STARTED[:-1]),
+        (STARTED, []),
+    ],
+)
+def test_what_is_given_again_replaces_what_it_was_started_with(
+    tmp_path: Path, given: list[str], kept: list[str]
+) -> None:
+    folder = stored(tmp_path / "a run", [*STARTED, "train.resume=auto"])
+    assert run_folder.earlier_overrides([*given, f"train.resume='{folder}'"]) == kept
+
+
+@pytest.mark.parametrize("resume", ["auto", "latest", "null", "nowhere"])
+def test_only_a_folder_that_is_named_brings_overrides(
+    resume: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    for name in ("auto", "latest"):
+        stored(tmp_path / name, STARTED)
+    assert run_folder.earlier_overrides([f"train.resume={resume}"]) == []
+    assert run_folder.earlier_overrides(["seed=1"]) == []
+
+
+def test_changes_are_told_and_a_misfit_is_refused(tmp_path: Path) -> None:
+    config = tiny_config("train.max_steps=2")
+    assert continuation.changes(tmp_path, config) == []
+    run(config, tmp_path)
+    same = tiny_config("train.max_steps=2", "train.micro_batch_size=2", "train.global_batch_tokens=64", "logger=wandb")
+    assert continuation.changes(tmp_path, same) == []
+    assert continuation.changes(tmp_path, tiny_config("train.max_steps=4", "optimizer.betas=[0.9,0.99]")) == [
+        "train.max_steps: 2 -> 4", "optimizer.betas: [0.9, 0.95] -> [0.9, 0.99]"]  # fmt: skip
+    with pytest.raises(UserError, match=r"is of model\.d_ff=192 \(here 96\), optimizer\.name=adamw \(here muon\)"):
+        continuation.changes(tmp_path, tiny_config("model.d_ff=96", "optimizer=muon"))
+
+
+@pytest.mark.slow
+def test_the_hint_of_an_interrupted_run_is_all_that_must_be_typed(tmp_path: Path, repository: Path) -> None:
+    def train(*overrides: str) -> subprocess.CompletedProcess[str]:
+        command = [sys.executable, str(repository / "scripts" / "train.py"), *overrides]
+        return subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=120)
+
+    def files() -> dict[str, bytes]:
+        return {str(path): path.read_bytes() for path in (tmp_path / "run").rglob("*") if path.is_file()}
+
+    first = train(*STARTED[:4], "hydra.run.dir=run", "train.max_steps=2")
+    assert first.returncode == 0, first.stderr
+    before = files()
+    refused = train("train.resume=run", "model.d_ff=64")
+    assert (refused.returncode, files()) == (1, before)
+    assert refused.stderr.startswith("error: the checkpoint in run is of model.d_ff=96 (here 64)")
+    longer = train("train.resume=run", "train.max_steps=4")
+    assert longer.returncode == 0, longer.stderr
+    assert "goes on with another value: train.max_steps: 2 -> 4" in longer.stdout
+    assert json.loads((tmp_path / "run" / "summary.json").read_text())["steps"] == 4
