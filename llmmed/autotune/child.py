@@ -82,7 +82,7 @@ class Progress:
 
     def __str__(self) -> str:
         what = " ".join(filter(None, (_DOING[self.stage], self.op, self.name)))
-        return f"tuning: {what} ({self.judged} of {self.candidates} candidates judged, {self.seconds:.0f} s)"
+        return f"tuning: {what} ({self.judged} of {self.candidates} judged, {self.seconds:.0f} s)"
 
 
 @dataclass
