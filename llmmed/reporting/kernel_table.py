@@ -83,7 +83,7 @@ def kernel_table(plan: KernelPlan, *, gap: int = 2) -> Table:
                 Text(f"{_CHOSEN if chosen else ' '} {candidate_name}"),
                 Text(_words(candidate.status), _STYLES[candidate.status]),
                 *(column.value(candidate) or Text(_ABSENT, "dim") for column in columns),
-                Text(_why(candidate)),
+                Text(reason_alone(candidate) or _ABSENT),
                 style="bold" if chosen else "",
             )
     return table
@@ -167,6 +167,6 @@ def _words(status: Status) -> str:
     return status.replace("_", " ")
 
 
-def _why(candidate: Candidate) -> str:
+def reason_alone(candidate: Candidate) -> str:
     """The reason without the verdict, which has a column of its own."""
-    return candidate.reason.removeprefix(_words(candidate.status)).lstrip(":, ") or _ABSENT
+    return candidate.reason.removeprefix(_words(candidate.status)).lstrip(":, ")
