@@ -10,6 +10,7 @@ import shlex
 import shutil
 import subprocess
 import sys
+import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -170,6 +171,27 @@ def test_without_time_everything_is_in_the_table_as_not_tried(tmp_path: Path) ->
     assert {row.status for row in result.rows} == {"not_tried", "unavailable"}
     assert all("seconds=0.001 was used up" in row.reason for row in result.rows if row.status == "not_tried")
     assert not list(tmp_path.glob("*.png"))
+
+
+@pytest.mark.slow
+def test_a_benchmark_that_is_killed_leaves_the_ops_that_it_has_done(tmp_path: Path, repository: Path) -> None:
+    ours = [*TINY, "ops=swiglu,rms_norm,rotary", "peers=false", "hydra.run.dir=out"]
+    command = [sys.executable, str(repository / "scripts" / "benchmark.py"), *ours]
+    process = subprocess.Popen(command, cwd=tmp_path, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    deadline = time.monotonic() + 240
+    while not (tmp_path / "out" / "ops.json").exists():
+        assert process.poll() is None
+        assert time.monotonic() < deadline
+        time.sleep(0.01)
+    process.kill()
+    process.wait()
+    result = OpsResult.model_validate(json.loads((tmp_path / "out" / "ops.json").read_text()))
+    done = list(dict.fromkeys(row.op for row in result.rows))
+    assert done == ["swiglu", "rms_norm", "rotary"][: len(done)]
+    assert 1 <= len(done) <= 2, "it was over before it was killed"
+    assert next(row for row in result.rows if row.implementation == "pytorch").total_ms is not None
+    write_page([tmp_path / "out"], tmp_path / "page.md")
+    assert "### swiglu" in (tmp_path / "page.md").read_text()
 
 
 # Steps
