@@ -140,7 +140,7 @@ def _gpu() -> Iterator[Finding]:
     present = Path("/dev/nvidiactl").exists() or Path("/dev/dxg").exists()
     if not torch.cuda.is_available():
         hardware = describe_hardware("cpu")
-        yield Finding("ok", "cpu", f"{hardware.device}, {hardware.cpu_threads} threads used")
+        yield Finding("ok", "cpu", f"{hardware.device}, threads used: {hardware.cpu_threads}")
         if detect_device() == "cuda":
             driver = describe_hardware("cuda").driver
             text = f"there is a GPU (driver {driver or 'unknown'}), but torch {torch.__version__} cannot use it"
@@ -151,7 +151,7 @@ def _gpu() -> Iterator[Finding]:
             remedy = "pip install torch from an index with CUDA builds, see pytorch.org; until then training is slow"
             yield Finding("warning", "gpu", text, remedy)
         else:
-            remedy = "nothing, to try it out; for real training an NVIDIA GPU"
+            remedy = "to try things out, nothing; real training needs an NVIDIA GPU"
             yield Finding("warning", "gpu", "none is seen: training runs on the CPU, without Triton kernels", remedy)
         return
     hardware = describe_hardware("cuda")
@@ -227,7 +227,7 @@ def _cache() -> Iterator[Finding]:
         return
     sizes = [path.stat().st_size for path in root.rglob("*") if path.is_file()]
     plans = len(list((root / "plans").glob("*.json")))
-    text = f"{root}: {len(sizes)} files, {sum(sizes) / 2**20:.1f} MiB, {plans} tuning results among them"
+    text = f"{root}: {len(sizes)} files, {sum(sizes) / 2**20:.1f} MiB; tuning results among them: {plans}"
     yield Finding("ok", "cache", text)
 
 

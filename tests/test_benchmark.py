@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import csv
+import io
 import json
 import re
 import shlex
 import shutil
 import subprocess
 import sys
+import time
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -25,7 +28,7 @@ from llmmed import compose
 from llmmed.autotune.journal import Task
 from llmmed.autotune.measure import Measurement
 from llmmed.autotune.plan import Ceilings, Hardware
-from llmmed.benchmark import manual, ops
+from llmmed.benchmark import manual, ops, step, tables
 from llmmed.benchmark.breakdown import group_events, in_range
 from llmmed.benchmark.cli import run
 from llmmed.benchmark.contestants import CONTESTANTS, build
@@ -33,6 +36,7 @@ from llmmed.benchmark.page import write_page
 from llmmed.benchmark.results import OpRow, OpsResult, Origin, Result, StepResult, StepRow, StepShape, write
 from llmmed.benchmark.settings import OpsSettings, as_lists, compose_benchmark
 from llmmed.benchmark.step import _compared
+from llmmed.benchmark.step_worker import StepFound
 from llmmed.errors import UserError
 from llmmed.kernels import catalog
 from llmmed.reporting.benchmark_plots import GROUPS, draw
@@ -169,6 +173,27 @@ def test_without_time_everything_is_in_the_table_as_not_tried(tmp_path: Path) ->
     assert not list(tmp_path.glob("*.png"))
 
 
+@pytest.mark.slow
+def test_a_benchmark_that_is_killed_leaves_the_ops_that_it_has_done(tmp_path: Path, repository: Path) -> None:
+    ours = [*TINY, "ops=swiglu,rms_norm,rotary", "peers=false", "hydra.run.dir=out"]
+    command = [sys.executable, str(repository / "scripts" / "benchmark.py"), *ours]
+    process = subprocess.Popen(command, cwd=tmp_path, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    deadline = time.monotonic() + 240
+    while not (tmp_path / "out" / "ops.json").exists():
+        assert process.poll() is None
+        assert time.monotonic() < deadline
+        time.sleep(0.01)
+    process.kill()
+    process.wait()
+    result = OpsResult.model_validate(json.loads((tmp_path / "out" / "ops.json").read_text()))
+    done = list(dict.fromkeys(row.op for row in result.rows))
+    assert done == ["swiglu", "rms_norm", "rotary"][: len(done)]
+    assert 1 <= len(done) <= 2, "it was over before it was killed"
+    assert next(row for row in result.rows if row.implementation == "pytorch").total_ms is not None
+    write_page([tmp_path / "out"], tmp_path / "page.md")
+    assert "### swiglu" in (tmp_path / "page.md").read_text()
+
+
 # Steps
 
 
@@ -199,6 +224,47 @@ def test_two_contestants_in_processes_of_their_own(tmp_path: Path) -> None:
     }  # fmt: skip
 
 
+def test_what_matters_runs_first_at_every_size_and_a_benchmark_that_is_cut_off_says_so(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    started: list[str] = []
+
+    def process(entry: step._Entry, *_: object) -> StepFound:
+        if len(started) == 3:
+            raise KeyboardInterrupt
+        started.append(f"{entry.config.model.name} {entry.contestant.name}")
+        return StepFound(status="verified", samples=[1000.0, 1010.0], first_loss=5.0, first_gradient_norm=1.0)
+
+    monkeypatch.setattr(step._Entry, "_process", process)
+    sizes = [*(o for o in TINY if not o.startswith("model=")), "sizes=tiny,small"]
+    with pytest.raises(KeyboardInterrupt):
+        benchmark(tmp_path, *STEP, *sizes)
+    assert started == ["tiny ours_auto", "small ours_auto", "tiny plain_compiled"]
+    assert [contestant.name for contestant in CONTESTANTS[:2]] == ["ours_auto", "plain_compiled"]
+
+    write_page([tmp_path], tmp_path / "page.md")  # what lies there is whole, and says what is missing
+    rows = StepResult.model_validate(json.loads((tmp_path / "step.json").read_text())).rows
+    assert [row.size for row in rows] == ["tiny"] * len(CONTESTANTS) + ["small"] * len(CONTESTANTS)
+    assert [row.contestant for row in rows if row.status == "verified"] == ["ours_auto", "plain_compiled", "ours_auto"]
+    assert {row.reason for row in rows if row.status == "not_tried"} == {"the benchmark ended before it"}
+    assert "not tried: the benchmark ended before it" in (tmp_path / "page.md").read_text()
+
+
+@pytest.mark.parametrize("width", [80, 140])
+def test_the_tables_fit_on_a_terminal_with_every_number_of_a_gpu(width: int) -> None:
+    for result in (ops_result([*NAMES, "triton_recompute"], ["linear_cross_entropy"]), step_result()):
+        console = Console(width=width, record=True, file=io.StringIO())
+        tables.show(result, console)
+        lines = console.export_text().splitlines()
+        assert max(map(len, lines)) <= width
+        told = " ".join(" ".join(lines).split())
+        for number in ("1.0e-03", "3.75", "0.500", "0.50", "900") if isinstance(result, OpsResult) else (
+            "123,456", "65.5", "45.7", "12.34", "30.5 (9.5)"
+        ):  # fmt: skip
+            assert number in told, number
+        assert "broken: crashed: it | crashed" in told or "unavailable: not installed" in told
+
+
 @pytest.mark.parametrize("optimizer", ["adamw", "muon"])
 def test_all_contestants_train_the_same(optimizer: str) -> None:
     wanted = [*TINY, f"optimizer={optimizer}", "model.n_kv_heads=2", "optimizer.schedule=constant",
@@ -206,10 +272,11 @@ def test_all_contestants_train_the_same(optimizer: str) -> None:
     tokens = torch.randint(300, (2, 2, 17), generator=torch.Generator().manual_seed(0))
     found = {}
     for contestant in CONTESTANTS:
-        if contestant.name not in ("ours_eager", "plain_eager", "hf_eager"):
+        if contestant.name not in ("ours_eager", "plain_eager", "hf_eager", "plain_compiled_torch"):
             continue
-        if contestant.name == "hf_eager":
-            pytest.importorskip("transformers")
+        if contestant.why_not("cpu"):
+            continue  # transformers is not installed, or torch is too old
+        contestant = replace(contestant, mode="eager")  # what is compiled computes the same, later
         _, config = compose_benchmark([*wanted, *contestant.overrides])
         trainee = build(contestant, config)
         found[contestant.name] = [tuple(x.item() for x in trainee.step(i, list(tokens))) for i in range(2)]

@@ -82,7 +82,7 @@ class Progress:
 
     def __str__(self) -> str:
         what = " ".join(filter(None, (_DOING[self.stage], self.op, self.name)))
-        return f"tuning: {what} ({self.judged} of {self.candidates} candidates judged, {self.seconds:.0f} s)"
+        return f"tuning: {what} ({self.judged} of {self.candidates} judged, {self.seconds:.0f} s)"
 
 
 @dataclass
@@ -137,11 +137,12 @@ def tune_in_child(
     step: StepTask | None,
     limits: Limits,
     report: Callable[[Progress], None],
+    timed: Callable[[Findings], None] | None = None,
 ) -> Findings:
     """Tries every candidate of every task, in order, then, if asked to, the best of them in the step.
 
     Each candidate gets a verdict, the last resort being `not_tried`. What a task names as verified is measured with the
-    rest, and not verified again.
+    rest, and not verified again. `timed` is told what is known whenever an op's times have come.
     """
     findings = Findings(ops={task.op: dict(task.verified) for task in tasks})
     reason = ""
@@ -177,7 +178,7 @@ def tune_in_child(
                     }
                 )
                 job.write(path)
-                reason = _Attempt(job, tasks, findings, limits, report).follow(process, path.with_suffix(".log"))
+                reason = _Attempt(job, tasks, findings, limits, report, timed).follow(process, path.with_suffix(".log"))
             if reason:
                 break
             attempt += 1
@@ -223,9 +224,11 @@ class _Attempt:
     """One tuning process, from its start to its end."""
 
     def __init__(
-        self, job: Job, tasks: list[Task], findings: Findings, limits: Limits, report: Callable[[Progress], None]
-    ) -> None:
+        self, job: Job, tasks: list[Task], findings: Findings, limits: Limits, report: Callable[[Progress], None],
+        timed: Callable[[Findings], None] | None,
+    ) -> None:  # fmt: skip
         self._job = job
+        self._timed = timed
         self._findings = findings
         self._limits = limits
         self._report = report
@@ -295,6 +298,8 @@ class _Attempt:
             else:
                 self._open = None
                 self._learnt = True
+                if isinstance(event, Timed) and self._timed is not None:
+                    self._timed(self._findings)
 
     def _account(self, stage: str) -> None:
         """Books the time since the last change of stage to the stage that ends."""

@@ -33,8 +33,9 @@ from llmmed.files import write_atomically
 if TYPE_CHECKING:
     from rich.console import Console
 
+    from llmmed.autotune.plan import Ceilings
     from llmmed.benchmark.ops import Tell
-    from llmmed.benchmark.results import OpsResult, Origin, StepResult
+    from llmmed.benchmark.results import OpRow, OpsResult, Origin, StepResult
 
 _INTERRUPTED = 130
 _FILE_WIDTH = 140  # of lines in a file, which nobody folds
@@ -123,15 +124,22 @@ def _results(
     settings: Settings, overrides: Sequence[str], folder: Path, tell: Tell, origin: Origin
 ) -> Iterator[OpsResult | StepResult]:
     """The result so far, again and again."""
+    from llmmed.benchmark import results
     from llmmed.benchmark.ops import run_ops
     from llmmed.benchmark.results import OpsResult, StepResult
     from llmmed.benchmark.step import run_step
 
     begun = time.perf_counter()
     if isinstance(settings, OpsSettings):
-        for op_rows, ceilings in run_ops(settings, overrides, tell):
-            seconds = time.perf_counter() - begun
-            yield OpsResult(origin=origin, seconds=seconds, ceilings=ceilings, rows=op_rows)
+
+        def so_far(rows: list[OpRow], ceilings: dict[str, Ceilings]) -> OpsResult:
+            return OpsResult(origin=origin, seconds=time.perf_counter() - begun, ceilings=ceilings, rows=rows)
+
+        def keep(rows: list[OpRow], ceilings: dict[str, Ceilings]) -> None:
+            results.write(so_far(rows, ceilings), folder)
+
+        for op_rows, ceilings in run_ops(settings, overrides, tell, keep):
+            yield so_far(op_rows, ceilings)
     else:
         for shapes, rows in run_step(settings, overrides, folder, tell):
             yield StepResult(origin=origin, seconds=time.perf_counter() - begun, shapes=shapes, rows=rows)

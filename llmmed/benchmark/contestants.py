@@ -16,6 +16,7 @@ from dataclasses import dataclass
 from typing import Any, Protocol
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from llmmed.autotune.plan import KernelPlan, Mode
@@ -43,7 +44,9 @@ class Contestant:
         title: For people.
         overrides: What it changes in the run's configuration.
         mode: How its step runs; None leaves that to `train.compile`.
-        liger: Whether Liger's kernels replace Hugging Face's.
+        liger: Whether Liger's kernels replace Hugging Face's, or its fused loss the plain model's.
+        torch_loss: Whether the plain model's head and loss are one call of `F.linear_cross_entropy`.
+        gpu_only: Whether it says nothing on a CPU.
     """
 
     name: str
@@ -51,6 +54,8 @@ class Contestant:
     overrides: tuple[str, ...] = ()
     mode: Mode | None = None
     liger: bool = False
+    torch_loss: bool = False
+    gpu_only: bool = False
 
     @property
     def family(self) -> str:
@@ -67,6 +72,10 @@ class Contestant:
             return "Liger is not installed; pip install 'llmmed[peers]'"
         if self.liger and device != "cuda":
             return "Liger's kernels need a CUDA GPU"
+        if self.torch_loss and not hasattr(F, "linear_cross_entropy"):
+            return f"torch {torch.__version__} has no F.linear_cross_entropy"
+        if self.gpu_only and device != "cuda":
+            return "is measured on a CUDA GPU only"
         return None
 
 
@@ -74,18 +83,28 @@ def _ours(mode: Mode) -> tuple[str, ...]:
     return ("kernels=pytorch", f"train.compile={mode}")
 
 
-# The order in which they run: what is cut off by `seconds` stands last.
+# The order in which they run, every size of one before the next: what is cut off by `seconds` stands last.
 CONTESTANTS = (
     Contestant("ours_auto", "llmmed, kernels=auto", ("kernels=auto",)),
     Contestant("plain_compiled", "plain PyTorch, torch.compile", mode="compiled"),
     Contestant("hf_liger", "Hugging Face + Liger, eager", mode="eager", liger=True),
-    Contestant("hf_eager", "Hugging Face, eager", mode="eager"),
     Contestant("plain_eager", "plain PyTorch, eager", mode="eager"),
-    Contestant("ours_graphs", "llmmed, kernels=pytorch, graphs", _ours("graphs"), "graphs"),
-    Contestant("ours_eager", "llmmed, kernels=pytorch, eager", _ours("eager"), "eager"),
+    Contestant("hf_eager", "Hugging Face, eager", mode="eager"),
     Contestant("plain_graphs", "plain PyTorch, torch.compile with CUDA graphs", mode="graphs"),
-    Contestant("ours_compiled", "llmmed, kernels=pytorch, compiled", _ours("compiled"), "compiled"),
+    Contestant("ours_graphs", "llmmed, kernels=pytorch, graphs", _ours("graphs"), "graphs"),
     Contestant("hf_compiled", "Hugging Face, torch.compile", mode="compiled"),
+    Contestant("plain_liger", "plain PyTorch + Liger's fused loss, eager", mode="eager", liger=True),
+    Contestant(
+        "plain_fp16", "plain PyTorch, eager, fp16 + GradScaler", ("train.precision=fp16",), "eager", gpu_only=True
+    ),
+    Contestant("ours_eager", "llmmed, kernels=pytorch, eager", _ours("eager"), "eager"),
+    Contestant("ours_compiled", "llmmed, kernels=pytorch, compiled", _ours("compiled"), "compiled"),
+    Contestant(
+        "plain_compiled_liger", "plain PyTorch + Liger's fused loss, torch.compile", mode="compiled", liger=True
+    ),
+    Contestant(
+        "plain_compiled_torch", "plain PyTorch, F.linear_cross_entropy, torch.compile", mode="compiled", torch_loss=True
+    ),
 )
 
 
@@ -179,7 +198,9 @@ class _Rival:
         weights = Transformer.for_training(config, load_kernels(default_choice()), "cpu")
         self.excluded_seconds = time.perf_counter() - begun
         self._model = (
-            _plain(weights, config) if contestant.family == "plain" else _hugging_face(weights, contestant, config)
+            _plain(weights, contestant, config)
+            if contestant.family == "plain"
+            else _hugging_face(weights, contestant, config)
         )
         self._call: Callable[..., Tensor] = self._model
         if contestant.mode == "compiled":
@@ -223,8 +244,9 @@ class _Rival:
         return annotated(self._model, classes, {(modeling_llama, "apply_rotary_pos_emb"): "rotary"})
 
 
-def _plain(weights: Transformer, config: Config) -> nn.Module:
-    model = plain_llama.PlainLlama(config.model, config.train.seq_len)
+def _plain(weights: Transformer, contestant: Contestant, config: Config) -> nn.Module:
+    loss = plain_llama.liger_loss if contestant.liger else plain_llama.torch_loss if contestant.torch_loss else None
+    model = plain_llama.PlainLlama(config.model, config.train.seq_len, loss or plain_llama.plain_loss)
     model.load_state_dict(plain_llama.plain_state_dict(weights.state_dict()))
     return model.to(config.device)
 

@@ -37,10 +37,12 @@ _STAGES = {"warm": 0.0, "ceilings": 0.0, "verify": 0.1, "load": 0.6, "measure": 
 
 Tell = Callable[[float, str], None]
 """Told how much is done, from 0 to 1, and what is being done."""
+Keep = Callable[[list[OpRow], dict[str, Ceilings]], None]
+"""Given what is known so far whenever an op is done, so that a benchmark that is killed leaves it."""
 
 
 def run_ops(
-    settings: OpsSettings, overrides: Sequence[str], tell: Tell
+    settings: OpsSettings, overrides: Sequence[str], tell: Tell, keep: Keep
 ) -> Iterator[tuple[list[OpRow], dict[str, Ceilings]]]:
     """Everything that the settings ask for, within their time; gives what is known after every pass.
 
@@ -52,6 +54,10 @@ def run_ops(
     rows: list[OpRow] = []
     ceilings: dict[str, Ceilings] = {}
     order = {op: place for place, op in enumerate(settings.op_names)}
+
+    def so_far(more: list[OpRow], measured: dict[str, Ceilings]) -> tuple[list[OpRow], dict[str, Ceilings]]:
+        return sorted([*rows, *more], key=lambda row: order[row.op]), ceilings | measured  # sizes stay in their order
+
     for index, each in enumerate(passes):
 
         def report(progress: Progress, each: _Pass = each, index: int = index) -> None:
@@ -59,13 +65,16 @@ def run_ops(
             done = ops.index(progress.op) + _STAGES[progress.stage] if progress.op in ops else 0.0
             tell((index + done / len(ops)) / len(passes), f"{each.title}: {_what(progress)}")
 
+        def keep_op(found: list[OpRow], measured: Ceilings | None, each: _Pass = each) -> None:
+            keep(*so_far(found, {each.title: measured} if measured is not None else {}))
+
         tell(index / len(passes), each.title)
-        found, measured = _run(each, settings, verdicts, deadline, report)
+        found, measured = _run(each, settings, verdicts, deadline, report, keep_op)
         rows += found
         if measured is not None:
             ceilings[each.title] = measured
         tell((index + 1) / len(passes), each.title)
-        yield sorted(rows, key=lambda row: order[row.op]), ceilings  # sizes stay in their order within an op
+        yield so_far([], {})
 
 
 @dataclass(frozen=True)
@@ -126,7 +135,12 @@ def _passes(settings: OpsSettings, overrides: Sequence[str]) -> list[_Pass]:
 
 
 def _run(
-    each: _Pass, settings: OpsSettings, verdicts: _Verdicts, deadline: float, report: Callable[[Progress], None]
+    each: _Pass,
+    settings: OpsSettings,
+    verdicts: _Verdicts,
+    deadline: float,
+    report: Callable[[Progress], None],
+    keep_op: Callable[[list[OpRow], Ceilings | None], None],
 ) -> tuple[list[OpRow], Ceilings | None]:
     prepare_backend(each.config)
     settled: dict[str, dict[str, Candidate]] = {}
@@ -151,7 +165,9 @@ def _run(
         step=None,
         limits=Limits(each.config.kernels.candidate_seconds, settings.seconds, deadline),
         report=report,
-    )
+        timed=lambda known: keep_op([row for row in _rows(each, settings, settled, known) if row.op in known.measured],
+                                    known.ceilings),
+    )  # fmt: skip
     for op, found in findings.ops.items():
         for name, candidate in found.items():
             verdicts.learn(each, op, name, candidate)

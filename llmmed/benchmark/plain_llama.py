@@ -6,13 +6,16 @@ share an input are one matrix, and attention, norm and loss are PyTorch's own.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from llmmed.config import ModelConfig
+
+Loss = Callable[[nn.Linear, Tensor, Tensor], Tensor]
+"""`(head, x [tokens, width], targets [tokens]) -> mean cross-entropy`."""
 
 
 class PlainLlama(nn.Module):
@@ -21,8 +24,9 @@ class PlainLlama(nn.Module):
     cos: Tensor
     sin: Tensor
 
-    def __init__(self, config: ModelConfig, seq_len: int) -> None:
+    def __init__(self, config: ModelConfig, seq_len: int, loss: Loss) -> None:
         super().__init__()
+        self.loss = loss
         self.embedding = nn.Embedding(config.vocab_size, config.d_model)
         self.blocks = nn.ModuleList(Block(config) for _ in range(config.n_layers))
         self.norm = RMSNorm(config.d_model, config.norm_eps)
@@ -42,8 +46,29 @@ class PlainLlama(nn.Module):
         cos, sin = self.cos.to(x.dtype), self.sin.to(x.dtype)
         for block in self.blocks:
             x = block(x, cos, sin)
-        logits = self.head(self.norm(x)).flatten(0, 1)
-        return F.cross_entropy(logits.float(), targets.flatten())
+        return self.loss(self.head, self.norm(x).flatten(0, 1), targets.flatten())
+
+
+def plain_loss(head: nn.Linear, x: Tensor, targets: Tensor) -> Tensor:
+    """The logits, then PyTorch's cross-entropy in float32."""
+    return F.cross_entropy(head(x).float(), targets)
+
+
+def torch_loss(head: nn.Linear, x: Tensor, targets: Tensor) -> Tensor:
+    """PyTorch's own fused form, which is newer than the oldest torch that this package runs on."""
+    loss: Tensor = F.linear_cross_entropy(x, head.weight, targets)
+    return loss
+
+
+def _liger_loss(head: nn.Linear, x: Tensor, targets: Tensor) -> Tensor:
+    """Liger's fused form."""
+    from liger_kernel.ops.fused_linear_cross_entropy import LigerFusedLinearCrossEntropyFunction
+
+    loss: Tensor = LigerFusedLinearCrossEntropyFunction.apply(x, head.weight.to(x.dtype), targets)[0]
+    return loss
+
+
+liger_loss: Loss = torch.compiler.disable(_liger_loss)  # it reads a number from the device, which breaks a graph
 
 
 class Block(nn.Module):

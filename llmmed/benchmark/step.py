@@ -45,18 +45,18 @@ def run_step(
     sizes: list[str | None] = [*settings.sizes] or [None]
     entries = [
         _Entry(contestant, size, config_of(size, None, [*overrides, *contestant.overrides]))
-        for size in sizes
         for contestant in _chosen(settings)
+        for size in sizes
     ]
-    configs = {entry.config.model.name: entry.config for entry in reversed(entries)}
-    shapes = [_shape(configs[name]) for name in dict.fromkeys(entry.config.model.name for entry in entries)]
+    shapes = [_shape(entry.config) for entry in entries[: len(sizes)]]
+    by_size = sorted(entries, key=lambda entry: sizes.index(entry.size))
     with tempfile.TemporaryDirectory(prefix="llmmed-step-") as caches:
         for number in range(settings.rounds):
             for index, entry in enumerate(entries if number % 2 == 0 else entries[::-1]):
                 done, who = number + index / len(entries), f"{entry.config.model.name}: {entry.contestant.title}"
                 tell(done / settings.rounds, f"round {number + 1} of {settings.rounds}, {who}")
                 entry.run(settings, overrides, folder, Path(caches), number, deadline)
-                yield shapes, _compared([each.row() for each in entries if each.found or each.failure])
+                yield shapes, _compared([each.row() for each in by_size])
     tell(1.0, "done")
 
 
@@ -139,8 +139,8 @@ class _Entry:
         config, title = self.config, self.contestant.title
         row = StepRow(contestant=self.contestant.name, title=title, size=config.model.name, status="verified")
         if not self.found:
-            assert self.failure is not None
-            return row.model_copy(update={"status": self.failure.status, "reason": self.failure.reason})
+            missing = self.failure or StepFound(status="not_tried", reason="the benchmark ended before it")
+            return row.model_copy(update={"status": missing.status, "reason": missing.reason})
         first = self.found[0]
         samples = [sample for found in self.found for sample in found.samples]
         speed, low, high = median_interval(samples)

@@ -14,6 +14,7 @@ from llmmed.benchmark.results import OpRow, OpsResult, Origin, StepResult, StepR
 
 _ABSENT = "\N{EN DASH}"
 _GOOD, _IDLE = "green", "dim"
+_LONGEST_NAME = 18  # of an implementation, with its indent; a contestant's is folded
 _R = TypeVar("_R", OpRow, StepRow)
 
 
@@ -40,17 +41,21 @@ def header(origin: Origin) -> str:
 
 
 def show(result: OpsResult | StepResult, console: Console) -> None:
-    """Prints the table; below it what the columns mean."""
-    narrow = console.width < 110
+    """Prints a table for each op or model, in 80 columns if need be; below all of them what the columns mean."""
     if isinstance(result, OpsResult):
-        console.print(_ops_table(result, gap=1 if narrow else 2))
         for title, ceilings in result.ceilings.items():
             products = "".join(f", {name} products {t:,.0f} TFLOP/s" for name, t in ceilings.product_tflops.items())
-            console.print(f"\nceilings, {title}: copy {ceilings.copy_gb_per_second:,.0f} GB/s{products}", style="dim")
-        console.print(f"\n{OPS_NOTE}", style="dim")
+            console.print(f"ceilings, {title}: copy {ceilings.copy_gb_per_second:,.0f} GB/s{products}", style=_IDLE)
+        for (op, size, _, mode), rows in _grouped(result).items():
+            _group(op, f"{size}, {mode}: {rows[0].shapes}", rows, _OPS, console)
+        console.print(f"\n{OPS_NOTE}", style=_IDLE)
     else:
-        console.print(_step_table(result, gap=1 if narrow else 2))
-        console.print(f"\n{STEP_NOTE}", style="dim")
+        for shape in result.shapes:
+            told = f"{shape.parameters / 1e6:,.1f} M parameters, {shape.batch} x {shape.seq_len} tokens"
+            rows_of = [row for row in result.rows if row.size == shape.size]
+            columns = [column for column in _STEP if column is not (_INTERVAL if console.width < 110 else _SPREAD)]
+            _group(shape.size, f"{told}, {shape.precision}, {shape.optimizer}", rows_of, columns, console)
+        console.print(f"\n{STEP_NOTE}", style=_IDLE)
 
 
 def markdown(rows: Sequence[OpRow] | Sequence[StepRow]) -> str:
@@ -59,7 +64,7 @@ def markdown(rows: Sequence[OpRow] | Sequence[StepRow]) -> str:
     if isinstance(rows[0], OpRow):
         columns, first = _OPS, "implementation"
     else:
-        columns, first = _STEP, "contestant"
+        columns, first = [column for column in _STEP if column is not _SPREAD], "contestant"
     used = [column for column in columns if any(column.value(row) for row in rows)]  # type: ignore[arg-type]
     lines = [
         [first, "verdict", *(column.title for column in used)],
@@ -67,74 +72,59 @@ def markdown(rows: Sequence[OpRow] | Sequence[StepRow]) -> str:
     ]
     for row in rows:
         cells = [column.value(row) or _ABSENT for column in used]  # type: ignore[arg-type]
-        name = row.implementation if isinstance(row, OpRow) else row.title
         verdict = _words(row.status) + (f": {row.reason}" if row.reason else "")
-        lines.append([name, verdict, *cells])
+        lines.append([_name(row), verdict, *cells])
     return "".join(f"| {' | '.join(cell.replace('|', chr(92) + '|') for cell in line)} |\n" for line in lines)
 
 
 OPS_NOTE = (
     "One call of each shape, forward + backward, every candidate in turns with a cold cache. Device: median time on "
     "the device; host: time to issue the calls; fwd+bwd: what a step pays (in eager mode the longer of the two), with "
-    "half the 95 % interval of its median; ceiling: least possible device time / measured; memory: peak beyond the "
+    "half the 95 % interval of its median (±); ceiling: least possible device time / measured; memory: peak beyond the "
     "inputs."
 )
 STEP_NOTE = (
     "Every contestant in a process of its own, from the same weights, on the same batches. Speed: the median of all "
-    "timed blocks with its 95 % interval. First step: seconds from the start of the process, with empty compiler "
-    "caches; in brackets in a later round."
+    "timed blocks with its 95 % interval (±: half of it). First step: seconds from the start of the process with empty "
+    "compiler caches; in brackets in a later round."
 )
 
 
-def _ops_table(result: OpsResult, *, gap: int) -> Table:
-    columns = [column for column in _OPS if any(column.value(row) for row in result.rows)]
-    table = Table(box=None, padding=(0, gap, 0, 0), pad_edge=False, header_style="bold")
-    table.add_column("op", no_wrap=True)
-    table.add_column("verdict", min_width=8, max_width=11)
-    for column in columns:
-        table.add_column(column.header, justify="right", no_wrap=True)
-    table.add_column("why", overflow="fold", ratio=1)
-    before: tuple[str, ...] = ()
+def _grouped(result: OpsResult) -> dict[tuple[str, ...], list[OpRow]]:
+    """By op, size, dtype and mode."""
+    groups: dict[tuple[str, ...], list[OpRow]] = {}
     for row in result.rows:
-        group = (row.op, row.size, row.dtype, row.mode)
-        if group != before:
-            if before:
-                table.add_row()
-            table.add_row(Text(row.op, "bold"), Text(row.size, _IDLE), *("" for _ in columns), Text(_where(row), _IDLE))
-            before = group
-        table.add_row(
-            f"  {row.implementation}",
-            Text(_words(row.status), _colour(row.status)),
-            *(column.value(row) or Text(_ABSENT, _IDLE) for column in columns),
-            Text(row.reason),
-        )
-    return table
+        groups.setdefault((row.op, row.size, row.dtype, row.mode), []).append(row)
+    return groups
 
 
-def _step_table(result: StepResult, *, gap: int) -> Table:
-    columns = [column for column in _STEP if any(column.value(row) for row in result.rows)]
-    table = Table(box=None, padding=(0, gap, 0, 0), pad_edge=False, header_style="bold")
-    table.add_column("contestant", overflow="fold", min_width=18)
-    table.add_column("verdict", min_width=8, max_width=11)
-    for column in columns:
+def _group(title: str, told: str, rows: Sequence[_R], columns: Sequence[Column[_R]], console: Console) -> None:
+    """A heading, a table of the rows that have times, and a line for each of the others."""
+    console.print(Text.assemble((f"\n{title}", "bold"), (f"  {told}", _IDLE)))
+    timed = [row for row in rows if _is_timed(row)]
+    used = [column for column in columns if any(column.value(row) for row in timed)]
+    table = Table(box=None, padding=(0, 1 if console.width < 110 else 2, 0, 0), pad_edge=False, header_style="bold")
+    table.add_column("verified and timed", overflow="fold", min_width=_LONGEST_NAME)
+    for column in used:
         table.add_column(column.header, justify="right", no_wrap=True)
-    table.add_column("why", overflow="fold", ratio=1)
-    for shape in result.shapes:
-        told = f"{shape.parameters / 1e6:,.1f} M parameters, {shape.batch} x {shape.seq_len} tokens, {shape.precision}"
-        table.add_row(Text(shape.size, "bold"), "", *("" for _ in columns), Text(f"{told}, {shape.optimizer}", _IDLE))
-        for row in result.rows:
-            if row.size == shape.size:
-                table.add_row(
-                    Text(f"  {row.title}"),
-                    Text(_words(row.status), _colour(row.status)),
-                    *(column.value(row) or Text(_ABSENT, _IDLE) for column in columns),
-                    Text(row.reason),
-                )
-    return table
+    for row in timed:
+        table.add_row(f"  {_name(row)}", *(column.value(row) or Text(_ABSENT, _IDLE) for column in used))
+    if timed:
+        console.print(table)
+    for row in rows:
+        if not _is_timed(row):
+            reason = f": {row.reason}" if row.reason else ""
+            console.print(Text.assemble(f"  {_name(row)}: ", (_words(row.status), _colour(row.status)), reason))
+        elif row.reason:
+            console.print(Text(f"  {_name(row)}: {row.reason}"))
 
 
-def _where(row: OpRow) -> str:
-    return f"{row.shapes}; {row.mode}"
+def _is_timed(row: OpRow | StepRow) -> bool:
+    return (row.total_ms if isinstance(row, OpRow) else row.tokens_per_second) is not None
+
+
+def _name(row: OpRow | StepRow) -> str:
+    return row.implementation if isinstance(row, OpRow) else row.title
 
 
 def _number(value: float | None, form: str) -> str:
@@ -148,11 +138,9 @@ def milliseconds(value: float | None) -> str:
     return f"{value:,.0f}" if value >= 100 else f"{value:.4f}" if value < 0.1 else f"{value:#.3g}"
 
 
-def _spread(row: OpRow) -> str:
+def _spread(middle: float | None, low: float | None, high: float | None) -> str:
     """Half the interval, in per cent of the median."""
-    if not row.total_ms or row.total_ms_low is None or row.total_ms_high is None:
-        return ""
-    return f"{50 * (row.total_ms_high - row.total_ms_low) / row.total_ms:.1f}"
+    return "" if not middle or low is None or high is None else f"{50 * (high - low) / middle:.1f}"
 
 
 def _device_ms(row: OpRow) -> str:
@@ -174,14 +162,19 @@ _OPS: tuple[Column[OpRow], ...] = (
     Column("device\nms", _device_ms),
     Column("host\nms", lambda row: milliseconds(row.host_ms)),
     Column("fwd+bwd\nms", lambda row: milliseconds(row.total_ms)),
-    Column("\u00b1\n%", _spread),
-    Column("of\nceiling", lambda row: _number(row.share_of_ceiling, ".2f")),
+    Column("\u00b1\n%", lambda row: _spread(row.total_ms, row.total_ms_low, row.total_ms_high)),
+    Column("ceil-\ning", lambda row: _number(row.share_of_ceiling, ".2f")),
     Column("memory\nMiB", lambda row: _number(row.peak_memory_mib, ",.0f")),
     Column("speed-\nup", lambda row: _number(row.speedup, ".2f")),
 )
+_INTERVAL = Column("95 %\ninterval", _speed_interval)
+_SPREAD = Column[StepRow](
+    "\u00b1\n%", lambda row: _spread(row.tokens_per_second, row.tokens_per_second_low, row.tokens_per_second_high)
+)
 _STEP: tuple[Column[StepRow], ...] = (
     Column("speed\ntokens/s", lambda row: _number(row.tokens_per_second, ",.0f")),
-    Column("95 %\ninterval", _speed_interval),
+    _INTERVAL,
+    _SPREAD,
     Column("step\nms", lambda row: milliseconds(row.step_ms)),
     Column("MFU\n%", lambda row: "" if row.mfu is None else f"{100 * row.mfu:.1f}"),
     Column("memory\nGiB", lambda row: _number(row.peak_memory_gib, ".2f")),

@@ -198,7 +198,7 @@ class Implementation:
         """Why this implementation does not apply to a device and compute dtype, or None if it does."""
         if device.type not in self.devices:
             wants = " or ".join({"cuda": "a CUDA GPU", "cpu": "a CPU"}.get(d, d) for d in self.devices)
-            return f"needs {wants}; this run is on {device.type}"
+            return f"needs {wants}"
         if dtype not in self.dtypes:
             known = ", ".join(str(d).removeprefix("torch.") for d in self.dtypes)
             return f"supports {known}, not {str(dtype).removeprefix('torch.')}"

@@ -48,6 +48,8 @@ def draw(result: OpsResult | StepResult, folder: Path) -> list[Path]:
     figures = _ops_figures(result) if isinstance(result, OpsResult) else _step_figures(result)
     written = []
     for name, figure in figures.items():
+        for axis in figure.axes:
+            axis.spines[["top", "right"]].set_visible(False)
         picture = io.BytesIO()
         figure.savefig(picture, format="png", dpi=_DPI)
         _close(figure)
@@ -234,6 +236,7 @@ def _bars(
     axis.grid(axis="x", alpha=0.3)
     axis.set_axisbelow(True)
     axis.locator_params(axis="x", nbins=5)
+    axis.xaxis.set_major_formatter("{x:,.6g}")
 
 
 def _breakdown_figure(result: StepResult, rows: Sequence[StepRow]) -> Figure:

@@ -17,6 +17,10 @@ from llmmed.kernels.catalog import DEFAULT
 
 _ABSENT = "\N{EN DASH}"
 _CHOSEN = "\N{CHECK MARK}"
+_LEGEND = (
+    f"{_CHOSEN} is used. Verdict and error: outputs and every gradient against float64. Time: all calls of a "
+    "micro-batch, forward and backward, each op by itself. Memory: the most that a call takes beyond its inputs."
+)
 _STYLES: Mapping[Status, str] = {
     "verified": "green",
     "unavailable": "dim",
@@ -79,7 +83,7 @@ def kernel_table(plan: KernelPlan, *, gap: int = 2) -> Table:
                 Text(f"{_CHOSEN if chosen else ' '} {candidate_name}"),
                 Text(_words(candidate.status), _STYLES[candidate.status]),
                 *(column.value(candidate) or Text(_ABSENT, "dim") for column in columns),
-                Text(_why(candidate)),
+                Text(reason_alone(candidate) or _ABSENT),
                 style="bold" if chosen else "",
             )
     return table
@@ -93,28 +97,37 @@ def closing_line(plan: KernelPlan) -> str:
         gain = f" ({speedup:.2f}x)" if op.chosen != DEFAULT and speedup is not None else ""
         groups.setdefault(op.chosen, []).append(f"{name}{gain}")
     step = _step_line(plan.step) if plan.step is not None else ""
+    if list(groups) == [DEFAULT]:
+        groups[DEFAULT] = ["every op"]
     chosen = "; ".join(f"[bold]{escape(name)}[/] for {', '.join(ops)}" for name, ops in groups.items())
-    how = f"{plan.mode} mode; times are those of all calls of a micro-batch, forward and backward"
-    source = "from the tuning cache" if plan.cached else f"found in {plan.tuning_seconds:.1f} s{_stages(plan)}"
-    return f"Chosen, {source}: {chosen}.\n{step}[dim]{how}[/]"
+    if not any(candidate.total_ms for op in plan.ops.values() for candidate in op.candidates.values()):
+        return f"Chosen: {chosen}.\n{step}[dim]For {plan.mode} mode; nothing was left to measure.[/]"
+    source = "From the tuning cache" if plan.cached else f"Found in {plan.tuning_seconds:.1f} s{_stages(plan)}"
+    return f"Chosen: {chosen}.\n{step}[dim]{source}, for {plan.mode} mode. {_LEGEND}[/]"
 
 
 def _step_line(step: StepEvidence) -> str:
     """What the real step said of the whole plan."""
     default, chosen = step.default, step.chosen
+    if chosen.choice == default.choice:
+        return f"In the step: {_three_digits(chosen.ms)} ms a micro-batch.{_ended(step)}\n"
     others = {op: name for op, name in default.choice.items() if name != DEFAULT}
     against = "PyTorch's" if not others else f"PyTorch's and {', '.join(f'{n} for {op}' for op, n in others.items())}"
-    text = f"In the step: {_three_digits(chosen.ms)} ms with these, {_three_digits(default.ms)} with {against}"
+    text = f"In the step: {_three_digits(chosen.ms)} ms a micro-batch; {_three_digits(default.ms)} with {against}"
     if default.peak_memory_gib is not None and chosen.peak_memory_gib is not None:
         text += f"; {chosen.peak_memory_gib:.2f} GiB against {default.peak_memory_gib:.2f}"
     modes = ", ".join(f"{mode} {_three_digits(ms)}" for mode, ms in step.modes.items() if mode != step.mode)
     text += f" ({step.mode}; {modes} ms)" if modes else ""
-    return f"{text}. {'' if step.finished else 'kernels.budget_seconds ended the trials. '}\n"
+    return f"{text}.{_ended(step)}\n"
+
+
+def _ended(step: StepEvidence) -> str:
+    return "" if step.finished else " kernels.budget_seconds ended the trials."
 
 
 def _stages(plan: KernelPlan) -> str:
     """Where the time went, by stage; what took less than a second is not told."""
-    told = ", ".join(f"{name} {seconds:.0f}" for name, seconds in plan.tuning_stages.items() if seconds >= 1)
+    told = ", ".join(f"{name} {seconds:.0f} s" for name, seconds in plan.tuning_stages.items() if seconds >= 1)
     return f" ({told})" if told else ""
 
 
@@ -154,6 +167,6 @@ def _words(status: Status) -> str:
     return status.replace("_", " ")
 
 
-def _why(candidate: Candidate) -> str:
+def reason_alone(candidate: Candidate) -> str:
     """The reason without the verdict, which has a column of its own."""
-    return candidate.reason.removeprefix(_words(candidate.status)).lstrip(":, ") or _ABSENT
+    return candidate.reason.removeprefix(_words(candidate.status)).lstrip(":, ")

@@ -24,9 +24,11 @@ from llmmed.autotune.plan import Candidate, KernelPlan, OpPlan
 from llmmed.errors import UserError
 from llmmed.files import write_atomically
 from llmmed.reporting import sweep_summary
+from llmmed.reporting.kernel_table import reason_alone
 from llmmed.reporting.report_html import chart, digits, page, pre, table
 from llmmed.reporting.report_step import step_section
 from llmmed.reporting.sweep_summary import JobSummary, metrics_of, number, stored, summarize_run, told_kernels
+from llmmed.reporting.terminal import kernels_in_words
 from llmmed.run_folder import shown
 from llmmed.training.metrics import read_metrics
 
@@ -86,28 +88,62 @@ def run_page(folder: Path) -> str:
         "Log": _log(folder),
     }
     badge = f'<span class="badge {run.status.replace(" ", "-")}">{run.status}</span>'
-    return page(f"Run {folder.resolve().name}", f"{badge} {escape(run.job)}", sections)
+    subtitle = f'{badge} {escape(run.job)}</p><p class="where">{escape(_where(folder))}'
+    return page(f"Run {folder.resolve().name}", subtitle, sections)
 
 
 def sweep_page(folder: Path, jobs: Sequence[JobSummary]) -> str:
     """The report of a sweep, as HTML: the comparison that `sweep_summary` wrote beside it."""
     columns = sweep_summary.columns(jobs)
+    troubled = any(job.reason for job in jobs)
     rows = []
     for job in jobs:
         name = escape(job.job)
         linked = f'<a href="{quote(job.folder)}/report.html">{name}</a>' if job.folder else name
         cells = [f"<td>{linked}</td>", f'<td class="state {job.status.replace(" ", "-")}">{job.status}</td>']
         cells += [f'<td class="number">{column.value(job) or _ABSENT}</td>' for column in columns]
-        cells += [f"<td>{escape(told_kernels(job.kernels))}</td>", f'<td class="why">{escape(job.reason or "")}</td>']
+        cells.append(f"<td>{escape(told_kernels(job.kernels))}</td>")
+        cells += [f'<td class="why">{escape(job.reason or "")}</td>'] if troubled else []
         rows.append(f"<tr>{''.join(cells)}</tr>")
-    headers = ["job", "status", *(column.title for column in columns), "kernels other than pytorch", "reason"]
-    picture = base64.b64encode((folder / "sweep_summary.png").read_bytes()).decode()
+    headers = ["job", "status", *(column.title for column in columns), "kernels other than pytorch"]
+    headers += ["reason"] if troubled else []
+    pictures = {"The jobs side by side": "sweep_summary.png", "Validation loss against the step": "sweep_curves.png"}
     sections = {
         "Comparison": table(headers, rows, numbers=range(2, 2 + len(columns))) + f"<p>{sweep_summary.UNITS}</p>",
-        "Plots": f'<div class="scroll"><img alt="the comparison as bars" src="data:image/png;base64,{picture}"></div>',
+        **{title: _picture(title, folder / name) for title, name in pictures.items() if (folder / name).exists()},
     }
     done = sum(job.status == "finished" for job in jobs)
     return page(f"Sweep {folder.resolve().name}", f"{done} of {len(jobs)} jobs finished", sections)
+
+
+def _picture(title: str, path: Path) -> str:
+    data = base64.b64encode(path.read_bytes()).decode()
+    return f'<div class="scroll"><img alt="{escape(title)}" src="data:image/png;base64,{data}"></div>'
+
+
+def _where(folder: Path) -> str:
+    """The device, the versions and when it was, in one line."""
+    environment = stored(folder / "env.json")
+    try:
+        hardware = KernelPlan.read(folder / "kernels.json").hardware
+        told = [hardware.device, f"torch {hardware.torch}", f"triton {hardware.triton}" if hardware.triton else ""]
+    except UserError:
+        told = []
+    started = str(environment.get("started") or "")
+    return ", ".join(filter(None, [*told, f"started {started[:16].replace('T', ' ')} UTC" if started else ""]))
+
+
+def _headline(folder: Path) -> str:
+    """The kernels in words, and what they are worth in the real step."""
+    try:
+        plan = KernelPlan.read(folder / "kernels.json")
+    except UserError:
+        return ""
+    text = f"Kernels: {kernels_in_words(plan.choice)}."
+    if plan.step is not None and plan.step.chosen.choice != plan.step.default.choice:
+        gain = plan.step.default.ms / plan.step.chosen.ms
+        text += f" In the step {gain:.2f} times as fast as PyTorch's."
+    return f"<p>{escape(text)}</p>"
 
 
 def _result(run: JobSummary, folder: Path) -> str:
@@ -120,7 +156,7 @@ def _result(run: JobSummary, folder: Path) -> str:
         ("MFU", run.mfu, ".1%", "of the GPU's dense peak"),
         ("peak memory", run.peak_memory_gib, ".2f", "GiB"),
         ("first step", run.time_to_first_step_seconds, ".1f", "s after the start"),
-        ("training", run.training_time_seconds, ",.1f", "s"),
+        ("training time", run.training_time_seconds, ",.1f", "s"),
         ("steps", run.steps, ",", "optimizer steps"),
         ("parameters", summary.get("total_parameters"), ",", "trained"),
     ]
@@ -132,7 +168,8 @@ def _result(run: JobSummary, folder: Path) -> str:
     parts = [f'<p class="reason {run.status}">{run.status}: {escape(run.reason)}</p>'] if run.reason else []
     if tiles and run.status != "finished":
         parts.append("<p>The run did not finish: these are the last numbers that it wrote.</p>")
-    return "".join(parts) + (f'<div class="tiles">{tiles}</div>' if tiles else "<p>No numbers were written.</p>")
+    parts.append(f'<div class="tiles">{tiles}</div>' if tiles else "<p>No numbers were written.</p>")
+    return "".join(parts) + _headline(folder)
 
 
 def _curves(folder: Path) -> str:
@@ -167,8 +204,9 @@ def _kernels(folder: Path) -> str:
             cells = [f"<td>{'&#10003; ' if chosen else ''}{escape(implementation)}</td>"]
             cells.append(f'<td class="{candidate.status}">{candidate.status.replace("_", " ")}</td>')
             cells += [f'<td class="number">{column.value(candidate) or _ABSENT}</td>' for column in columns]
-            cells.append(f'<td class="why">{escape(candidate.reason) or _ABSENT}</td>')
-            rows.append(f'<tr class="{"chosen" if chosen else ""}">{"".join(cells)}</tr>')
+            cells.append(f'<td class="why">{escape(reason_alone(candidate)) or _ABSENT}</td>')
+            idle = candidate.status in ("unavailable", "not_tried")
+            rows.append(f'<tr class="{"chosen" if chosen else "idle" if idle else ""}">{"".join(cells)}</tr>')
     source = "read from the tuning cache" if plan.cached else f"found in {plan.tuning_seconds:,.1f} s"
     text = (
         f"Policy {plan.policy}, {plan.mode} mode; {source}. Times are those of all calls of a micro-batch, the "

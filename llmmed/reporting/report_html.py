@@ -16,7 +16,8 @@ def chart(title: str, series: Mapping[str, list[tuple[float, float]]], *, from_z
         return ""
     left, right, top, bottom = 98.0, 450.0, 12.0, 222.0
     everything = [point for points in drawn.values() for point in points]
-    x_ticks = _ticks(min(x for x, _ in everything), max(x for x, _ in everything))
+    first, last = min(x for x, _ in everything), max(x for x, _ in everything)
+    x_ticks = _ticks(0.0 if first < last / 2 else first, last)
     y_ticks = _ticks(0.0 if from_zero else min(y for _, y in everything), max(y for _, y in everything))
 
     def at(x: float, y: float) -> tuple[float, float]:
@@ -86,8 +87,13 @@ def _fill(place: int | None) -> str:
 
 
 def digits(value: float | None) -> str:
-    """Four significant digits without an exponent; empty if absent."""
-    return "" if value is None else f"{value:,.0f}" if value >= 1000 else f"{value:#.4g}".rstrip(".")
+    """Three significant digits without an exponent; empty if absent."""
+    return "" if value is None else f"{value:,.0f}" if value >= 100 else f"{value:#.3g}".rstrip(".")
+
+
+def decimals(largest: float) -> int:
+    """Digits after the point for a column of numbers, so that the largest has four and all of them stand in line."""
+    return min(5, max(0, 3 - math.floor(math.log10(largest)))) if largest > 0 else 0
 
 
 def _thinned(points: list[tuple[float, float]]) -> list[tuple[float, float]]:
@@ -145,9 +151,9 @@ def page(title: str, subtitle: str, sections: Mapping[str, str]) -> str:
 
 _STYLE = """
 :root { color-scheme: light dark; --page: #fff; --card: #f4f6f8; --text: #1b1f24; --dim: #57606a; --line: #d0d7de;
-  --s0: #0072b2; --s1: #d55e00; --good: #17703a; --bad: #b3261e; --warn: #8a5a00 }
+  --shade: #0003;  --s0: #0072b2; --s1: #d55e00; --good: #17703a; --bad: #b3261e; --warn: #8a5a00 }
 @media (prefers-color-scheme: dark) { :root { --page: #14171c; --card: #1e232a; --text: #e6e9ed; --dim: #9aa4af;
-  --line: #3a424c; --s0: #56b4e9; --s1: #e69f00; --good: #5fd38d; --bad: #ff8a80; --warn: #f0c060 } }
+  --line: #3a424c; --shade: #000a; --s0: #56b4e9; --s1: #e69f00; --good: #5fd38d; --bad: #ff8a80; --warn: #f0c060 } }
 * { box-sizing: border-box }
 body { margin: 0 auto; max-width: 1180px; padding: 16px; background: var(--page); color: var(--text);
   font: 15px/1.5 system-ui, sans-serif }
@@ -157,7 +163,7 @@ h3 { font-size: 1rem; margin: 0 } header p { margin: 4px 0; overflow-wrap: anywh
 .finished, .verified { color: var(--good) } .failed, .wrong, .crashed, .no_backward, .timed_out { color: var(--bad) }
 .interrupted, .running, .not-started, .out_of_memory, .failed_to_compile { color: var(--warn) }
 .unavailable, .not_tried { color: var(--dim) } .reason { font-weight: 600; overflow-wrap: anywhere }
-.tiles { display: grid; grid-template-columns: repeat(auto-fill, minmax(150px, 1fr)); gap: 8px }
+.tiles { display: grid; grid-template-columns: repeat(auto-fill, minmax(132px, 1fr)); gap: 8px }
 .tile { background: var(--card); border-radius: 8px; padding: 8px 12px } .tile * { display: block }
 .tile span { font-size: 1.35rem; font-variant-numeric: tabular-nums } .tile b, .tile i, i { font: inherit;
   font-size: .85rem; color: var(--dim) }
@@ -171,11 +177,17 @@ polyline { fill: none; stroke-width: 1.6 } polyline.s0 { stroke: var(--s0) } pol
 .key { margin-right: 16px; color: var(--dim) } .key::before { content: ""; display: inline-block; width: 22px;
   margin-right: 6px; vertical-align: middle; border-top: 3px solid var(--s0) } .key.s1::before {
   border-top: 3px dashed var(--s1) }
-.scroll { overflow-x: auto } table { border-collapse: collapse; font-size: .9rem }
+.where { color: var(--dim) }
+.scroll { overflow-x: auto; max-width: max-content;
+  background: linear-gradient(to left, var(--page) 60%, transparent) right / 40px 100% no-repeat local,
+    linear-gradient(to left, var(--shade), transparent) right / 14px 100% no-repeat }
+.scroll td:first-child, .scroll thead th:first-child { position: sticky; left: 0; background: var(--page) }
+table { border-collapse: collapse; font-size: .9rem }
 th, td { text-align: left; padding: 4px 12px 4px 0; border-bottom: 1px solid var(--line); vertical-align: top }
 thead th { vertical-align: bottom; color: var(--dim) } .number { text-align: right; white-space: nowrap;
   font-variant-numeric: tabular-nums } thead .number { white-space: normal } .state { white-space: nowrap }
-.op th { padding-top: 14px } .chosen td { font-weight: 600 } td.why { min-width: 240px; font-weight: 400 }
+.op th { padding-top: 14px } .chosen td { font-weight: 600 } td.why { min-width: 300px; font-weight: 400 }
+.idle td { color: var(--dim) }
 .pairs td { overflow-wrap: anywhere } .pairs th { font-weight: 400; color: var(--dim) }
 pre { background: var(--card); border-radius: 8px; padding: 8px 12px; white-space: pre-wrap;
   overflow-wrap: anywhere; font-size: .82rem }
@@ -189,5 +201,6 @@ svg text.on.f6 { fill: #fff } .part { white-space: nowrap }
 .samples > div { background: var(--card); border-radius: 8px; padding: 4px 12px; overflow-wrap: anywhere }
 .samples p { margin: 6px 0; white-space: pre-wrap } summary { color: var(--dim); cursor: pointer; margin: 4px 0 }
 img { width: 100%; min-width: 760px; background: #fff; border-radius: 8px }
+@media (prefers-color-scheme: dark) { img { filter: invert(.9) hue-rotate(180deg) } }
 """
 _FILLS = "".join(f".f{place} {{ fill: {c}; background: {c} }}\n" for place, c in enumerate(_COLOURS))

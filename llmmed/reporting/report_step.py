@@ -10,7 +10,7 @@ from llmmed.autotune.plan import KernelPlan, StepEvidence, StepTimes, StepTrial
 from llmmed.errors import UserError
 from llmmed.reporting import breakdown
 from llmmed.reporting.breakdown import Breakdown
-from llmmed.reporting.report_html import bars, digits, swatch, table
+from llmmed.reporting.report_html import bars, decimals, digits, swatch, table
 
 _ABSENT = "\N{EN DASH}"
 
@@ -27,7 +27,10 @@ def step_section(folder: Path) -> str:
             "<p>Not measured: nothing was timed, because nothing was left to choose "
             f"(policy {plan.policy}). <code>kernels=auto</code> measures.</p>"
         )
-    parts = [_bars(chosen, default, same=plan.step is None), _notes(plan, chosen)]
+    parts = [
+        _bars(chosen, default, same=plan.step is None or plan.step.chosen.choice == plan.step.default.choice),
+        _notes(plan, chosen),
+    ]
     parts.append(_evidence(plan.step) if plan.step is not None else "<p>The step as a whole was not measured.</p>")
     return "".join(parts)
 
@@ -35,6 +38,7 @@ def step_section(folder: Path) -> str:
 def _bars(chosen: Breakdown, default: Breakdown, *, same: bool) -> str:
     """A stacked bar a choice of kernels, and the same numbers as a table."""
     shown = {"with these kernels": chosen} | ({"with PyTorch's": default} if default.parts and not same else {})
+    places = decimals(max(found.step_ms or found.ops_ms for found in shown.values()))
     names = list(dict.fromkeys(part.op for found in shown.values() for part in found.parts))
     place = {name: index for index, name in enumerate(names)}
     values: dict[str, list[tuple[int | None, str, float]]] = {}
@@ -50,9 +54,9 @@ def _bars(chosen: Breakdown, default: Breakdown, *, same: bool) -> str:
             part = next((part for part in found.parts if part.op == name), None)
             ms = found.rest_ms if name == breakdown.REST else part.ms if part else None
             used = part.implementation if part else ""
-            cells.append(f'<td class="number">{digits(ms) or _ABSENT}</td><td>{escape(used)}</td>')
+            cells.append(f'<td class="number">{_fixed(ms, places)}</td><td>{escape(used)}</td>')
         rows.append(f"<tr>{''.join(cells)}</tr>")
-    whole = "".join(f'<td class="number">{digits(found.step_ms) or _ABSENT}</td><td></td>' for found in shown.values())
+    whole = "".join(f'<td class="number">{_fixed(found.step_ms, places)}</td><td></td>' for found in shown.values())
     rows.append(f'<tr class="chosen"><td>the whole step</td>{whole}</tr>')
     headers = ["part of the step", *(text for title in shown for text in (f"{title}, ms", "kernel"))]
     numbers = range(1, len(headers), 2)
@@ -79,7 +83,10 @@ def _notes(plan: KernelPlan, chosen: Breakdown) -> str:
 
 def _evidence(step: StepEvidence) -> str:
     parts = [f"<p>Outcome: {escape(step.reason)}.</p>"] if step.reason else []
-    rows = [_times("these kernels", step.chosen), _times("PyTorch's, with what is pinned", step.default)]
+    places = decimals(step.default.ms)
+    rows = [_times("these kernels", step.chosen, places)]
+    if step.chosen.choice != step.default.choice:
+        rows.append(_times("PyTorch's, with what is pinned", step.default, places))
     headers = ["in the real step", "ms a micro-batch", "interval at 95 %, ms", "peak memory, GiB"]
     parts.append(table(headers, rows, range(1, 4)))
     others = ", ".join(f"{mode} {digits(ms)} ms" for mode, ms in step.modes.items())
@@ -93,19 +100,19 @@ def _evidence(step: StepEvidence) -> str:
     memory = any(trial.memory_gain_mib is not None for trial in step.trials)
     headers = ["op", "tried", "in place of", "verdict", "gain, ms", "interval at 95 %, ms"]
     headers += ["memory gain, MiB"] if memory else []
-    rows = [_trial(trial, memory=memory) for trial in step.trials]
+    rows = [_trial(trial, places, memory=memory) for trial in step.trials]
     return "".join(parts) + what + table([*headers, "why"], rows, range(4, len(headers)))
 
 
-def _times(name: str, times: StepTimes) -> str:
+def _times(name: str, times: StepTimes, places: int) -> str:
     memory = _ABSENT if times.peak_memory_gib is None else f"{times.peak_memory_gib:.2f}"
-    return _row([name], [digits(times.ms), _interval(times.ms_low, times.ms_high), memory])
+    return _row([name], [_fixed(times.ms, places), _interval(times.ms_low, times.ms_high, places), memory])
 
 
-def _trial(trial: StepTrial, *, memory: bool) -> str:
-    gains = [_signed(trial.gain_ms), _interval(trial.gain_ms_low, trial.gain_ms_high)]
+def _trial(trial: StepTrial, places: int, *, memory: bool) -> str:
+    gains = [_fixed(trial.gain_ms, places, "+"), _interval(trial.gain_ms_low, trial.gain_ms_high, places, "+")]
     if memory:
-        gains.append(_ABSENT if trial.memory_gain_mib is None else f"{trial.memory_gain_mib:+,.0f}")
+        gains.append(_fixed(trial.memory_gain_mib, 0, "+"))
     why = f'<td class="why">{escape(trial.reason)}</td>'
     return _row([trial.op, trial.name, trial.against, trial.status], gains, why)
 
@@ -116,12 +123,10 @@ def _row(texts: Sequence[str], numbers: Sequence[str], end: str = "") -> str:
     return f"<tr>{''.join(cells)}{end}</tr>"
 
 
-def _interval(low: float | None, high: float | None) -> str:
-    return _ABSENT if low is None or high is None else f"{_signed(low, plus='')} to {_signed(high, plus='')}"
+def _interval(low: float | None, high: float | None, places: int, sign: str = "") -> str:
+    return _ABSENT if low is None or high is None else f"{_fixed(low, places, sign)} to {_fixed(high, places, sign)}"
 
 
-def _signed(value: float | None, plus: str = "+") -> str:
-    if value is None:
-        return _ABSENT
-    sign = "-" if value < 0 else plus if value > 0 else ""
-    return f"{sign}{digits(abs(value)) if value else '0'}"
+def _fixed(value: float | None, places: int, sign: str = "") -> str:
+    """With `places` digits after the point, so that a column stands in line; `sign` may be `+`."""
+    return _ABSENT if value is None else f"{value:{sign},.{places}f}"

@@ -35,27 +35,37 @@ def picture(curves: Mapping[str, Curve]) -> bytes | None:
 
     matplotlib.use("Agg")
     from matplotlib import pyplot
+    from matplotlib.ticker import MaxNLocator
 
-    figure, axis = pyplot.subplots(figsize=(8.0, 4.5), layout="constrained")
-    for (name, points), (colour, marker) in zip(shown.items(), _LOOKS, strict=False):
+    figure, axis = pyplot.subplots(figsize=(8.0, 4.6 + 0.2 * len(shown)), layout="constrained")
+    for place, ((name, points), (colour, marker)) in enumerate(zip(shown.items(), _LOOKS, strict=False)):
         steps, losses = zip(*points, strict=True)
+        under = 1.2 * (len(shown) - place - 1) / len(shown)  # thinner the later, so that equal curves show each other
         lowest = f"{name.replace('$', chr(92) + '$')}: {min(losses):.3f}"
-        axis.plot(steps, losses, color=colour, marker=marker, markersize=4, linewidth=1.4, label=lowest)
+        size, width = 4 + 4 * under, 1.4 + 2 * under
+        axis.plot(steps, losses, color=colour, marker=marker, markersize=size, linewidth=width, label=lowest)
     axis.set_xlabel("optimizer step")
     axis.set_ylabel("validation loss (nats a token)")
-    axis.set_ylim(*_range([y for points in shown.values() for _, y in points]))
+    axis.set_ylim(*_range(list(shown.values())))
+    axis.xaxis.set_major_locator(MaxNLocator(integer=True))
     axis.grid(alpha=0.3)
     axis.set_axisbelow(True)
-    axis.legend(title="job: lowest loss", fontsize="small")
+    axis.spines[["top", "right"]].set_visible(False)
+    title = "job: lowest loss"
+    figure.legend(loc="outside lower left", title=title, fontsize="small", alignment="left", frameon=False)
     drawn = io.BytesIO()
     figure.savefig(drawn, format="png", dpi=120)
     pyplot.close(figure)
     return drawn.getvalue()
 
 
-def _range(losses: Sequence[float]) -> tuple[float, float]:
-    """From the lowest to what all but the first quarter lie below: the start says little and takes most of the room."""
-    low, ordered = min(losses), sorted(losses)
-    high = ordered[(3 * (len(ordered) - 1)) // 4]
+def _range(curves: Sequence[Curve]) -> tuple[float, float]:
+    """All that follows the first quarter of each curve: a start says little and takes most of the room.
+
+    One that diverges does not flatten the others: it may reach three times as far above the lowest as their middle one.
+    """
+    low = min(y for points in curves for _, y in points)
+    highs = sorted(max(y for _, y in points[len(points) // 4 :]) for points in curves)
+    high = min(highs[-1], low + 3 * (highs[len(highs) // 2] - low) or highs[-1])
     margin = 0.05 * (high - low) or 0.1
     return low - margin, high + margin

@@ -257,31 +257,41 @@ def _picture(jobs: Sequence[JobSummary]) -> bytes:
 
     matplotlib.use("Agg")
     from matplotlib import pyplot
+    from matplotlib.ticker import FuncFormatter
 
     panels = [
-        ("throughput (tokens/s)", [job.tokens_per_second for job in jobs], True),
-        ("peak memory (GiB)", [job.peak_memory_gib for job in jobs], True),
-        ("validation loss (nats a token)", [job.val_loss for job in jobs], False),
-        ("time to first step (s)", [job.time_to_first_step_seconds for job in jobs], True),
+        ("throughput (tokens/s)", [job.tokens_per_second for job in jobs], True, ",.0f"),
+        ("peak memory (GiB)", [job.peak_memory_gib for job in jobs], True, ".2f"),
+        ("validation loss (nats a token)", [job.val_loss for job in jobs], False, ".4f"),
+        ("time to first step (s)", [job.time_to_first_step_seconds for job in jobs], True, ".1f"),
     ]
     shown = [panel for panel in panels if any(map(_drawable, panel[1]))] or panels[:1]
     size = (2.5 + 3.0 * len(shown), min(1.4 + 0.45 * len(jobs), 60.0))
     figure, axes = pyplot.subplots(1, len(shown), figsize=size, sharey=True, squeeze=False, layout="constrained")
     labels = [_folded(job.job if job.status == "finished" else f"{job.job}\n{job.status}") for job in jobs]
-    for axis, (title, values, bars) in zip(axes[0], shown, strict=True):
+    for axis, (title, values, bars, form) in zip(axes[0], shown, strict=True):
+        highest = max((value for value in values if value is not None and math.isfinite(value)), default=1.0)
         for row, (job, value) in enumerate(zip(jobs, values, strict=True)):
             colour = _BLUE if job.status == "finished" else _RED
             hatch = None if job.status == "finished" else "//"
-            if not _drawable(value):
+            if value is None or not math.isfinite(value):
                 axis.text(0.02, row, _ABSENT, transform=axis.get_yaxis_transform(), va="center", color="0.4")
             elif bars:
                 axis.barh(row, value, 0.6, color=colour, hatch=hatch, edgecolor="white")
+                axis.text(value + 0.02 * highest, row, f"{value:{form}}", va="center", fontsize=8)
             else:
                 axis.plot([value], [row], "o" if hatch is None else "x", color=colour, markersize=7)
+                axis.annotate(f"{value:{form}}", (value, row), (0, 7), textcoords="offset points", ha="center", size=8)
+        if bars:
+            axis.set_xlim(0, 1.25 * highest)
+        else:
+            axis.margins(x=0.25)
         axis.set_xlabel(title)
         axis.grid(axis="x", alpha=0.3)
         axis.locator_params(axis="x", nbins=4)
+        axis.xaxis.set_major_formatter(FuncFormatter(lambda place, _: f"{place:,.6g}"))
         axis.set_axisbelow(True)
+        axis.spines[["top", "right"]].set_visible(False)
     axes[0][0].set_yticks(range(len(jobs)), labels)
     axes[0][0].set_ylim(len(jobs) - 0.5, -0.5)
     picture = io.BytesIO()

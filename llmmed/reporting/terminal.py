@@ -14,6 +14,7 @@ from llmmed.autotune.plan import KernelPlan, Mode
 from llmmed.compose import accumulation_steps
 from llmmed.config import Config
 from llmmed.data import Dataset
+from llmmed.kernels.catalog import DEFAULT
 from llmmed.model import parameter_count
 from llmmed.run_folder import shown
 
@@ -51,20 +52,29 @@ def print_closing(summary: Mapping[str, Any], plan: KernelPlan, folder: Path, co
     if summary["peak_memory_gib"] is not None:
         speed += f", peak memory {summary['peak_memory_gib']:.2f} GiB"
     seconds, first = summary["training_time_seconds"], summary["time_to_first_step_seconds"]
-    kernels = ", ".join(f"{op} {name}" for op, name in plan.choice.items())
     rows = {
-        "loss": f"training {summary['final/train_loss']:.4f}, validation {_validation(summary)} nats a token",
+        "loss": f"training {summary['final/train_loss']:.4f}, validation {_validation(summary)}",
         "speed": speed,
         "time": f"{seconds:.1f} s of training; first step {first:.1f} s after the start",
-        "kernels": kernels,
+        "kernels": kernels_in_words(plan.choice),
         "files": f"{shown(folder)}/",
     }
     console.print(_pairs(rows))
 
 
+def kernels_in_words(choice: Mapping[str, str]) -> str:
+    """`triton for add_rms_norm, rotary; pytorch for the rest`."""
+    others = [name for name in dict.fromkeys(choice.values()) if name != DEFAULT]
+    if not others:
+        return f"{DEFAULT} for every op"
+    told = [f"{name} for {', '.join(op for op, n in choice.items() if n == name)}" for name in others]
+    return "; ".join(told + ([f"{DEFAULT} for the rest"] if DEFAULT in choice.values() else []))
+
+
 def _validation(summary: Mapping[str, Any]) -> str:
     last, best, step = summary["final/val_loss"], summary["best/val_loss"], summary["best/step"]
-    return f"{last:.4f}" if step in (0, summary["steps"]) else f"{last:.4f} (best {best:.4f} at step {step})"
+    unit = f"{last:.4f} nats a token"
+    return unit if step in (0, summary["steps"]) else f"{unit} (best {best:.4f}, step {step:,})"
 
 
 def _pairs(rows: Mapping[str, str]) -> Table:

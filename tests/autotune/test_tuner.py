@@ -116,7 +116,7 @@ def test_every_kind_of_failure_has_its_reason_and_the_others_go_on(tiny: Config,
     assert told("hangs_when_measured").endswith("kernels.candidate_seconds=8 while it was measured")
     assert told("dies_when_measured").endswith("killed by SIGSEGV while it was measured")
     assert told("raises_when_measured") == "crashed: ValueError: no such tile, while measured"
-    assert told("gpu_only") == "unavailable: unavailable: needs a CUDA GPU; this run is on cpu"
+    assert told("gpu_only") == "unavailable: unavailable: needs a CUDA GPU"
     assert told("half_only") == "unavailable: unavailable: supports bfloat16, not float32"
     assert "has no backward pass" in told("forward_only")
     assert {("verify", "hangs"), ("measure", "pytorch")} <= {(p.stage, p.name) for p in seen}

@@ -36,7 +36,7 @@ def make_plan(memory: float | None = 144.0, *, cached: bool = False) -> KernelPl
     }
     rotary = {
         "pytorch": Candidate(status="not_tried", reason="in place of triton, which kernels=triton asks for"),
-        "triton": Candidate(status="unavailable", reason="unavailable: needs a CUDA GPU; this run is on cpu"),
+        "triton": Candidate(status="unavailable", reason="unavailable: needs a CUDA GPU"),
     }
     ops = {
         name: OpPlan(
@@ -82,7 +82,7 @@ def test_nothing_essential_is_cut_off(width: int) -> None:
         ["triton", "unavailable", DASH, DASH, DASH, DASH],
     ):
         assert any(line.split()[: len(row)] == row for line in text.splitlines()), row
-    for words in (WRONG, "needs a CUDA GPU; this run is on cpu", "fwd+bwd ms", "memory MiB"):
+    for words in (WRONG, "needs a CUDA GPU", "fwd+bwd ms", "memory MiB"):
         assert all(word in text for word in words.split()), words
 
 
@@ -104,5 +104,20 @@ def test_a_column_without_values_is_left_out() -> None:
 
 def test_the_choice_is_told_in_words() -> None:
     text = printed(make_plan(), 200)
-    assert "Chosen, found in 12.3 s: triton for rms_norm (3.00x); pytorch for rotary." in text
-    assert "Chosen, from the tuning cache: " in printed(make_plan(cached=True), 200)
+    assert "Chosen: triton for rms_norm (3.00x); pytorch for rotary." in text
+    assert "Found in 12.3 s, for eager mode." in text
+    assert "From the tuning cache, for eager mode." in printed(make_plan(cached=True), 200)
+
+
+def test_a_stranger_is_told_what_the_columns_are() -> None:
+    text = " ".join(printed(make_plan(), 80).split())
+    assert "is used. Verdict and error: outputs and every gradient against float64." in text
+    pytorch = {
+        name: op.model_copy(update={"chosen": "pytorch", "candidates": {"pytorch": op.candidates["pytorch"]}})
+        for name, op in make_plan().ops.items()
+        if name == "rotary"
+    }
+    forced = printed(make_plan().model_copy(update={"ops": pytorch}), 80)
+    assert "Chosen: pytorch for every op." in forced
+    assert "nothing was left to measure" in forced
+    assert "float64" not in forced

@@ -103,11 +103,11 @@ def test_the_step_is_told_with_its_parts_and_its_trials(tmp_path: Path) -> None:
     plan.model_copy(update={"step": step}).write(run / "kernels.json")
     page = page_of(run)
     for words in (
-        "time of a micro-batch (ms)", "with these kernels: 10.00 ms", "with PyTorch's: 16.00 ms",
-        "1 add_rms_norm 4.000 triton 8.000 pytorch", "everything else 2.500 4.000", "the whole step 10.00 16.00",
+        "time of a micro-batch (ms)", "with these kernels: 10.0 ms", "with PyTorch's: 16.0 ms",
+        "1 add_rms_norm 4.00 triton 8.00 pytorch", "everything else 2.50 4.00", "the whole step 10.00 16.00",
         "Not timed, and so not in the bars: of_another_version.", "measured at 1 and 2 layers",
         "Outcome: saves 6 ms.", "kernels.budget_seconds ended the trials",
-        "rotary triton pytorch rejected -0.3910 -2.500 to 1.970 -3 within the step's <noise>",
+        "rotary triton pytorch rejected -0.39 -2.50 to +1.97 -3 within the step's <noise>",
     ):  # fmt: skip
         assert words in page.text, words
     assert "rect" in page.tags
@@ -181,7 +181,8 @@ def test_a_sweep_has_one_page_and_a_report_for_each_job(tmp_path: Path) -> None:
         assert words in page.text, words
     assert page.loaded[:3] == ["a/report.html", "nested/b/report.html", "c/report.html"]
     assert all((sweep / name).is_file() for name in page.loaded[:3])
-    assert page.loaded[3].startswith("data:image/png;base64,iVBOR")
+    assert len(page.loaded) == 4 + (sweep / "sweep_curves.png").exists()
+    assert all(data.startswith("data:image/png;base64,iVBOR") for data in page.loaded[3:])
 
 
 def test_mistakes_are_one_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 
-from llmmed.reporting.sweep_curves import MOST_CURVES, best_curves, picture
+from llmmed.reporting.sweep_curves import MOST_CURVES, _range, best_curves, picture
 
 
 def test_the_best_come_first_and_only_so_many() -> None:
@@ -27,3 +27,14 @@ def test_a_picture_is_drawn() -> None:
     drawn = picture({"optimizer=muon": [(1.0, 9.0), (2.0, 3.0), (3.0, 2.0)], "flat": [(1.0, 2.0), (2.0, 2.0)]})
     assert drawn is not None
     assert drawn.startswith(b"\x89PNG")
+
+
+def test_every_point_after_a_start_is_in_the_picture_unless_its_job_diverges() -> None:
+    rises = [(1.0, 9.0), (2.0, 2.0), (3.0, 2.5), (4.0, 3.0)]
+    low, high = _range([rises])
+    assert low < 2.0
+    assert 3.0 < high < 9.0
+    _, high = _range([rises, rises, [(1.0, 9.0), (2.0, 50.0), (3.0, 1e4), (4.0, 1e9)]])
+    assert 3.0 < high < 9.0
+    low, high = _range([[(1.0, 2.0), (2.0, 2.0)]])
+    assert low < 2.0 < high

@@ -33,7 +33,7 @@ class Launch(NamedTuple):
 def _wide(stride, LONG: tl.constexpr):
     """A stride in 64 bits where positions times it do not fit into 32, which cost registers."""
     if LONG:
-        return tl.to_tensor(stride).to(tl.int64)
+        return stride + tl.full((), 0, tl.int64)
     else:
         return stride
 

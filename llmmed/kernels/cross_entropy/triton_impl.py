@@ -114,7 +114,7 @@ def cross_entropy_triton_fwd_kernel(
 ):  # fmt: skip
     factor = tl.load(factor_ptr).to(tl.float32)
     for row in tl.range(tl.program_id(0).to(tl.int64), n_rows, tl.num_programs(0)):
-        row = tl.to_tensor(row).to(tl.int64)  # the interpreter counts in plain integers
+        row += tl.full((), 0, tl.int64)  # the interpreter counts in plain integers
         logits = logits_ptr + row * logits_stride
         gradient = gradient_ptr + row * V
         target = tl.load(targets_ptr + row * targets_stride)
@@ -150,7 +150,7 @@ def cross_entropy_triton_bwd_kernel(
         end = tl.where(upstream == 1.0, 0, n_rows)
     factor = (tl.load(factor_ptr) * upstream).to(tl.float32)
     for row in tl.range(tl.program_id(0).to(tl.int64), end, tl.num_programs(0)):
-        row = tl.to_tensor(row).to(tl.int64)
+        row += tl.full((), 0, tl.int64)
         gradient = gradient_ptr + row * V
         target = tl.load(targets_ptr + row * targets_stride)
         if target == ignore_index:
