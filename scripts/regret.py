@@ -53,9 +53,12 @@ def main(arguments: list[str]) -> int:
 
     try:
         regret = measure_regret(
-            StepClock(config, plan.mode), plan, neighbours(plan, pairs=own["pairs"] == "true"), told=told,
+            StepClock(config, plan.mode, plan.launches),
+            plan,
+            neighbours(plan, pairs=own["pairs"] == "true"),
+            told=told,
             time_is_up=lambda: time.perf_counter() - started > seconds,
-        )  # fmt: skip
+        )
     except Failed as failure:
         print(f"error: {failure}", file=sys.stderr)
         return 1

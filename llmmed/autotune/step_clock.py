@@ -24,7 +24,9 @@ from llmmed.autotune.plan import Mode, StepTimes
 from llmmed.autotune.workload import called_ops, record_micro_batch
 from llmmed.compose import accumulation_steps
 from llmmed.config import Config
+from llmmed.kernels.base import Kernels
 from llmmed.kernels.catalog import default_choice, load_kernels
+from llmmed.kernels.tunable import Launches
 from llmmed.model import Transformer, compute_dtype, parameter_count
 from llmmed.optim import build_optimizers
 from llmmed.training.micro_step import GraphedMicroStep, LaunchedMicroStep
@@ -45,10 +47,13 @@ class StepClock:
     Args:
         config: The run's.
         mode: How the step runs.
+        launches: By op and implementation how kernels are launched, by default where this says nothing.
     """
 
-    def __init__(self, config: Config, mode: Mode) -> None:
-        self._config, self._mode = config, mode
+    def __init__(
+        self, config: Config, mode: Mode, launches: Mapping[str, Mapping[str, Launches]] | None = None
+    ) -> None:
+        self._config, self._mode, self._launches = config, mode, launches
         self.device = torch.device(config.device)
         self.layers = config.model.n_layers
         self.trial_depth = min(DEPTHS[1], self.layers)
@@ -198,9 +203,13 @@ class StepClock:
 
     def _build(self, choice: Choice, depth: int, mode: Mode) -> _Subject:
         try:
-            return _Subject(self, self._config, self._weights, self._batches[0], self._scale, choice, depth, mode)
+            model = _at_depth(self._config, self._weights, self._load(choice), depth)
+            return _Subject(self._config, model, self._batches[0], self._scale, mode)
         except Exception as error:  # whatever a plan raises rejects that plan alone
             raise Failed(_failure(error)) from error
+
+    def _load(self, choice: Choice) -> Kernels:
+        return load_kernels({**default_choice(), **choice}, self._launches)
 
     def _check(self, subject: _Subject) -> None:
         for name, difference in self._differences(subject).items():
@@ -222,7 +231,7 @@ class StepClock:
 
     def _optimizer_duel(self, champion: Choice, challenger: Choice) -> Duel:
         try:
-            updates = [_update(self._config, choice) for choice in (champion, challenger)]
+            updates = [_update(self._config, self._load(choice)) for choice in (champion, challenger)]
             for _ in range(_WARM_UP):
                 for update in updates:
                     update()
@@ -236,7 +245,7 @@ class StepClock:
         """The optimizer's update, where it calls ops of the table; what is the same under every plan is left out."""
         if self.called(choice) <= self._in_model:
             return 0.0
-        update = _update(self._config, choice)
+        update = _update(self._config, self._load(choice))
         for _ in range(_WARM_UP):
             update()
         found = median(self._sample(update, 2) for _ in range(_ROUNDS[0]))
@@ -255,11 +264,7 @@ class StepClock:
 class _Subject:
     """A plan at some depth, warmed up and ready to run on a fixed batch [batch, seq + 1]."""
 
-    def __init__(
-        self, clock: StepClock, config: Config, weights: Transformer, batch: Tensor, scale: Tensor, choice: Choice,
-        depth: int, mode: Mode,
-    ) -> None:  # fmt: skip
-        model = _at_depth(config, weights, choice, depth)
+    def __init__(self, config: Config, model: Transformer, batch: Tensor, scale: Tensor, mode: Mode) -> None:
         self._names = [name for name, _ in model.named_parameters()]
         self._parameters = list(model.parameters())
         loss: Callable[..., Tensor] = model
@@ -301,9 +306,8 @@ class _Subject:
         return (torch.cuda.max_memory_allocated(device) - before) / 2**20
 
 
-def _at_depth(config: Config, weights: Transformer, choice: Choice, depth: int) -> Transformer:
+def _at_depth(config: Config, weights: Transformer, kernels: Kernels, depth: int) -> Transformer:
     """A model of fewer layers under a plan, on the parameters that all plans share."""
-    kernels = load_kernels({**default_choice(), **choice})
     model = Transformer.for_training(_shallow(config, depth), kernels, "meta")
     shared: Mapping[str, nn.Parameter] = dict(weights.named_parameters())
     model.load_state_dict({name: shared[name] for name, _ in model.named_parameters()}, assign=True)
@@ -315,9 +319,8 @@ def _shallow(config: Config, depth: int) -> Config:
     return replace(config, model=replace(config.model, n_layers=depth))
 
 
-def _update(config: Config, choice: Choice) -> Callable[[], None]:
+def _update(config: Config, kernels: Kernels) -> Callable[[], None]:
     """The optimizer's step of the whole model under a plan, on random gradients."""
-    kernels = load_kernels({**default_choice(), **choice})
     model = Transformer.for_training(config, kernels, config.device)
     for parameter in model.parameters():
         parameter.grad = torch.randn_like(parameter)

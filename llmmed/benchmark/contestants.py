@@ -126,7 +126,8 @@ class _Ours:
         self.plan: KernelPlan = tune(config, record_workload(config), mode=resolve_compile(config))
         self._mode = self.plan.mode
         self.choice: Mapping[str, str] | None = self.plan.choice
-        self._model = Transformer.for_training(config, load_kernels(self.plan.choice), config.device)
+        kernels = load_kernels(self.plan.choice, self.plan.launches)
+        self._model = Transformer.for_training(config, kernels, config.device)
         accumulates = accumulation_steps(config.train) > 1
         self._stepper = Stepper(self._model, build_micro_step(self._model, self._mode, accumulates=accumulates), config)
 
