@@ -173,7 +173,7 @@ def _confirm_execution(config: Config, plan: KernelPlan, launched: set[str]) -> 
 
 def build(config: Config, plan: KernelPlan, initial: InitialWeights | None = None) -> Transformer:
     """The model with the plan's kernels, on the run's device. Parameters are the same under every plan."""
-    model = Transformer.for_training(config, load_kernels(plan.choice), config.device)
+    model = Transformer.for_training(config, load_kernels(plan.choice, plan.launches), config.device)
     if initial is not None:
         model.load_state_dict(initial.load(config.model))
     return model

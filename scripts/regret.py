@@ -63,9 +63,12 @@ def main(arguments: list[str]) -> int:
         console.print(f"[dim]{time.perf_counter() - started:5.0f} s  compiled {len(flips) + 1} plans[/]")
     try:
         regret = measure_regret(
-            StepClock(config, plan.mode), plan, flips, told=told,
+            StepClock(config, plan.mode, plan.launches),
+            plan,
+            flips,
+            told=told,
             time_is_up=lambda: time.perf_counter() - started > seconds,
-        )  # fmt: skip
+        )
     except Failed as failure:
         print(f"error: {failure}", file=sys.stderr)
         return 1

@@ -14,6 +14,7 @@ import subprocess
 import sys
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -24,6 +25,7 @@ from llmmed.autotune import plan as plans
 from llmmed.autotune.plan import KernelPlan
 from llmmed.benchmark.settings import as_lists, compose_benchmark
 from llmmed.errors import UserError
+from llmmed.kernels.tunable import MOST_ALTERNATIVES, seen_launches
 from llmmed.reporting import kernel_table, verdicts
 from tests.reporting.test_kernel_table import make_plan
 
@@ -242,6 +244,24 @@ def commands(page: str, begins: str) -> list[list[str]]:
     """The words of every command of a page (the blocks that are indented) that begins like this."""
     lines = re.findall(r"^    (\S.*)$", (DOCS / page).read_text(encoding="utf-8"), re.MULTILINE)
     return [shlex.split(line) for line in lines if line.startswith(begins)]
+
+
+def test_the_example_of_launch_parameters_can_be_searched() -> None:
+    page = (DOCS / "adding-a-kernel.md").read_text(encoding="utf-8")
+    code = re.search(r"## Launch parameters.+?```python\n(.+?)```", page, re.DOTALL)
+    call = re.search(r"`(_FORWARD\(.+?\))` gives", page)
+    most = re.search(r"\((\d+) at most\)", page)
+    assert code is not None
+    assert call is not None
+    assert most is not None
+    assert int(most[1]) == MOST_ALTERNATIVES
+    names: dict[str, Any] = {"__name__": "example", "x": torch.empty(2, 300), "width": 300}
+    exec(code[1], names)
+    with seen_launches() as seen:
+        assert eval(call[1], names) == (256, 4)
+    ((site, values),) = seen.items()
+    assert names["_FORWARD"].default(torch.device("cpu"), site) == values
+    assert len(names["_FORWARD"].alternatives(torch.device("cpu"), site)) == 2
 
 
 @pytest.mark.slow

@@ -19,10 +19,10 @@ import torch
 from pydantic import BaseModel, ConfigDict, ValidationError
 
 from llmmed.autotune.hardware import UNKNOWN_GPU
-from llmmed.autotune.plan import Candidate, Ceilings, Hardware, Mode, StepEvidence, first_problem
+from llmmed.autotune.plan import Candidate, Ceilings, Hardware, KernelLaunch, Mode, StepEvidence, first_problem
 from llmmed.autotune.workload import Workload
 from llmmed.files import cache_folder, sha256_of, write_json
-from llmmed.kernels import base, catalog, operator
+from llmmed.kernels import base, catalog, operator, tunable
 from llmmed.model import transformer
 
 logger = logging.getLogger(__name__)
@@ -56,12 +56,14 @@ def fingerprint(
     mode: Mode,
     deterministic: bool,
     candidate_seconds: float,
+    launches: Mapping[str, Mapping[str, list[KernelLaunch]]],
     step: Mapping[str, Any] | None,
 ) -> str:
     """The hash of everything that evidence depends on: machine, versions, workload, mode, sources, what is tried.
 
-    `candidates` are the implementations to verify, by op; `timed` the ops whose verified ones are measured; `step` what
-    the step's answer depends on besides, None if it is not asked.
+    `candidates` are the implementations to verify, by op; `timed` the ops whose verified ones are measured; `launches`
+    those of somebody's plan, by op and implementation; `step` what the step's answer depends on besides, None if it is
+    not asked.
     """
     facts = {
         "hardware": hardware.model_dump(mode="json"),
@@ -76,10 +78,11 @@ def fingerprint(
         "deterministic": deterministic,
         "matmul_precision": torch.get_float32_matmul_precision(),
         "candidate_seconds": candidate_seconds,
+        "launches": {op: {n: [[x.site, x.chosen] for x in xs] for n, xs in by.items()} for op, by in launches.items()},
         "step": step,
         "judges": _hash_files(sorted(Path(__file__).parent.glob("*.py"))),
         "model": _hash_files(sorted(Path(transformer.__file__).parent.glob("*.py"))) if step else None,
-        "contract": _hash_files(map(Path, (base.__file__, operator.__file__, catalog.__file__))),
+        "contract": _hash_files(map(Path, (base.__file__, operator.__file__, tunable.__file__, catalog.__file__))),
         "sources": {op: source_hash(op) for op in catalog.op_names()},  # all: one op's code may use another's
     }
     return sha256_of([json.dumps(facts, sort_keys=True)])

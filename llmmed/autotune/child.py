@@ -29,6 +29,7 @@ from llmmed.autotune.journal import (
     Job,
     JournalReader,
     Judged,
+    Launched,
     Stage,
     StepDone,
     StepTask,
@@ -45,6 +46,7 @@ _LEAST_WARMING, _MOST_WARMING = 3, 15  # processes; with fewer it is not worth t
 _WARMING_SECONDS = 45.0  # at most: a compiler that hangs is dealt with by those who judge
 _DONE = {
     "verify": "verified",
+    "launch": "launched in other ways",
     "load": "loaded",
     "measure": "measured",
     "ceilings": "measured",
@@ -53,6 +55,7 @@ _DONE = {
 _DOING = {
     "warm": "compiling on all cores",
     "verify": "verifying",
+    "launch": "searching launch parameters of",
     "load": "loading",
     "measure": "measuring",
     "ceilings": "measuring the device's ceilings",
@@ -89,11 +92,13 @@ class Progress:
 class Findings:
     """What is known so far: verdicts by op and name, the ops that are measured, the ceilings.
 
-    `step` is what the step said, `step_reason` why it said nothing. `finished` says that nothing was cut short, by the
-    budget or because no process could be started. `seconds` are those that each stage took.
+    `launched` are the candidates, by op, whose launches are settled. `step` is what the step said, `step_reason` why it
+    said nothing. `finished` says that nothing was cut short, by the budget or because no process could be started.
+    `seconds` are those that each stage took.
     """
 
     ops: dict[str, dict[str, Candidate]] = field(default_factory=dict)
+    launched: dict[str, set[str]] = field(default_factory=dict)
     measured: set[str] = field(default_factory=set)
     ceilings: Ceilings | None = None
     trials: list[StepTrial] = field(default_factory=list)
@@ -105,6 +110,10 @@ class Findings:
     def add(self, event: Event) -> None:
         if isinstance(event, Judged):
             self.ops.setdefault(event.op, {})[event.name] = event.candidate
+        elif isinstance(event, Launched):
+            found = self.ops[event.op]
+            found[event.name] = found[event.name].model_copy(update={"launches": event.launches})
+            self.launched.setdefault(event.op, set()).add(event.name)
         elif isinstance(event, Timed):
             self.ops.setdefault(event.op, {}).update(event.candidates)
             self.measured.add(event.op)
@@ -124,7 +133,9 @@ class Findings:
             verified = {name: c for name, c in known.items() if c.status == "verified"}
             measure = task.measure and task.op not in self.measured
             if verify or (measure and verified):
-                rest.append(task.model_copy(update={"verify": verify, "verified": verified, "measure": measure}))
+                launched = sorted(self.launched.get(task.op, ()))
+                known_part = {"verify": verify, "verified": verified, "measure": measure, "launched": launched}
+                rest.append(task.model_copy(update=known_part))
         return rest
 
 
@@ -329,6 +340,10 @@ class _Attempt:
                 op=culprit.op, name=culprit.name, against="", status="failed", reason=f"{reason} {doing}{told}"
             )
             self._findings.trials.append(trial)
+            return
+        if culprit.stage == "launch":  # as it is launched by default, it has passed
+            logger.info("%s %s keeps its default launches: %s %s%s", culprit.op, culprit.name, reason, doing, told)
+            self._findings.launched.setdefault(culprit.op, set()).add(culprit.name)
             return
         known = self._findings.ops.setdefault(culprit.op, {})
         before = known.get(culprit.name, Candidate(status="not_tried"))

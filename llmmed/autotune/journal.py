@@ -14,12 +14,12 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, TypeAdapter
 
-from llmmed.autotune.plan import CallCount, Candidate, Ceilings, Mode, StepEvidence, StepTrial
+from llmmed.autotune.plan import CallCount, Candidate, Ceilings, KernelLaunch, Mode, StepEvidence, StepTrial
 from llmmed.autotune.workload import Workload
 from llmmed.files import write_atomically
 from llmmed.kernels.base import Call
 
-Stage = Literal["warm", "verify", "load", "measure", "ceilings", "step"]
+Stage = Literal["warm", "verify", "launch", "load", "measure", "ceilings", "step"]
 
 
 class _Frozen(BaseModel):
@@ -27,17 +27,31 @@ class _Frozen(BaseModel):
 
 
 class Task(_Frozen):
-    """What to do for one op. `verify` is still to be judged; `verified` has passed and waits to be measured."""
+    """What to do for one op. `verify` is still to be judged; `verified` has passed and waits to be measured.
+
+    `launches` are those of somebody's plan, by implementation, to be checked where others are searched; `launched` the
+    implementations for which either is done.
+    """
 
     op: str
     calls: list[CallCount]
     verify: list[str]
     verified: dict[str, Candidate] = Field(default_factory=dict)
     measure: bool
+    launches: dict[str, list[KernelLaunch]] = Field(default_factory=dict)
+    launched: list[str] = Field(default_factory=list)
 
     @classmethod
-    def of(cls, op: str, calls: dict[Call, int], verify: list[str], *, measure: bool) -> Task:
-        return cls(op=op, calls=call_counts(calls), verify=verify, measure=measure)
+    def of(
+        cls,
+        op: str,
+        calls: dict[Call, int],
+        verify: list[str],
+        *,
+        measure: bool,
+        launches: dict[str, list[KernelLaunch]] | None = None,
+    ) -> Task:
+        return cls(op=op, calls=call_counts(calls), verify=verify, measure=measure, launches=launches or {})
 
     def counts(self) -> dict[Call, int]:
         """The calls and how often a micro-batch makes each."""
@@ -97,6 +111,15 @@ class Judged(_Frozen):
     candidate: Candidate
 
 
+class Launched(_Frozen):
+    """How the kernels of a verified candidate are launched from now on."""
+
+    event: Literal["launched"] = "launched"
+    op: str
+    name: str
+    launches: list[KernelLaunch]
+
+
 class Timed(_Frozen):
     """An op's measurement, all its candidates together: half of it would compare nothing."""
 
@@ -131,7 +154,7 @@ class Done(_Frozen):
     event: Literal["done"] = "done"
 
 
-_AnyEvent = Begun | Judged | Timed | CeilingsFound | Tried | StepDone | Done
+_AnyEvent = Begun | Judged | Launched | Timed | CeilingsFound | Tried | StepDone | Done
 Event = Annotated[_AnyEvent, Field(discriminator="event")]
 _EVENT: TypeAdapter[_AnyEvent] = TypeAdapter(Event)
 

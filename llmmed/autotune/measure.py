@@ -92,42 +92,68 @@ def measure_op(
     Returns:
         A measurement for each candidate that did not fail.
     """
-    clock = _CudaClock(device) if device.type == "cuda" else _CpuClock()
-    alive = dict(functions)
     passes: dict[Call, dict[str, list[Pass]]] = {}
+    alive = dict(functions)
     memory: dict[str, float | None] = dict.fromkeys(alive)
+
+    def take_memory(name: str, peak: float | None) -> None:
+        memory[name] = peak if peak is None else max(peak, memory[name] or 0.0)
+
     for call in calls:
-        inputs = _inputs(op, call, device)
-        passes[call] = {name: [] for name in alive}
-        subjects: dict[str, _Subject] = {}
-
-        def attempt(name: str, action: Callable[[_Subject], None], subjects: dict[str, _Subject] = subjects) -> None:
-            turn(name)
-            try:
-                action(subjects[name])
-            except Exception as error:  # noqa: BLE001 - whatever a candidate raises rejects that candidate alone
-                failed(name, error)
-                del alive[name], subjects[name]
-
-        for name in list(alive):
-            subjects[name] = _Subject(alive[name], inputs)
-            attempt(name, lambda subject: _warm_up(subject, clock))
-
-        def take_memory(subject: _Subject, name: str) -> None:
-            peak = clock.peak_memory_mib(subject)
-            memory[name] = peak if peak is None else max(peak, memory[name] or 0.0)
-
-        for name in list(alive):
-            attempt(name, functools.partial(take_memory, name=name))
-        for index in range(_rounds(subjects.values(), _SECONDS[device.type])):
-            names = list(alive)
-            for name in names[index % len(names) :] + names[: index % len(names)] if names else ():
-                attempt(name, lambda subject, into=passes[call][name]: into.append(clock.run(subject)))  # type: ignore[misc]
+        passes[call] = take_turns(
+            op, call, alive, device=device, seconds=_SECONDS[device.type], turn=turn, failed=failed, memory=take_memory
+        )
+        alive = {name: alive[name] for name in passes[call]}
     costs = {call: op.cost(call) for call in calls}
     return {
         name: _summarise({c: passes[c][name] for c in calls}, calls, costs, mode, ceilings, memory[name])
         for name in alive
     }
+
+
+def take_turns(
+    op: Op,
+    call: Call,
+    functions: Mapping[str, Callable[..., Any]],
+    *,
+    device: torch.device,
+    seconds: float,
+    turn: Callable[[str], None],
+    failed: Callable[[str, Exception], None],
+    memory: Callable[[str, float | None], None] | None = None,
+) -> dict[str, list[Pass]]:
+    """Times functions at one call, after a warm-up of each.
+
+    Args:
+        op, call, functions, device, turn, failed: As of `measure_op`.
+        seconds: Of timed passes for each, within a least and a most number of them.
+        memory: Told of each one's peak, in MiB, if that is wanted.
+
+    Returns:
+        The passes of each that did not fail.
+    """
+    clock = _CudaClock(device) if device.type == "cuda" else _CpuClock()
+    inputs = _inputs(op, call, device)
+    subjects = {name: _Subject(function, inputs) for name, function in functions.items()}
+    passes: dict[str, list[Pass]] = {name: [] for name in functions}
+
+    def attempt(action: Callable[[str, _Subject], None], names: Sequence[str]) -> None:
+        for name in names:
+            turn(name)
+            try:
+                action(name, subjects[name])
+            except Exception as error:  # noqa: BLE001 - whatever a candidate raises rejects that candidate alone
+                failed(name, error)
+                del subjects[name], passes[name]
+
+    attempt(lambda name, subject: _warm_up(subject, clock), list(subjects))
+    if memory is not None:
+        attempt(lambda name, subject: memory(name, clock.peak_memory_mib(subject)), list(subjects))
+    for index in range(_rounds(subjects.values(), seconds)):
+        names = list(subjects)
+        first = index % max(1, len(names))
+        attempt(lambda name, subject: passes[name].append(clock.run(subject)), names[first:] + names[:first])
+    return passes
 
 
 def compiled_alone(implementation: Implementation, mode: Mode) -> bool:

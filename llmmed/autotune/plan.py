@@ -14,6 +14,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from llmmed.errors import UserError
 from llmmed.files import write_json
+from llmmed.kernels.tunable import Launches, Site
 
 Mode = Literal["eager", "compiled", "graphs"]
 Status = Literal[
@@ -33,6 +34,29 @@ class _Frozen(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
 
 
+class LaunchTrial(_Frozen):
+    """One way to launch a kernel, and what the pass that it is part of took with it, at one call."""
+
+    values: dict[str, int]
+    ms: float | None = None  # None: it raised, or was not timed
+    ms_low: float | None = None  # 95 % confidence interval of ms
+    ms_high: float | None = None
+    reason: str = ""  # why it is not used, where that is not the time
+
+
+class KernelLaunch(_Frozen):
+    """How a kernel is launched at one shape, found by a search. What was tried has the default first."""
+
+    kernel: str
+    at: dict[str, int]  # what the launch depends on
+    chosen: dict[str, int]
+    tried: list[LaunchTrial] = Field(default_factory=list)
+
+    @property
+    def site(self) -> Site:
+        return Site(self.kernel, tuple(sorted(self.at.items())))
+
+
 class Candidate(_Frozen):
     """One implementation of one op: the gate's verdict, then, if it was timed, what the clock and the memory say."""
 
@@ -49,6 +73,12 @@ class Candidate(_Frozen):
     peak_memory_mib: float | None = None  # extra, of the hungriest call, forward and backward; None on a CPU
     share_of_ceiling: float | None = None  # least possible device time / measured; None on a CPU
     speedup: float | None = None  # the default's total_ms / this one's
+    launches: list[KernelLaunch] = Field(default_factory=list)  # empty: none searched, a plain function says how
+
+    @property
+    def launch_values(self) -> Launches:
+        """For `Implementation.take_launches`."""
+        return {launch.site: launch.chosen for launch in self.launches}
 
     @property
     def timed(self) -> bool:
@@ -163,6 +193,11 @@ class KernelPlan(_Frozen):
         """Op -> implementation, for `catalog.load_kernels`."""
         return {name: op.chosen for name, op in self.ops.items()}
 
+    @property
+    def launches(self) -> dict[str, dict[str, Launches]]:
+        """Op -> implementation -> how its kernels are launched, for `catalog.load_kernels`."""
+        return launches_of({name: op.candidates for name, op in self.ops.items()})
+
     def summary(self) -> dict[str, str | float | bool]:
         """The plan's part of the W&B summary and of `summary.json`."""
         found: dict[str, str | float | bool] = {"execution_mode": self.mode}
@@ -197,6 +232,11 @@ class KernelPlan(_Frozen):
 
     def to_json(self) -> dict[str, Any]:
         return self.model_dump(mode="json")
+
+
+def launches_of(candidates: Mapping[str, Mapping[str, Candidate]]) -> dict[str, dict[str, Launches]]:
+    """By op and implementation, where a search has found any."""
+    return {op: {n: c.launch_values for n, c in found.items() if c.launches} for op, found in candidates.items()}
 
 
 def first_problem(error: ValidationError) -> str:

@@ -25,7 +25,9 @@ from llmmed.autotune.plan import Mode, StepTimes
 from llmmed.autotune.workload import called_ops, record_micro_batch
 from llmmed.compose import accumulation_steps
 from llmmed.config import Config
+from llmmed.kernels.base import Kernels
 from llmmed.kernels.catalog import default_choice, load_kernels
+from llmmed.kernels.tunable import Launches
 from llmmed.model import Transformer, compute_dtype, parameter_count
 from llmmed.optim import build_optimizers
 from llmmed.training.micro_step import GraphedMicroStep, LaunchedMicroStep
@@ -33,9 +35,10 @@ from llmmed.training.micro_step import GraphedMicroStep, LaunchedMicroStep
 DEPTHS = (1, 2)
 _FITS = 0.9  # of the GPU's memory: with more, or with a slower micro-batch, the whole model is not tried
 _SLOWEST_MS = 500.0
-_SECONDS = {"cuda": 1.2, "cpu": 2.0}  # of timed steps in one duel
+_SECONDS = {"cuda": 3.0, "cpu": 2.0}  # of timed steps in one duel
+_SETTLING_SECONDS = {"cuda": 0.5, "cpu": 0.0}  # before: a GPU that has idled runs faster than it can go on
 _SAMPLE_SECONDS = {"cuda": 0.008, "cpu": 0.02}  # of each timed stretch; a single step if that takes longer
-_ROUNDS = (9, 60)
+_ROUNDS = {"cuda": (15, 60), "cpu": (9, 60)}
 _WARM_UP = 3
 # Two right plans round differently; this much of a gradient's norm is no error, nor four times what the default's own
 # two ways of running it differ by. The gate has judged the ops before: here it is stale or foreign memory that shows.
@@ -50,10 +53,13 @@ class StepClock:
     Args:
         config: The run's.
         mode: How the step runs.
+        launches: By op and implementation how kernels are launched, by default where this says nothing.
     """
 
-    def __init__(self, config: Config, mode: Mode) -> None:
-        self._config, self._mode = config, mode
+    def __init__(
+        self, config: Config, mode: Mode, launches: Mapping[str, Mapping[str, Launches]] | None = None
+    ) -> None:
+        self._config, self._mode, self._launches = config, mode, launches
         self.device = torch.device(config.device)
         self.layers = config.model.n_layers
         self._check_depth = self.trial_depth = min(DEPTHS[1], self.layers)
@@ -190,7 +196,10 @@ class StepClock:
         kind = self.device.type
         once = max(self._sample(each, 1) for each in (first, second)) / 1e3
         number = max(1, round(_SAMPLE_SECONDS[kind] / once))
-        least, most = _ROUNDS
+        for _ in range(int(_SETTLING_SECONDS[kind] / (2 * once))):
+            first()
+            second()
+        least, most = _ROUNDS[kind]
         rounds = max(least, min(most, int(_SECONDS[kind] / (2 * number * once))))
         pairs = []
         for index in range(rounds):
@@ -228,7 +237,8 @@ class StepClock:
     def _build(self, choice: Choice, depth: int, mode: Mode) -> _Subject:
         try:
             pool = self._shared_pool() if mode == "graphs" else None
-            return _Subject(self._config, self._weights, self._batches[0], self._scale, choice, depth, mode, pool)
+            model = _at_depth(self._config, self._weights, self._load(choice), depth)
+            return _Subject(self._config, model, self._batches[0], self._scale, mode, pool)
         except Exception as error:  # whatever a plan raises rejects that plan alone
             raise Failed(_failure(error)) from error
 
@@ -241,6 +251,9 @@ class StepClock:
                 held = torch.zeros((), device=self.device)
             self._pool = (graph, held, pool)
         return self._pool[2]
+
+    def _load(self, choice: Choice) -> Kernels:
+        return load_kernels({**default_choice(), **choice}, self._launches)
 
     def _check(self, subject: _Subject) -> None:
         for name, difference in self._differences(subject).items():
@@ -262,7 +275,7 @@ class StepClock:
 
     def _optimizer_duel(self, champion: Choice, challenger: Choice) -> Duel:
         try:
-            updates = [_update(self._config, choice) for choice in (champion, challenger)]
+            updates = [_update(self._config, self._load(choice)) for choice in (champion, challenger)]
             for _ in range(_WARM_UP):
                 for update in updates:
                     update()
@@ -276,10 +289,10 @@ class StepClock:
         """The optimizer's update, where it calls ops of the table; what is the same under every plan is left out."""
         if self.called(choice) <= self._in_model:
             return 0.0
-        update = _update(self._config, choice)
+        update = _update(self._config, self._load(choice))
         for _ in range(_WARM_UP):
             update()
-        found = median(self._sample(update, 2) for _ in range(_ROUNDS[0]))
+        found = median(self._sample(update, 2) for _ in range(_ROUNDS[self.device.type][0]))
         _release(self.device)
         return found
 
@@ -301,10 +314,9 @@ class _Subject:
     """A plan at some depth, warmed up and ready to run on a fixed batch [batch, seq + 1]."""
 
     def __init__(
-        self, config: Config, weights: Transformer, batch: Tensor, scale: Tensor, choice: Choice, depth: int,
-        mode: Mode, pool: torch.cuda._POOL_HANDLE | None,
+        self, config: Config, model: Transformer, batch: Tensor, scale: Tensor, mode: Mode,
+        pool: torch.cuda._POOL_HANDLE | None,
     ) -> None:  # fmt: skip
-        model = _at_depth(config, weights, choice, depth)
         self._names = [name for name, _ in model.named_parameters()]
         self._parameters = list(model.parameters())
         if mode != "eager":
@@ -345,9 +357,8 @@ class _Subject:
         return (torch.cuda.max_memory_allocated(device) - before) / 2**20
 
 
-def _at_depth(config: Config, weights: Transformer, choice: Choice, depth: int) -> Transformer:
+def _at_depth(config: Config, weights: Transformer, kernels: Kernels, depth: int) -> Transformer:
     """A model of fewer layers under a plan, on the parameters that all plans share."""
-    kernels = load_kernels({**default_choice(), **choice})
     model = Transformer.for_training(_shallow(config, depth), kernels, "meta")
     shared: Mapping[str, nn.Parameter] = dict(weights.named_parameters())
     model.load_state_dict({name: shared[name] for name, _ in model.named_parameters()}, assign=True)
@@ -372,9 +383,8 @@ def _shallow(config: Config, depth: int) -> Config:
     return replace(config, model=replace(config.model, n_layers=depth))
 
 
-def _update(config: Config, choice: Choice) -> Callable[[], None]:
+def _update(config: Config, kernels: Kernels) -> Callable[[], None]:
     """The optimizer's step of the whole model under a plan, on random gradients."""
-    kernels = load_kernels({**default_choice(), **choice})
     model = Transformer.for_training(config, kernels, config.device)
     for parameter in model.parameters():
         parameter.grad = torch.randn_like(parameter)

@@ -19,7 +19,7 @@ from llmmed.autotune.child import Limits, Progress, tune_in_child
 from llmmed.autotune.choose import Decision, choose, confirmed, force
 from llmmed.autotune.hardware import describe_hardware
 from llmmed.autotune.journal import StepTask, Task, call_counts
-from llmmed.autotune.plan import Candidate, Hardware, KernelPlan, Mode, OpPlan, StepTrial
+from llmmed.autotune.plan import Candidate, Hardware, KernelLaunch, KernelPlan, Mode, OpPlan, StepTrial
 from llmmed.autotune.workload import Workload
 from llmmed.compose import as_dict
 from llmmed.config import Config, KernelsConfig
@@ -64,6 +64,7 @@ def tune(
             decision = confirmed(op, decision, evidence.step, [trial for trial in trials if trial.op == op])
         if decision.warning:
             logger.warning("%s", decision.warning)
+        _warn_of_refused_launches(op, orders[op], decision)
         ops[op] = OpPlan(
             chosen=decision.chosen,
             reason=decision.reason,
@@ -87,15 +88,16 @@ def tune(
 
 @dataclass(frozen=True)
 class _Order:
-    """An implementation that is not up for choice, and the setting that asks for it."""
+    """An implementation that is not up for choice, the setting that asks for it, and the launches that it asks for."""
 
     name: str
     cause: str
+    launches: list[KernelLaunch] = field(default_factory=list)
 
 
 def _orders(kernels: KernelsConfig, ops: list[str]) -> dict[str, _Order | None]:
     """What is asked for, by op: by a pin, else by a plan, else by the policy; None leaves it to measurement."""
-    planned = _read_choice(kernels.plan) if kernels.plan is not None else {}
+    planned = _read_plan(kernels.plan).ops if kernels.plan is not None else {}
     orders: dict[str, _Order | None] = {}
     for op in ops:
         pin = kernels.pin.get(op)
@@ -104,20 +106,22 @@ def _orders(kernels: KernelsConfig, ops: list[str]) -> dict[str, _Order | None]:
                 raise UserError(_unknown(f"kernels.pin.{op}={pin}", op, pin))
             orders[op] = _Order(pin, f"kernels.pin.{op}={pin}")
         elif op in planned:
-            orders[op] = _Order(planned[op], f"kernels.plan={kernels.plan}")
+            name = planned[op].chosen
+            found = planned[op].candidates.get(name)
+            orders[op] = _Order(name, f"kernels.plan={kernels.plan}", found.launches if found is not None else [])
         else:
             orders[op] = None if kernels.policy == "auto" else _Order(kernels.policy, f"kernels={kernels.policy}")
     return orders
 
 
-def _read_choice(path: str) -> dict[str, str]:
-    choice = KernelPlan.read(Path(path)).choice
-    for op, name in choice.items():
+def _read_plan(path: str) -> KernelPlan:
+    plan = KernelPlan.read(Path(path))
+    for op, name in plan.choice.items():
         if op not in op_names():
             raise UserError(f"kernels.plan={path}: there is no op '{op}'; the ops are {', '.join(op_names())}")
         if name not in implementation_names(op):
             raise UserError(_unknown(f"kernels.plan={path}", op, name))
-    return choice
+    return plan
 
 
 def _unknown(cause: str, op: str, name: str) -> str:
@@ -184,7 +188,8 @@ def _tasks(
         if untried == [DEFAULT] and order is None:
             known[op][DEFAULT] = Candidate(status="not_tried", reason="nothing else can be used here")
         elif untried:
-            tasks.append(Task.of(op, calls[op], untried, measure=order is None))
+            given = {order.name: order.launches} if order is not None and order.launches else {}
+            tasks.append(Task.of(op, calls[op], untried, measure=order is None, launches=given))
     return tasks
 
 
@@ -223,6 +228,7 @@ def _find_evidence(
         mode=mode,
         deterministic=config.train.deterministic,
         candidate_seconds=kernels.candidate_seconds,
+        launches={task.op: task.launches for task in tasks if task.launches},
         step=_depends_on(config, step) if step else None,
     )
     kept = kernels.cache != "none" and cache.usable(hardware)
@@ -265,6 +271,22 @@ def _depends_on(config: Config, step: StepTask) -> dict[str, Any]:
         "terms": [kernels.objective, kernels.margin, kernels.memory_budget_gib],
         "pinned": step.pinned,
     }
+
+
+def _warn_of_refused_launches(op: str, order: _Order | None, decision: Decision) -> None:
+    """Tells what of a plan's launch parameters is not used here."""
+    found = {launch.site: launch for launch in decision.candidates[decision.chosen].launches}
+    for wanted in order.launches if order is not None and order.name == decision.chosen else ():
+        launch = found.get(wanted.site)
+        if launch is None:
+            reason = "this run does not launch it at that shape"
+        elif launch.chosen != wanted.chosen:
+            reason = f"here it is {launch.tried[-1].reason}"
+        else:
+            continue
+        logger.warning(
+            "op '%s': the plan's launch of %s is not used: %s; it is launched by default", op, wanted.kernel, reason
+        )
 
 
 def _decide(op: str, order: _Order | None, candidates: Mapping[str, Candidate], kernels: KernelsConfig) -> Decision:

@@ -16,7 +16,7 @@ import os
 import sys
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -24,12 +24,14 @@ import torch
 from torch import Tensor
 
 from llmmed.autotune.journal import Job, Task
+from llmmed.autotune.launch_search import open_sites
 from llmmed.autotune.measure import compiled_alone
 from llmmed.autotune.plan import Mode
 from llmmed.autotune.verify import Layout, arriving, exact_products, trials
 from llmmed.kernels.ahead_of_time import compiling_only, run_on_meta
 from llmmed.kernels.base import Call, Op
 from llmmed.kernels.catalog import DEFAULT, get_implementation, get_op, load_function
+from llmmed.kernels.tunable import Launches
 
 
 def main() -> None:
@@ -55,6 +57,7 @@ class _Unit:
     """One call of a candidate that tuning will make: as the gate makes it, or compiled, as the clock does.
 
     All layouts belong to one unit, since they mostly share their kernels: two processes would compile the same twice.
+    With `launches` it is a call as the search for launch parameters makes it.
     """
 
     op: Op
@@ -62,13 +65,15 @@ class _Unit:
     call: Call
     layouts: tuple[Layout, ...]
     compiled: bool
+    launches: Launches = field(default_factory=dict)
 
     def weight(self) -> int:
         """What takes longest comes first: `torch.compile`, then products in float32, unrolled without tensor cores."""
         cost = self.op.cost(self.call)
         products = cost.forward_flops + cost.backward_flops > 0
         whole = self.compiled or _per_shape(self.op.name, self.name)
-        return 3 * whole + 2 * (products and self.call.compute_dtype == torch.float32) + products
+        exact = products and self.call.compute_dtype == torch.float32
+        return 3 * whole - bool(self.launches) + 2 * exact + products
 
     def run(self, device: torch.device) -> None:
         implementation = get_implementation(self.op.name, self.name)
@@ -77,6 +82,12 @@ class _Unit:
         function = load_function(self.op.name, implementation)
         if self.compiled:
             run_once(self.op, torch.compile(function, fullgraph=True, dynamic=False), self.call, device)
+            return
+        if self.launches:
+            implementation.take_launches(self.launches)
+            with compiling_only(device):
+                run_on_meta(self.op, function, self.call)
+            implementation.take_launches({})
             return
         if implementation.per_shape:
             with exact_products():
@@ -102,6 +113,21 @@ def _units(tasks: list[Task], mode: Mode, device: torch.device) -> Iterator[_Uni
                 yield _Unit(op, name, call, tuple(found), compiled=False)
         for name in task.verified:
             yield from (_Unit(op, name, call, ("contiguous",), compiled=False) for call in calls if name != DEFAULT)
+        for name in task.verify:
+            if name not in task.launches:
+                yield from _searched(op, name, calls, device)
+
+
+def _searched(op: Op, name: str, calls: list[Call], device: torch.device) -> Iterator[_Unit]:
+    """What the search for an implementation's launch parameters tries; one that cannot be loaded here has nothing."""
+    with contextlib.suppress(Exception):
+        implementation = get_implementation(op.name, name)
+        function = load_function(op.name, implementation) if implementation.tunable else None
+        opened = open_sites(op, implementation, function, calls, device) if function is not None else []
+        for each in opened:
+            for values in each.alternatives:
+                launches = {each.site: values}
+                yield _Unit(op, name, each.calls[0], ("contiguous",), compiled=False, launches=launches)
 
 
 def _per_shape(op: str, name: str) -> bool:

@@ -15,7 +15,7 @@ import signal
 import sys
 import threading
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -32,23 +32,29 @@ from llmmed.autotune.journal import (
     Job,
     JournalWriter,
     Judged,
+    Launched,
     StepDone,
     StepTask,
     Task,
     Timed,
     Tried,
 )
-from llmmed.autotune.measure import compiled_alone, measure_ceilings, measure_op
-from llmmed.autotune.plan import Candidate, Ceilings, Mode, StepTrial
+from llmmed.autotune.launch_search import check_launches, gate_at, search_launches
+from llmmed.autotune.measure import Pass, compiled_alone, measure_ceilings, measure_op, take_turns
+from llmmed.autotune.plan import Candidate, Ceilings, Mode, StepTrial, launches_of
 from llmmed.autotune.step_clock import StepClock
 from llmmed.autotune.verify import Verdict, forget, verify
 from llmmed.compose import from_dict
 from llmmed.config import Config
 from llmmed.kernels.base import Call, Op, Unavailable
-from llmmed.kernels.catalog import DEFAULT, get_implementation, get_op, load_function
+from llmmed.kernels.catalog import DEFAULT, get_implementation, get_op, load_function, take_launches
+from llmmed.kernels.operator import INTERPRETED
+from llmmed.kernels.tunable import Launches, Site
 from llmmed.training.execution import take_deterministic_kernels
 
 _SECOND_LOOKS = 0.4  # of the budget: until then, flips that were close are tried again once the plan has changed
+_SEARCHING = (0.04, 8.0)  # of the budget, and in seconds: what the search for launches may take
+_SECONDS_A_LAUNCH = {"cuda": 0.03, "cpu": 0.2}  # of timed passes
 _SHAPES_PER_FUNCTION = 1024  # the gate alone tries dozens; PyTorch's limit of 8 is meant for a training step
 
 
@@ -83,6 +89,7 @@ class Worker:
         self._ceilings = job.ceilings
         self._step = job.step
         self._deadline = time.perf_counter() + job.seconds
+        self._searching_left = min(_SEARCHING[1], _SEARCHING[0] * job.seconds)
         self._known = {op: dict(found) for op, found in job.step.known.items()} if job.step else {}
 
     def run(self) -> None:
@@ -97,6 +104,8 @@ class Worker:
                 if candidate.status == "verified":
                     passed[name] = candidate
             forget()
+            for name in [name for name in passed if name not in task.launched]:
+                passed[name] = self._find_launches(op, name, passed[name], calls, task)
             if task.measure and passed:
                 self._measure(op, passed, calls)
         if self._step is not None:
@@ -124,12 +133,62 @@ class Worker:
         self._conclude(op.name, name, candidate)
         return candidate
 
+    def _find_launches(
+        self, op: Op, name: str, candidate: Candidate, calls: Mapping[Call, int], task: Task
+    ) -> Candidate:
+        """A verified candidate with how its kernels are launched: as somebody's plan says, or else by a search."""
+        implementation, device = get_implementation(op.name, name), self._device
+        if not implementation.tunable or INTERPRETED:
+            return candidate
+        function = load_function(op.name, implementation)
+        begun = Begun(stage="launch", op=op.name, name=name)
+        self._journal.write(begun)
+        started = time.perf_counter()
+
+        def gate(calls: Sequence[Call], launches: Launches, site: Site) -> str:
+            reason = gate_at(
+                op, implementation, function, calls, launches, site, device=device, deterministic=self._deterministic
+            )
+            self._end_if_damaged(op.name, name)
+            return reason
+
+        def times(
+            call: Call, functions: Mapping[str, Callable[..., Any]], failed: Callable[[str, Exception], None]
+        ) -> dict[str, list[Pass]]:
+            def told(variant: str, error: Exception) -> None:
+                self._end_if_damaged(op.name, name)
+                failed(variant, error)
+
+            self._journal.write(begun)
+            seconds = _SECONDS_A_LAUNCH[device.type]
+            return take_turns(
+                op, call, functions, device=device, seconds=seconds, turn=lambda variant: None, failed=told
+            )
+
+        def time_is_up() -> bool:
+            return time.perf_counter() - started > self._searching_left
+
+        if name in task.launches:
+            found = check_launches(op, implementation, function, calls, task.launches[name], device=device, gate=gate)
+        else:
+            found = search_launches(
+                op, implementation, function, calls, device=device, times=times, gate=gate, time_is_up=time_is_up
+            )
+            self._searching_left -= time.perf_counter() - started
+        self._journal.write(Launched(op=op.name, name=name, launches=found))
+        forget()
+        _release(device)
+        candidate = candidate.model_copy(update={"launches": found})
+        self._known.setdefault(op.name, {})[name] = candidate
+        return candidate
+
     def _measure(self, op: Op, passed: dict[str, Candidate], calls: Mapping[Call, int]) -> None:
         functions: dict[str, Callable[..., Any]] = {}
         for name in sorted(passed, key=lambda name: (name != DEFAULT, name)):
             self._journal.write(Begun(stage="load", op=op.name, name=name))
             implementation = get_implementation(op.name, name)
             function = load_function(op.name, implementation)
+            take_launches(op.name, implementation, passed[name].launch_values)
             compiled = compiled_alone(implementation, self._mode)
             functions[name] = torch.compile(function, fullgraph=True, dynamic=False) if compiled else function
 
@@ -169,9 +228,8 @@ class Worker:
 
         def told(trial: StepTrial) -> None:
             self._journal.write(Tried(trial=trial))
-            if trial.status == "failed" and (damage := _damage(self._device)) is not None:
-                print(f"ending after {trial.op}.{trial.name} in the step: {damage}", file=sys.stderr, flush=True)
-                os._exit(1)
+            if trial.status == "failed":
+                self._end_if_damaged(trial.op, trial.name)
 
         open_modes: tuple[Mode, ...] = ("graphs", "compiled", "eager")
         leaves_open = config.train.compile == "auto" and self._device.type == "cuda"
@@ -180,7 +238,7 @@ class Worker:
         reason = ""
         for mode in [self._mode, *left]:  # the next only where not even the default plan runs in the one before
             self._journal.write(Begun(stage="step"))
-            clock = _Announcing(config, mode, self._journal)
+            clock = _Announcing(config, mode, launches_of(self._known), self._journal)
             try:
                 evidence = confirm(
                     clock,
@@ -214,10 +272,14 @@ class Worker:
             candidate = Candidate(status="crashed", reason=f"left the GPU in error: {damage}")
         self._journal.write(Judged(op=op, name=name, candidate=candidate))
         self._known.setdefault(op, {})[name] = candidate
-        if damage is not None:
+        self._end_if_damaged(op, name)
+        _release(self._device)
+
+    def _end_if_damaged(self, op: str, name: str) -> None:
+        """Ends the process if the GPU is in a state of error, in which nothing that follows could run."""
+        if (damage := _damage(self._device)) is not None:
             print(f"ending after {op}.{name}: {damage}", file=sys.stderr, flush=True)
             os._exit(1)
-        _release(self._device)
 
 
 class _Announcing(StepClock):
@@ -226,8 +288,10 @@ class _Announcing(StepClock):
     `slowest` is the longest trial so far, in seconds: what comes after the trials takes about two of them.
     """
 
-    def __init__(self, config: Config, mode: Mode, journal: JournalWriter) -> None:
-        super().__init__(config, mode)
+    def __init__(
+        self, config: Config, mode: Mode, launches: Mapping[str, Mapping[str, Launches]], journal: JournalWriter
+    ) -> None:
+        super().__init__(config, mode, launches)
         self._journal = journal
         self.slowest = 3.0
 

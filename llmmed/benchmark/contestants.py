@@ -146,7 +146,7 @@ class _Ours:
         plan = tune(config, record_workload(config), mode=resolve_compile(config))
         self.plan: KernelPlan | None = plan
         self._mode = plan.mode
-        self._model = Transformer.for_training(config, load_kernels(plan.choice), config.device)
+        self._model = Transformer.for_training(config, load_kernels(plan.choice, plan.launches), config.device)
         accumulates = accumulation_steps(config.train) > 1
         self._stepper = Stepper(self._model, build_micro_step(self._model, self._mode, accumulates=accumulates), config)
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import importlib
+import importlib.util
 import inspect
 import io
 import multiprocessing
@@ -144,6 +145,17 @@ def compiling_only(device: torch.device) -> Iterator[None]:
         return launch(self, *args, grid=grid, warmup=True, **kwargs)
 
     with absent_gpu(gpu_of(device)), mock.patch.object(JITFunction, "run", compile_it):
+        yield
+
+
+@contextlib.contextmanager
+def launching_nothing(device: torch.device) -> Iterator[None]:
+    """Within it a launch of a Triton kernel does nothing. What runs within gets meta tensors and plans for this GPU."""
+    with absent_gpu(gpu_of(device)), contextlib.ExitStack() as stack:
+        if importlib.util.find_spec("triton") is not None:
+            from triton.runtime.jit import JITFunction
+
+            stack.enter_context(mock.patch.object(JITFunction, "run", return_value=None))
         yield
 
 

@@ -1,8 +1,8 @@
 """The contract of the kernels: what an operation (`Op`) is, what an `Implementation` is, and what a `Call` of one is.
 
 An op's folder holds the op (`__init__.py`), its truth (`reference.py`), inputs and costs (`cases.py`) and one module an
-implementation. Of the project those folders import this file, `operator.py`, and the folders of ops that an op is made
-of.
+implementation. Of the project those folders import this file, `operator.py`, `tunable.py`, and the folders of ops that
+an op is made of.
 """
 
 from __future__ import annotations
@@ -13,6 +13,8 @@ from typing import Any
 
 import torch
 from torch import Tensor
+
+from llmmed.kernels.tunable import Launches, Tunable
 
 Scalar = float | int | bool | None
 Outputs = Tensor | tuple[Tensor, ...]
@@ -181,6 +183,7 @@ class Implementation:
             too. The gate then tries it at fewer shapes.
         kernel_names: Substrings of the device kernels it launches, by which a trace shows that it ran.
         uses: Ops that it calls itself. The function then takes the table as the keyword argument `kernels`.
+        tunable: The kernels whose launch parameters a search may choose, one `Tunable` each.
     """
 
     name: str
@@ -193,6 +196,14 @@ class Implementation:
     per_shape: bool = False
     kernel_names: tuple[str, ...] = ()
     uses: tuple[str, ...] = ()
+    tunable: tuple[Tunable[Any], ...] = ()
+
+    def take_launches(self, launches: Launches) -> None:
+        """Sets how its kernels are launched from now on, by default where nothing is said. Raises `ValueError`."""
+        if strangers := {site.kernel for site in launches} - {tunable.kernel for tunable in self.tunable}:
+            raise ValueError(f"{self.name} has no kernel {', '.join(sorted(strangers))} with a launch to choose")
+        for tunable in self.tunable:
+            tunable.take({site: values for site, values in launches.items() if site.kernel == tunable.kernel})
 
     def why_not(self, device: torch.device, dtype: torch.dtype) -> str | None:
         """Why this implementation does not apply to a device and compute dtype, or None if it does."""

@@ -10,6 +10,7 @@ from __future__ import annotations
 import functools
 import importlib
 import importlib.metadata
+import logging
 import re
 import shutil
 from collections.abc import Callable, Iterable, Mapping
@@ -18,6 +19,9 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from llmmed.kernels.base import Implementation, Kernels, Op
+    from llmmed.kernels.tunable import Launches
+
+logger = logging.getLogger(__name__)
 
 ENTRY_POINT_GROUP = "llmmed.kernels"
 DEFAULT = "pytorch"
@@ -77,8 +81,12 @@ def get_implementation(op: str, name: str) -> Implementation:
     return implementation
 
 
-def load_kernels(choice: Mapping[str, str]) -> Kernels:
-    """The table for a choice of one implementation an op. Raises `KeyError` and `Unavailable` like the above."""
+def load_kernels(choice: Mapping[str, str], launches: Mapping[str, Mapping[str, Launches]] | None = None) -> Kernels:
+    """The table for a choice of one implementation an op. Raises `KeyError` and `Unavailable` like the above.
+
+    `launches`, by op and implementation, say how kernels are launched, by default where they say nothing. That holds
+    for the process: two tables with the same implementation launch it alike, as the later one says.
+    """
     from llmmed.kernels.base import Kernels
 
     functions: dict[str, Callable[..., Any]] = {}
@@ -86,9 +94,22 @@ def load_kernels(choice: Mapping[str, str]) -> Kernels:
     for op, name in choice.items():
         implementation = get_implementation(op, name)
         function = implementation.load()
+        take_launches(op, implementation, (launches or {}).get(op, {}).get(name, {}))
         functions[op] = functools.partial(function, kernels=table) if implementation.uses else function
     table.__post_init__()
     return table
+
+
+def take_launches(op: str, implementation: Implementation, launches: Launches) -> None:
+    """Sets an implementation's launches; a warning and the default if it has no such launches."""
+    try:
+        implementation.take_launches(launches)
+    except ValueError as error:
+        implementation.take_launches({})
+        logger.warning(
+            "op '%s': %s is launched by default, since the plan is of another version: %s; tune again with "
+            "kernels.cache=refresh", op, implementation.name, error,
+        )  # fmt: skip
 
 
 def load_function(op: str, implementation: Implementation) -> Callable[..., Any]:

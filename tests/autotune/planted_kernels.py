@@ -6,12 +6,13 @@ import inspect
 import os
 import signal
 import time
-from typing import Any, NoReturn
+from typing import Any, NamedTuple, NoReturn
 
 import torch
 from torch import Tensor
 
 from llmmed.kernels.base import Implementation, Unavailable
+from llmmed.kernels.tunable import Tunable
 
 
 def right(x: Tensor, weight: Tensor, eps: float) -> Tensor:
@@ -88,6 +89,35 @@ def fast(x: Tensor, weight: Tensor, eps: float) -> Tensor:
     return torch.nn.functional.rms_norm(x, (x.shape[-1],), weight, eps)
 
 
+class Launch(NamedTuple):
+    milliseconds: int
+    right: int = 1
+    alive: int = 1
+
+
+def _at(launch: Launch, x: Tensor, weight: Tensor, eps: float) -> Tensor:
+    if not launch.alive:
+        _die()
+    time.sleep(1e-3 * launch.milliseconds)
+    return right(x, weight, eps) * (1.0 if launch.right else 1.02)
+
+
+def tuned(x: Tensor, weight: Tensor, eps: float) -> Tensor:
+    return _at(_TUNED(x.device, width=x.shape[-1]), x, weight, eps)
+
+
+def tuned_to_death(x: Tensor, weight: Tensor, eps: float) -> Tensor:
+    return _at(_TUNED_TO_DEATH(x.device, width=x.shape[-1]), x, weight, eps)
+
+
+def _tunable(*alternatives: Launch) -> Tunable[Launch]:
+    return Tunable("planted", lambda device, width: Launch(40), lambda device, width: alternatives)
+
+
+_TUNED = _tunable(Launch(5), Launch(60), Launch(0, right=0))
+_TUNED_TO_DEATH = _tunable(Launch(5), Launch(0, alive=0))
+
+
 def _die() -> NoReturn:
     os.kill(os.getpid(), signal.SIGSEGV)
     raise AssertionError("still alive")
@@ -129,6 +159,8 @@ RAISES_WHEN_MEASURED = _implementation("raises_when_measured", raises_when_measu
 SLOW_IN_THE_STEP = _implementation("slow_in_the_step", slow_in_the_step)
 WRONG_IN_THE_STEP = _implementation("wrong_in_the_step", wrong_in_the_step)
 DIES_IN_THE_STEP = _implementation("dies_in_the_step", dies_in_the_step)
+TUNED = Implementation("tuned", load=lambda: tuned, tunable=(_TUNED,))
+TUNED_TO_DEATH = Implementation("tuned_to_death", load=lambda: tuned_to_death, tunable=(_TUNED_TO_DEATH,))
 UNAVAILABLE = Implementation("unavailable", load=_unavailable)
 BREAKS = Implementation("breaks", load=_breaks)
 GPU_ONLY = Implementation("gpu_only", load=lambda: right, devices=("cuda",))

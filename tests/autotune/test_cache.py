@@ -12,7 +12,7 @@ import pytest
 
 from llmmed.autotune import cache
 from llmmed.autotune.hardware import UNKNOWN_GPU, describe_hardware
-from llmmed.autotune.plan import Candidate
+from llmmed.autotune.plan import Candidate, KernelLaunch
 from llmmed.autotune.workload import Workload
 from llmmed.kernels import catalog
 
@@ -36,6 +36,7 @@ def facts(norms: Workload) -> dict[str, Any]:
         "mode": "eager",
         "deterministic": False,
         "candidate_seconds": 60.0,
+        "launches": {},
         "step": None,
     }
 
@@ -97,6 +98,7 @@ def test_the_fingerprint_holds_what_evidence_depends_on(facts: dict[str, Any], n
         "mode": "compiled",
         "deterministic": True,
         "candidate_seconds": 1.0,
+        "launches": {"rms_norm": {"triton": [KernelLaunch(kernel="k", at={"width": 8}, chosen={"block": 2})]}},
         "step": {"model": "another"},
     }
     found = {name: cache.fingerprint(**(facts | {name: value})) for name, value in changes.items()}

@@ -77,7 +77,7 @@ def test_another_result_in_the_step_is_a_failure(clock: StepClock, monkeypatch: 
     clock.set_default(base)
     right = load_kernels(base)
 
-    def wrong(choice: Any) -> Kernels:
+    def wrong(choice: Any, launches: Any) -> Kernels:
         functions = dict(right.functions)
         functions["swiglu"] = lambda gate_up: 1.1 * right.functions["swiglu"](gate_up)
         return Kernels(functions, dict(choice))

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import logging
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -159,6 +160,39 @@ def test_a_real_workload_is_tuned_once_and_then_read_from_the_cache(
         second = tune(config, workload, mode="eager")
     assert second.cached
     assert (second.ops, second.choice) == (first.ops, first.choice)
+
+
+def test_launches_are_searched_recorded_and_taken_from_a_plan(
+    tiny: Config, norms: Workload, plant: Plant, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    plant("tuned", "tuned_to_death")
+    config = with_kernels(tiny, cache="use")
+    plan = tune(config, norms, mode="eager")
+    tuned, dead = candidates(plan)["tuned"], candidates(plan)["tuned_to_death"]
+    (launch,) = tuned.launches
+    assert launch.chosen == {"milliseconds": 5, "right": 1, "alive": 1}
+    assert [trial.values["milliseconds"] for trial in launch.tried] == [40, 5, 60, 0]
+    assert launch.tried[-1].reason.startswith("wrong: ")
+    assert 5 * 5 < (tuned.total_ms or 0.0) < 5 * 40  # it is timed, and tried in the step, as it is launched
+    assert (dead.status, dead.launches) == ("verified", [])  # a launch that kills the process costs no more than itself
+    assert (dead.total_ms or 0.0) > 5 * 40
+    assert plan.launches["rms_norm"] == {"tuned": tuned.launch_values}
+
+    plan = plan.model_copy(update={"ops": {"rms_norm": plan.ops["rms_norm"].model_copy(update={"chosen": "tuned"})}})
+    plan.write(tmp_path / "kernels.json")
+    given = tune(with_kernels(config, plan=str(tmp_path / "kernels.json")), norms, mode="eager")
+    assert given.choice == {"rms_norm": "tuned"}
+    assert candidates(given)["tuned"].launches == tuned.launches
+    assert not caplog.records
+
+    text = (tmp_path / "kernels.json").read_text()
+    (tmp_path / "wrong.json").write_text(
+        re.sub(r'("chosen": {\s*"milliseconds": )5(,\s*"right": )1', r"\g<1>0\g<2>0", text)
+    )
+    with caplog.at_level(logging.WARNING):
+        refused = tune(with_kernels(config, plan=str(tmp_path / "wrong.json")), norms, mode="eager")
+    assert candidates(refused)["tuned"].launches[0].chosen["milliseconds"] == 40
+    assert "the plan's launch of planted is not used: here it is wrong: " in caplog.text
 
 
 def test_two_tuning_runs_at_once_leave_a_whole_cache(tiny: Config, norms: Workload, plant: Plant) -> None:

@@ -10,10 +10,13 @@ import torch
 from llmmed.autotune import warm
 from llmmed.autotune.child import started_process
 from llmmed.autotune.journal import Job, Task
+from llmmed.autotune.launch_search import open_sites
 from llmmed.autotune.verify import trials
 from llmmed.autotune.workload import Workload
+from llmmed.kernels.ahead_of_time import TARGETS
 from llmmed.kernels.base import Call
-from llmmed.kernels.catalog import get_op
+from llmmed.kernels.catalog import get_implementation, get_op
+from llmmed.kernels.operator import INTERPRETED, absent_gpu
 
 
 @pytest.fixture
@@ -54,6 +57,17 @@ def test_what_is_compiled_for_each_shape_is_run_for_real(norms: Workload, monkey
     for unit in units:
         unit.run(torch.device("cpu"))
     assert run == [unit.call for unit in units]
+
+
+@pytest.mark.skipif(INTERPRETED, reason="nothing is searched under TRITON_INTERPRET=1")
+def test_every_launch_of_the_search_is_covered(job: Job, norms: Workload) -> None:
+    op, implementation, device = get_op("rms_norm"), get_implementation("rms_norm", "triton"), torch.device("cpu")
+    with absent_gpu(TARGETS[90]):
+        units = list(warm._units(job.tasks, job.mode, device))
+        opened = open_sites(op, implementation, implementation.load(), list(norms.calls), device)
+    assert {each.site.kernel for each in opened} == {"rms_norm_triton_fwd_kernel", "rms_norm_triton_bwd_kernel"}
+    assert [u.launches for u in units if u.launches] == [{o.site: v} for o in opened for v in o.alternatives]
+    assert {u.name for u in units if u.launches} == {"triton"}
 
 
 def test_two_processes_share_the_work(job: Job, tmp_path: Path) -> None:

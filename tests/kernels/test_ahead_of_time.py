@@ -14,6 +14,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from llmmed.autotune.launch_search import open_sites
 from llmmed.autotune.workload import record_workload
 from llmmed.compose import compose
 from llmmed.kernels.ahead_of_time import (
@@ -33,7 +34,7 @@ from llmmed.kernels.catalog import (
     load_function,
     op_names,
 )
-from llmmed.kernels.operator import INTERPRETED
+from llmmed.kernels.operator import INTERPRETED, absent_gpu
 
 pytestmark = pytest.mark.skipif(INTERPRETED, reason="nothing is compiled under TRITON_INTERPRET=1")
 
@@ -91,6 +92,31 @@ def test_no_kernel_of_an_op_is_left_out(op: str) -> None:
     launches = record_launches(op, "triton", production_calls()[op], targets=[90])
     assert defined
     assert {launch.kernel for launch in launches if launch.module == module.__name__} == defined
+
+
+@pytest.mark.slow
+def test_every_launch_that_a_search_may_choose_compiles_for_an_h100() -> None:
+    launches = [launch for op, name in CANDIDATES for launch in searched_launches(op, name)]
+    kernels = compile_launches(launches)
+    spilling = [k for k in kernels if k.spills > SPILL_CEILINGS.get(k.kernel, 0)]
+    too_large = [k for k in kernels if not k.fits]
+    assert len({kernel.constants for kernel in kernels}) > 50
+    assert not spilling + too_large, "\n".join(kernel.describe() for kernel in spilling + too_large)
+
+
+def searched_launches(op_name: str, name: str) -> list[Launch]:
+    op, implementation = get_op(op_name), get_implementation(op_name, name)
+    found: list[Launch] = []
+    for call in production_calls()[op_name]:
+        with absent_gpu(TARGETS[90]):
+            opened = open_sites(op, implementation, load_function(op_name, implementation), [call], torch.device("cpu"))
+        assert opened
+        for each in opened:
+            for values in each.alternatives:
+                implementation.take_launches({each.site: values})
+                found += record_launches(op_name, name, [call], targets=[90])
+                implementation.take_launches({})
+    return found
 
 
 def test_every_kernel_that_a_trace_is_searched_for_is_launched() -> None:

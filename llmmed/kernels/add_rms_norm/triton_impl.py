@@ -5,8 +5,8 @@ numbers, written once. The weight's gradient is summed as in `rms_norm`: determi
 """
 
 # Annotations must be real objects: torch infers the operator's schema from them. So no `from __future__` here.
-from collections.abc import Callable
-from typing import Any
+from collections.abc import Callable, Iterator
+from typing import Any, NamedTuple
 
 import torch
 import triton
@@ -15,6 +15,7 @@ from torch import Tensor
 
 from llmmed.kernels.base import Implementation
 from llmmed.kernels.operator import TRITON_DEVICES, as_rows, make_operator, require_triton, sm_count
+from llmmed.kernels.tunable import Tunable
 
 _MAX_WIDTH = 16384  # a row must fit into one program's registers
 _SHARED_BYTES = 96 * 1024
@@ -73,25 +74,67 @@ def add_rms_norm_triton_bwd_kernel(
     tl.store(partial_ptr + tl.program_id(0).to(tl.int64) * N + cols, tl.sum(dweight, axis=0), mask=col_mask)
 
 
-def _forward_launch(width: int) -> tuple[int, int, int]:
-    """BLOCK_M, BLOCK_N and num_warps: tiles of about 4,096 elements, 16 to 32 a thread."""
+class Forward(NamedTuple):
+    """Rows a program normalises, and its warps."""
+
+    block_m: int
+    num_warps: int
+
+
+class Backward(NamedTuple):
+    """Rows a program takes at a time, its warps, programs per multiprocessor, and stages of their pipeline."""
+
+    block_m: int
+    num_warps: int
+    per_sm: int
+    stages: int
+
+
+def _forward_launch(device: torch.device, width: int, itemsize: int) -> Forward:
+    """Tiles of about 4,096 elements, 16 to 32 a thread."""
     block_n = triton.next_power_of_2(width)
     block_m = max(1, 4096 // block_n)
-    return block_m, block_n, max(4, min(16, block_m * block_n // 1024))
+    return Forward(block_m, max(4, min(16, block_m * block_n // 1024)))
 
 
-def _backward_launch(width: int, itemsize: int) -> tuple[int, int, int, int, int]:
-    """BLOCK_M, BLOCK_N, STAGES, num_warps and programs per multiprocessor.
+def _forward_alternatives(device: torch.device, width: int, itemsize: int) -> Iterator[Forward]:
+    """Tiles of half and twice the size, and other numbers of warps, with up to 32 elements a thread."""
+    block_m, num_warps = _forward_launch(device, width, itemsize)
+    yield Forward(max(1, block_m // 2), num_warps)
+    yield Forward(max(1, block_m // 2), max(2, num_warps // 2))
+    yield Forward(block_m, min(16, 2 * num_warps))
+    if 2 * block_m * triton.next_power_of_2(width) <= 32768 // itemsize:
+        yield Forward(2 * block_m, min(16, 2 * num_warps))
 
-    As in `rms_norm`, but with three streams to read a tile may hold half as much for the same bytes in flight. More
+
+def _backward_launch(device: torch.device, width: int, itemsize: int) -> Backward:
+    """As in `rms_norm`, but with three streams to read a tile may hold half as much for the same bytes in flight. More
     programs would write more partial rows. All but the current stage lie in shared memory, of which small GPUs have
     99 KiB.
     """
     block_n = triton.next_power_of_2(width)
     block_m = max(1, 4096 // block_n)
-    stages = 1 + min(2, _SHARED_BYTES // (3 * block_m * block_n * itemsize))
     num_warps = max(8, block_n // 512)
-    return block_m, block_n, stages, num_warps, 2 if block_n <= 4096 and itemsize == 2 else 1
+    per_sm = 2 if block_n <= 4096 and itemsize == 2 else 1
+    return Backward(block_m, num_warps, per_sm, _stages(block_m * block_n * itemsize))
+
+
+def _backward_alternatives(device: torch.device, width: int, itemsize: int) -> Iterator[Backward]:
+    """More programs, smaller tiles, other numbers of warps."""
+    block_m, num_warps, per_sm, stages = _backward_launch(device, width, itemsize)
+    half = max(1, block_m // 2)
+    yield Backward(block_m, num_warps, 3 - per_sm, stages)
+    yield Backward(half, num_warps, 2 * per_sm, _stages(half * triton.next_power_of_2(width) * itemsize))
+    yield Backward(half, num_warps // 2, 2 * per_sm, _stages(half * triton.next_power_of_2(width) * itemsize))
+    yield Backward(block_m, min(16, 2 * num_warps), per_sm, stages)
+
+
+def _stages(tile_bytes: int) -> int:
+    return 1 + min(2, _SHARED_BYTES // (3 * tile_bytes))
+
+
+_FORWARD = Tunable("add_rms_norm_triton_fwd_kernel", _forward_launch, _forward_alternatives)
+_BACKWARD = Tunable("add_rms_norm_triton_bwd_kernel", _backward_launch, _backward_alternatives)
 
 
 def _forward(x: Tensor, residual: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor, Tensor]:
@@ -100,10 +143,10 @@ def _forward(x: Tensor, residual: Tensor, weight: Tensor, eps: float) -> tuple[T
     normed, total = (torch.empty(x.shape, dtype=x.dtype, device=x.device) for _ in range(2))
     rstd = torch.empty(n_rows, dtype=torch.float32, device=x.device)
     if n_rows:
-        block_m, block_n, num_warps = _forward_launch(width)
+        block_m, num_warps = _FORWARD(x.device, width=width, itemsize=x.element_size())
         add_rms_norm_triton_fwd_kernel[(triton.cdiv(n_rows, block_m),)](
             x_rows, residual_rows, weight, normed, total, rstd, x_rows.stride(0), residual_rows.stride(0), n_rows,
-            N=width, EPS=eps, BLOCK_M=block_m, BLOCK_N=block_n, num_warps=num_warps,
+            N=width, EPS=eps, BLOCK_M=block_m, BLOCK_N=triton.next_power_of_2(width), num_warps=num_warps,
         )  # fmt: skip
     return normed, total, rstd
 
@@ -117,13 +160,13 @@ def _backward(dnormed: Tensor, dtotal: Tensor, total: Tensor, weight: Tensor, rs
     dnormed_rows, dtotal_rows = as_rows(dnormed), as_rows(dtotal)
     n_rows, width = dnormed_rows.shape
     dx = torch.empty(total.shape, dtype=total.dtype, device=total.device)
-    block_m, block_n, stages, num_warps, per_sm = _backward_launch(width, total.element_size())
+    block_m, num_warps, per_sm, stages = _BACKWARD(total.device, width=width, itemsize=total.element_size())
     n_programs = max(1, min(triton.cdiv(n_rows, block_m), sm_count(total.device) * per_sm))
     partial = torch.empty((n_programs, width), dtype=torch.float32, device=total.device)
     add_rms_norm_triton_bwd_kernel[(n_programs,)](
         dnormed_rows, dtotal_rows, total, weight, rstd, dx, partial,
         dnormed_rows.stride(0), dtotal_rows.stride(0), n_rows,
-        N=width, BLOCK_M=block_m, BLOCK_N=block_n, STAGES=stages, num_warps=num_warps,
+        N=width, BLOCK_M=block_m, BLOCK_N=triton.next_power_of_2(width), STAGES=stages, num_warps=num_warps,
     )  # fmt: skip
     return dx, partial.sum(0).to(weight.dtype)
 
@@ -165,4 +208,5 @@ IMPL = Implementation(
     load=_load,
     devices=TRITON_DEVICES,
     kernel_names=("add_rms_norm_triton_fwd_kernel", "add_rms_norm_triton_bwd_kernel"),
+    tunable=(_FORWARD, _BACKWARD),
 )

@@ -5,7 +5,7 @@ more than with atomic additions, and the same bits in every run.
 """
 
 # Annotations must be real objects: torch infers the operator's schema from them. So no `from __future__` here.
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Any, NamedTuple
 
 import torch
@@ -15,13 +15,15 @@ from torch import Tensor
 
 from llmmed.kernels.base import Implementation
 from llmmed.kernels.operator import TRITON_DEVICES, make_operator, require_triton, shared_bytes
+from llmmed.kernels.tunable import Tunable
 
 _LOG2_E = 1.4426950408889634
 MOST_SEQUENCES = 65535  # CUDA's limit for the second axis of a grid
 
 
 class Launch(NamedTuple):
-    """Block sizes and resources of one kernel. `rows` are the queries or keys that a program owns."""
+    """Block sizes and resources of one kernel. `rows` are the queries or keys that a program owns, a
+    multiple of `cols`: blocks beside the diagonal then need no mask."""
 
     rows: int
     cols: int
@@ -251,6 +253,46 @@ def padded(head_dim: int) -> int:
     return max(16, int(triton.next_power_of_2(head_dim)))
 
 
+def _alternatives(head_dim: int, itemsize: int) -> tuple[tuple[Launch, ...], ...]:
+    """What to try of each kernel. In float32 products without tensor cores decide, and compile for long."""
+    if itemsize == 4:
+        return (), (), ()
+    if head_dim <= 64:
+        return (
+            (Launch(128, 64, 4, 3), Launch(128, 64, 8, 3), Launch(128, 128, 8, 3), Launch(64, 64, 4, 4)),
+            (Launch(64, 64, 4, 3), Launch(128, 32, 8, 3), Launch(128, 64, 8, 3)),
+            (Launch(128, 64, 8, 3), Launch(128, 64, 8, 2), Launch(64, 32, 4, 3)),
+        )
+    return (
+        (Launch(128, 64, 8, 3), Launch(128, 64, 8, 2), Launch(128, 128, 8, 2), Launch(64, 64, 4, 2)),
+        (Launch(64, 32, 4, 2), Launch(128, 64, 8, 2), Launch(64, 64, 8, 2)),
+        (Launch(64, 64, 4, 2), Launch(128, 64, 8, 2), Launch(64, 32, 4, 3)),
+    )
+
+
+def tunable(kernel: str, index: int) -> Tunable[Launch]:
+    """Of the forward (0), the keys' (1) or the queries' kernel (2)."""
+
+    def default(device: torch.device, head_dim: int, itemsize: int, seq: int, group: int) -> Launch:
+        return launches(head_dim, torch.float32 if itemsize == 4 else torch.bfloat16, device)[index]
+
+    def alternatives(device: torch.device, head_dim: int, itemsize: int, seq: int, group: int) -> Iterable[Launch]:
+        return _alternatives(head_dim, itemsize)[index]
+
+    return Tunable(kernel, default, alternatives)
+
+
+_FORWARD = tunable("attention_triton_fwd_kernel", 0)
+_KEYS = tunable("attention_triton_bwd_kv_kernel", 1)
+_QUERIES = tunable("attention_triton_bwd_q_kernel", 2)
+
+
+def _shape(q: Tensor, k: Tensor) -> dict[str, int]:
+    """What launches depend on. On the length and on the group only once a search has been made."""
+    _, seq, heads, head_dim = q.shape
+    return {"head_dim": head_dim, "itemsize": q.element_size(), "seq": seq, "group": heads // k.shape[2]}
+
+
 def _constants(q: Tensor, k: Tensor, v: Tensor, launch: Launch) -> dict[str, Any]:
     """What all three kernels are specialised on."""
     seq, heads, head_dim = q.shape[1:]
@@ -280,10 +322,10 @@ def _unit_stride(*tensors: Tensor) -> tuple[Tensor, ...]:
 
 def _forward(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
     q, k, v = _unit_stride(q, k, v)
-    batch, seq, heads, head_dim = q.shape
+    batch, seq, heads, _ = q.shape
     out = torch.empty(q.shape, dtype=q.dtype, device=q.device)
     lse = torch.empty((batch, heads, seq), dtype=torch.float32, device=q.device)  # in powers of two
-    launch = launches(head_dim, q.dtype, q.device)[0]
+    launch = _FORWARD(q.device, **_shape(q, k))
     attention_triton_fwd_kernel[(triton.cdiv(seq, launch.rows), batch * heads)](
         q, k, v, out, lse, *q.stride()[:3], *k.stride()[:3], *v.stride()[:3], seq,
         BLOCK_M=launch.rows, BLOCK_N=launch.cols, **_constants(q, k, v, launch),
@@ -302,7 +344,7 @@ def _backward(dout: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: T
     batch, seq, heads, head_dim = q.shape
     delta = torch.empty_like(lse)
     dq, dk, dv = (torch.empty(x.shape, dtype=x.dtype, device=x.device) for x in (q, k, v))
-    _, for_keys, for_queries = launches(head_dim, q.dtype, q.device)
+    for_keys, for_queries = (each(q.device, **_shape(q, k)) for each in (_KEYS, _QUERIES))
     strides = [stride for x in (q, k, v, dout) for stride in x.stride()[:3]]
     constants = _constants(q, k, v, for_keys)
     attention_triton_bwd_delta_kernel[(triton.cdiv(seq, 64), batch * heads)](
@@ -354,4 +396,5 @@ IMPL = Implementation(
     load=_load_impl,
     devices=TRITON_DEVICES,
     kernel_names=("attention_triton_fwd_kernel", "attention_triton_bwd_kv_kernel", "attention_triton_bwd_q_kernel"),
+    tunable=(_FORWARD, _KEYS, _QUERIES),
 )

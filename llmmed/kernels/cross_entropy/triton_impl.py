@@ -6,8 +6,8 @@ where the upstream gradient is one, and sees that on the device.
 """
 
 # Annotations must be real objects: torch infers the operator's schema from them. So no `from __future__` here.
-from collections.abc import Callable
-from typing import Any
+from collections.abc import Callable, Iterator
+from typing import Any, NamedTuple
 
 import torch
 import triton
@@ -17,6 +17,7 @@ from torch.autograd.function import once_differentiable
 
 from llmmed.kernels.base import Implementation
 from llmmed.kernels.operator import TRITON_DEVICES, as_rows, l2_bytes, make_operator, require_triton, sm_count
+from llmmed.kernels.tunable import Tunable
 
 
 @triton.jit
@@ -163,10 +164,20 @@ def cross_entropy_triton_bwd_kernel(
             write_gradient(logits, gradient, target, chosen, row_max, row_sum, factor, V, BLOCK, 1)
 
 
-def launch(vocab: int, itemsize: int, n_rows: int, device: torch.device) -> tuple[int, int, int, int]:
-    """BLOCK, STAGES, num_warps and the number of programs.
+class Launch(NamedTuple):
+    """Columns a program walks at a time, loads ahead, its warps, and programs per multiprocessor."""
 
-    Two loads of 16 bytes a lane, and as many lanes as a program can have: few rows under way, so that half of the L2
+    block: int
+    stages: int
+    num_warps: int
+    per_sm: int
+
+    def programs(self, n_rows: int, device: torch.device) -> int:
+        return max(1, min(n_rows, self.per_sm * sm_count(device)))
+
+
+def launch(device: torch.device, vocab: int, itemsize: int) -> Launch:
+    """Two loads of 16 bytes a lane, and as many lanes as a program can have: few rows under way, so that half of the L2
     cache holds them (the gradients pass through it as well), and still enough loads on their way. Where not even one
     row a multiprocessor fits into that half, fewer warps and loads ahead through shared memory do better.
     """
@@ -175,8 +186,24 @@ def launch(vocab: int, itemsize: int, n_rows: int, device: torch.device) -> tupl
     cached = l2_bytes(device) // 2 // (vocab * itemsize) // sm_count(device)
     per_sm = max(1, min(64 // num_warps, cached))
     if not cached and num_warps == 32:
-        return block, 4, 16, max(1, min(n_rows, 2 * sm_count(device)))
-    return block, 1, num_warps, max(1, min(n_rows, per_sm * sm_count(device)))
+        return Launch(block, 4, 16, 2)
+    return Launch(block, 1, num_warps, per_sm)
+
+
+def alternatives(device: torch.device, vocab: int, itemsize: int) -> Iterator[Launch]:
+    """More rows under way, by programs or by half as many warps each, and loads ahead through shared memory."""
+    block, stages, num_warps, per_sm = launch(device, vocab, itemsize)
+    yield Launch(block, stages, num_warps, 3 - min(2, per_sm))
+    yield Launch(max(128, block // 2), stages, max(4, num_warps // 2), 2 * per_sm)
+    yield Launch(max(128, block // 2), stages, max(4, num_warps // 2), per_sm)
+    yield Launch(block, 4, min(16, num_warps), 2)
+
+
+_FORWARD = Tunable(
+    "cross_entropy_triton_fwd_kernel",
+    lambda device, vocab, itemsize, gradient: launch(device, vocab, itemsize),
+    lambda device, vocab, itemsize, gradient: alternatives(device, vocab, itemsize),
+)
 
 
 def mean_factor(targets: Tensor, ignore_index: int, scale: Tensor | None) -> Tensor:
@@ -198,8 +225,11 @@ def _compute(
     losses = torch.empty(n_rows, dtype=torch.float32, device=logits.device)
     statistics = torch.empty((2, n_rows), dtype=torch.float32, device=logits.device)
     gradient = torch.empty((n_rows, vocab) if with_gradient else (0,), dtype=logits.dtype, device=logits.device)
-    block, stages, num_warps, programs = launch(vocab, logits.element_size(), n_rows, logits.device)
-    cross_entropy_triton_fwd_kernel[(programs,)](
+    # Whether the gradient is written is another kernel: eager mode's writes it, a compiled step's does not.
+    block, stages, num_warps, _ = how = _FORWARD(
+        logits.device, vocab=vocab, itemsize=logits.element_size(), gradient=int(with_gradient)
+    )
+    cross_entropy_triton_fwd_kernel[(how.programs(n_rows, logits.device),)](
         rows, targets, factor, losses, statistics, gradient, rows.stride(0), targets.stride(0), n_rows, ignore_index,
         V=vocab, BLOCK=block, STAGES=stages, GRADIENT=with_gradient, num_warps=num_warps,
     )  # fmt: skip
@@ -213,7 +243,7 @@ def _write(
     """Fills `gradient` for an upstream gradient; `written` if it already holds the one for one."""
     rows = as_rows(logits)
     n_rows, vocab = rows.shape
-    block, _, num_warps, _ = launch(vocab, logits.element_size(), n_rows, logits.device)
+    block, _, num_warps, _ = launch(logits.device, vocab, logits.element_size())
     programs = max(1, min(n_rows, 64 // num_warps * sm_count(logits.device)))  # nothing is read twice: all that fit
     cross_entropy_triton_bwd_kernel[(programs,)](
         upstream, rows, targets, factor, statistics, gradient, rows.stride(0), targets.stride(0), n_rows, ignore_index,
@@ -306,4 +336,5 @@ IMPL = Implementation(
     load=_load,
     devices=TRITON_DEVICES,
     kernel_names=("cross_entropy_triton_fwd_kernel", "cross_entropy_triton_bwd_kernel"),
+    tunable=(_FORWARD,),
 )

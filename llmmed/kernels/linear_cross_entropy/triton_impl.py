@@ -6,7 +6,7 @@ weight's gradient is summed over the chunks in float32. Nothing waits for the ho
 
 # Annotations must be real objects: torch infers the operator's schema from them. So no `from __future__` here.
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import triton
@@ -15,11 +15,39 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from llmmed.kernels.base import Implementation
-from llmmed.kernels.cross_entropy.triton_impl import launch, mean_factor, row_statistics, write_gradient
+from llmmed.kernels.cross_entropy.triton_impl import Launch, mean_factor, row_statistics, write_gradient
+from llmmed.kernels.cross_entropy.triton_impl import alternatives as row_alternatives
+from llmmed.kernels.cross_entropy.triton_impl import launch as row_launch
 from llmmed.kernels.operator import TRITON_DEVICES, as_rows, make_operator, require_triton
+from llmmed.kernels.tunable import Tunable
 
 _CHUNKS = 2  # the logits of a chunk take half of what all would
-_CHUNK_BYTES = 9 * 2**26  # and no more than this: each chunk reads and writes the weight's gradient once
+_CHUNK_MIB = 576  # and no more than this: each chunk reads and writes the weight's gradient once
+
+
+class Chunk(NamedTuple):
+    """The most that a chunk's logits may take."""
+
+    mib: int
+
+
+class Tunables(NamedTuple):
+    """What an implementation in chunks may vary: the kernel between the products, and the chunks."""
+
+    rows: Tunable[Launch]
+    chunks: Tunable[Chunk]
+
+
+def tunables() -> Tunables:
+    """A set of its own for each implementation: what is best for one need not be for another."""
+    return Tunables(
+        Tunable("linear_cross_entropy_triton_fwd_kernel", row_launch, row_alternatives),
+        Tunable(
+            "chunks",
+            lambda device, vocab, width, itemsize: Chunk(_CHUNK_MIB),
+            lambda device, vocab, width, itemsize: (Chunk(_CHUNK_MIB // 2), Chunk(_CHUNK_MIB // 4)),
+        ),
+    )
 
 
 @triton.jit
@@ -65,6 +93,7 @@ def losses_and_raw_gradients(
     ignore_index: int,
     hidden_gradient: bool,
     weight_gradient: bool,
+    launches: Tunables,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Each row's loss, and the gradients of their sum, chunk by chunk.
 
@@ -77,13 +106,16 @@ def losses_and_raw_gradients(
     losses = torch.empty(n_rows, dtype=torch.float32, device=weight.device)
     raw_hidden = torch.empty(hidden_states.shape if hidden_gradient else (0,), dtype=weight.dtype, device=weight.device)
     raw_weight = torch.empty(weight.shape if weight_gradient else (0,), dtype=torch.float32, device=weight.device)
-    chunk_rows = _chunk_rows(n_rows, vocab * weight.element_size())
+    width, itemsize = hidden_states.shape[1], weight.element_size()
+    most = launches.chunks(weight.device, vocab=vocab, width=width, itemsize=itemsize)
+    how = launches.rows(weight.device, vocab=vocab, itemsize=itemsize)
+    chunk_rows = _chunk_rows(n_rows, vocab * itemsize, most)
     buffer = torch.empty((chunk_rows, vocab), dtype=weight.dtype, device=weight.device)
     for start in range(0, n_rows, chunk_rows):
         rows = slice(start, min(start + chunk_rows, n_rows))
         logits = buffer[: rows.stop - start]
         torch.mm(hidden_states[rows], weight.T, out=logits)
-        _differentiate(logits, targets[rows], losses[rows], ignore_index, hidden_gradient or weight_gradient)
+        _differentiate(logits, targets[rows], losses[rows], ignore_index, hidden_gradient or weight_gradient, how)
         if hidden_gradient:
             torch.mm(logits, weight, out=raw_hidden[rows])
         if weight_gradient:
@@ -105,20 +137,22 @@ def _gain(compute_dtype: torch.dtype) -> float:
     return 256.0 if compute_dtype == torch.float16 else 1.0
 
 
-def _chunk_rows(n_rows: int, row_bytes: int) -> int:
+def _chunk_rows(n_rows: int, row_bytes: int, most: Chunk) -> int:
     """Rows a chunk: half of all, within the memory budget, in whole tiles of the products."""
-    wanted = max(1, min(-(-n_rows // _CHUNKS), _CHUNK_BYTES // row_bytes))
+    wanted = max(1, min(-(-n_rows // _CHUNKS), most.mib * 2**20 // row_bytes))
     tile = 128 if wanted > 128 else 16
     return max(1, min(n_rows, -(-wanted // tile) * tile))
 
 
-def _differentiate(logits: Tensor, targets: Tensor, losses: Tensor, ignore_index: int, with_gradient: bool) -> None:
+def _differentiate(
+    logits: Tensor, targets: Tensor, losses: Tensor, ignore_index: int, with_gradient: bool, how: Launch
+) -> None:
     """Fills `losses` and turns `logits` into their gradient, in place."""
     n_rows, vocab = logits.shape
-    block, stages, num_warps, programs = launch(vocab, logits.element_size(), n_rows, logits.device)
-    linear_cross_entropy_triton_fwd_kernel[(programs,)](
+    linear_cross_entropy_triton_fwd_kernel[(how.programs(n_rows, logits.device),)](
         logits, targets, losses, targets.stride(0), n_rows, ignore_index,
-        V=vocab, BLOCK=block, STAGES=stages, GRADIENT=with_gradient, GAIN=_gain(logits.dtype), num_warps=num_warps,
+        V=vocab, BLOCK=how.block, STAGES=how.stages, GRADIENT=with_gradient, GAIN=_gain(logits.dtype),
+        num_warps=how.num_warps,
     )  # fmt: skip
 
 
@@ -129,6 +163,9 @@ def _add_product(total: Tensor, left: Tensor, right: Tensor, first: bool) -> Non
         torch.addmm(total, left, right, beta=beta, out=total)
     else:
         torch.addmm(total, left, right, out_dtype=torch.float32, beta=beta, out=total)
+
+
+_TUNABLES = tunables()
 
 
 class _Direct(torch.autograd.Function):
@@ -153,7 +190,9 @@ class _Direct(torch.autograd.Function):
         wanted = ctx.needs_input_grad[:2]
         raw, ctx.raw = ctx.raw, None
         if raw is None:  # a second pass over a retained graph: the first gave the buffers away
-            _, *raw = losses_and_raw_gradients(hidden_states, weight, targets, ctx.ignore_index, *wanted)
+            _, *raw = losses_and_raw_gradients(
+                hidden_states, weight, targets, ctx.ignore_index, wanted[0], wanted[1], _TUNABLES
+            )
         raw_hidden, raw_weight = raw
         out_weight = raw_weight if weight.dtype == torch.float32 else torch.empty_like(raw_weight, dtype=weight.dtype)
         dtype = hidden_states.dtype
@@ -170,7 +209,7 @@ def _forward(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
     factor = mean_factor(targets, ignore_index, scale)
     losses, raw_hidden, raw_weight = losses_and_raw_gradients(
-        hidden_states, weight, targets, ignore_index, hidden_gradient, weight_gradient
+        hidden_states, weight, targets, ignore_index, hidden_gradient, weight_gradient, _TUNABLES
     )
     return (losses.sum() * factor).float(), factor, raw_hidden, raw_weight
 
@@ -233,4 +272,5 @@ IMPL = Implementation(
     load=_load,
     devices=TRITON_DEVICES,
     kernel_names=("linear_cross_entropy_triton_fwd_kernel", "linear_cross_entropy_triton_bwd_kernel"),
+    tunable=_TUNABLES,
 )

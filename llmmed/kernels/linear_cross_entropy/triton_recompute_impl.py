@@ -13,15 +13,17 @@ from torch import Tensor
 
 from llmmed.kernels.base import Implementation
 from llmmed.kernels.cross_entropy.triton_impl import mean_factor
-from llmmed.kernels.linear_cross_entropy.triton_impl import finish, losses_and_raw_gradients
+from llmmed.kernels.linear_cross_entropy.triton_impl import finish, losses_and_raw_gradients, tunables
 from llmmed.kernels.operator import TRITON_DEVICES, make_operator, require_triton
+
+_TUNABLES = tunables()
 
 
 def _forward(
     hidden_states: Tensor, weight: Tensor, targets: Tensor, ignore_index: int, scale: Tensor | None = None
 ) -> tuple[Tensor, Tensor]:
     factor = mean_factor(targets, ignore_index, scale)
-    losses = losses_and_raw_gradients(hidden_states, weight, targets, ignore_index, False, False)[0]
+    losses = losses_and_raw_gradients(hidden_states, weight, targets, ignore_index, False, False, _TUNABLES)[0]
     return (losses.sum() * factor).float(), factor
 
 
@@ -34,7 +36,9 @@ def _fake_forward(
 def _backward(
     upstream: Tensor, hidden_states: Tensor, weight: Tensor, targets: Tensor, factor: Tensor, ignore_index: int
 ) -> tuple[Tensor, Tensor]:
-    _, hidden, raw_weight = losses_and_raw_gradients(hidden_states, weight, targets, ignore_index, True, True)
+    _, hidden, raw_weight = losses_and_raw_gradients(
+        hidden_states, weight, targets, ignore_index, True, True, _TUNABLES
+    )
     out = raw_weight if weight.dtype == torch.float32 else torch.empty_like(raw_weight, dtype=weight.dtype)
     dtype = hidden_states.dtype
     return finish(hidden, hidden, upstream, factor, dtype), finish(raw_weight, out, upstream, factor, dtype)
@@ -75,4 +79,5 @@ IMPL = Implementation(
     load=_load,
     devices=TRITON_DEVICES,
     kernel_names=("linear_cross_entropy_triton_fwd_kernel", "linear_cross_entropy_triton_bwd_kernel"),
+    tunable=_TUNABLES,
 )

@@ -4,7 +4,7 @@ The third product of an iteration has no such symmetry and goes to cuBLAS.
 """
 
 # Annotations must be real objects: torch infers the operator's schema from them. So no `from __future__` here.
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
 
 import torch
@@ -15,6 +15,7 @@ from torch import Tensor
 from llmmed.kernels.base import Implementation
 from llmmed.kernels.newton_schulz.reference import COEFFICIENTS, EPSILON, STEPS
 from llmmed.kernels.operator import TRITON_DEVICES, require_triton
+from llmmed.kernels.tunable import Tunable
 
 
 class Launch(NamedTuple):
@@ -66,18 +67,31 @@ def newton_schulz_triton_fwd_kernel(
         tl.store(out_ptr + mirrored, tl.trans(value), mask=tl.trans(mask))
 
 
-def launch(size: int, dtype: torch.dtype) -> Launch:
-    """Launch parameters for matrices of `size` rows."""
-    if dtype == torch.float32:
+def _launch(device: torch.device, size: int, inner: int, itemsize: int) -> Launch:
+    """For matrices of `size` rows."""
+    if itemsize == 4:
         return Launch(32, 32, 4, 2)
     return Launch(128, 64, 8, 3) if size >= 512 else Launch(64, 64, 4, 3)
+
+
+def _alternatives(device: torch.device, size: int, inner: int, itemsize: int) -> Iterator[Launch]:
+    """Other tiles and pipelines; in float32, products without tensor cores, none."""
+    if itemsize == 4:
+        return
+    yield Launch(128, 64, 8, 3) if size < 512 else Launch(64, 64, 4, 3)
+    yield Launch(128, 64, 4, 3)
+    yield Launch(128, 32, 8, 4) if size >= 512 else Launch(64, 64, 4, 4)
+    yield Launch(64, 32, 4, 4)
+
+
+_PRODUCT = Tunable("newton_schulz_triton_fwd_kernel", _launch, _alternatives)
 
 
 def _symmetric_product(X: Tensor, add: Tensor, alpha: float, beta: float) -> Tensor:
     """alpha X X^T + beta add, for `add` symmetric: [n, size, size]. Exactly symmetric."""
     n, size, inner = X.shape
     out = torch.empty((n, size, size), dtype=X.dtype, device=X.device)
-    block, block_k, num_warps, num_stages = launch(size, X.dtype)
+    block, block_k, num_warps, num_stages = _PRODUCT(X.device, size=size, inner=inner, itemsize=X.element_size())
     side = triton.cdiv(size, block)
     newton_schulz_triton_fwd_kernel[(side * (side + 1) // 2, n)](
         X, add, out, *X.stride(), size, inner, ALPHA=alpha, BETA=beta, BLOCK=block, BLOCK_K=block_k,
@@ -126,4 +140,5 @@ IMPL = Implementation(
     devices=TRITON_DEVICES,
     backward=False,
     kernel_names=("newton_schulz_triton_fwd_kernel",),
+    tunable=(_PRODUCT,),
 )

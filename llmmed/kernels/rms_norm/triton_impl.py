@@ -5,8 +5,8 @@ row a program, and the partial rows are added up in a fixed order: deterministic
 """
 
 # Annotations must be real objects: torch infers the operator's schema from them. So no `from __future__` here.
-from collections.abc import Callable
-from typing import Any
+from collections.abc import Callable, Iterator
+from typing import Any, NamedTuple
 
 import torch
 import triton
@@ -15,6 +15,7 @@ from torch import Tensor
 
 from llmmed.kernels.base import Implementation
 from llmmed.kernels.operator import TRITON_DEVICES, as_rows, make_operator, require_triton, sm_count
+from llmmed.kernels.tunable import Tunable
 
 _MAX_WIDTH = 16384  # a row must fit into one program's registers
 
@@ -64,23 +65,60 @@ def rms_norm_triton_bwd_kernel(
     tl.store(partial_ptr + tl.program_id(0).to(tl.int64) * N + cols, tl.sum(dweight, axis=0), mask=col_mask)
 
 
-def _forward_launch(width: int) -> tuple[int, int, int]:
-    """BLOCK_M, BLOCK_N and num_warps: tiles of about 4,096 elements, 16 to 32 a thread."""
+class Forward(NamedTuple):
+    """Rows a program normalises, and its warps."""
+
+    block_m: int
+    num_warps: int
+
+
+class Backward(NamedTuple):
+    """Rows a program takes at a time, its warps, programs per multiprocessor, and stages of their pipeline."""
+
+    block_m: int
+    num_warps: int
+    per_sm: int
+    stages: int
+
+
+def _forward_launch(device: torch.device, width: int, itemsize: int) -> Forward:
+    """Tiles of about 4,096 elements, 16 to 32 a thread."""
     block_n = triton.next_power_of_2(width)
     block_m = max(1, 4096 // block_n)
-    return block_m, block_n, max(4, min(16, block_m * block_n // 1024))
+    return Forward(block_m, max(4, min(16, block_m * block_n // 1024)))
 
 
-def _backward_launch(width: int) -> tuple[int, int, int, int]:
-    """BLOCK_M, BLOCK_N, num_warps and programs per multiprocessor.
+def _forward_alternatives(device: torch.device, width: int, itemsize: int) -> Iterator[Forward]:
+    """Tiles of half and twice the size, and other numbers of warps, with up to 32 elements a thread."""
+    block_m, num_warps = _forward_launch(device, width, itemsize)
+    yield Forward(max(1, block_m // 2), num_warps)
+    yield Forward(max(1, block_m // 2), max(2, num_warps // 2))
+    yield Forward(block_m, min(16, 2 * num_warps))
+    if 2 * block_m * triton.next_power_of_2(width) <= 32768 // itemsize:
+        yield Forward(2 * block_m, min(16, 2 * num_warps))
 
-    About 8,192 elements in flight a multiprocessor, pipelined: one program of eight warps, or two of four where rows
+
+def _backward_launch(device: torch.device, width: int, itemsize: int) -> Backward:
+    """About 8,192 elements in flight a multiprocessor, pipelined: one program of eight warps, or two of four where rows
     are short. More programs would write more partial rows.
     """
     block_n = triton.next_power_of_2(width)
     if block_n <= 512:
-        return 4096 // block_n, block_n, 4, 2
-    return max(1, 8192 // block_n), block_n, 16 if block_n > 8192 else 8, 1
+        return Backward(4096 // block_n, 4, 2, 3)
+    return Backward(max(1, 8192 // block_n), 16 if block_n > 8192 else 8, 1, 3)
+
+
+def _backward_alternatives(device: torch.device, width: int, itemsize: int) -> Iterator[Backward]:
+    """More programs, smaller tiles, more warps, a shallower pipeline."""
+    block_m, num_warps, per_sm, stages = _backward_launch(device, width, itemsize)
+    yield Backward(block_m, num_warps, 2 * per_sm, 2)
+    yield Backward(max(1, block_m // 2), num_warps, 2 * per_sm, stages)
+    yield Backward(max(1, block_m // 2), num_warps, per_sm, stages + 1)
+    yield Backward(block_m, min(16, 2 * num_warps), per_sm, stages)
+
+
+_FORWARD = Tunable("rms_norm_triton_fwd_kernel", _forward_launch, _forward_alternatives)
+_BACKWARD = Tunable("rms_norm_triton_bwd_kernel", _backward_launch, _backward_alternatives)
 
 
 def _forward(x: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
@@ -89,10 +127,10 @@ def _forward(x: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
     y = torch.empty(x.shape, dtype=x.dtype, device=x.device)
     rstd = torch.empty(n_rows, dtype=torch.float32, device=x.device)
     if n_rows:
-        block_m, block_n, num_warps = _forward_launch(width)
+        block_m, num_warps = _FORWARD(x.device, width=width, itemsize=x.element_size())
         rms_norm_triton_fwd_kernel[(triton.cdiv(n_rows, block_m),)](
             rows, weight, y, rstd, rows.stride(0), n_rows,
-            N=width, EPS=eps, BLOCK_M=block_m, BLOCK_N=block_n, num_warps=num_warps,
+            N=width, EPS=eps, BLOCK_M=block_m, BLOCK_N=triton.next_power_of_2(width), num_warps=num_warps,
         )  # fmt: skip
     return y, rstd
 
@@ -106,12 +144,12 @@ def _backward(dy: Tensor, x: Tensor, weight: Tensor, rstd: Tensor) -> tuple[Tens
     dy_rows, x_rows = as_rows(dy), as_rows(x)
     n_rows, width = x_rows.shape
     dx = torch.empty(x.shape, dtype=x.dtype, device=x.device)
-    block_m, block_n, num_warps, per_sm = _backward_launch(width)
+    block_m, num_warps, per_sm, stages = _BACKWARD(x.device, width=width, itemsize=x.element_size())
     n_programs = max(1, min(triton.cdiv(n_rows, block_m), sm_count(x.device) * per_sm))
     partial = torch.empty((n_programs, width), dtype=torch.float32, device=x.device)
     rms_norm_triton_bwd_kernel[(n_programs,)](
         dy_rows, x_rows, weight, rstd, dx, partial, dy_rows.stride(0), x_rows.stride(0), n_rows,
-        N=width, BLOCK_M=block_m, BLOCK_N=block_n, STAGES=3, num_warps=num_warps,
+        N=width, BLOCK_M=block_m, BLOCK_N=triton.next_power_of_2(width), STAGES=stages, num_warps=num_warps,
     )  # fmt: skip
     return dx, partial.sum(0).to(weight.dtype)
 
@@ -149,4 +187,5 @@ IMPL = Implementation(
     load=_load,
     devices=TRITON_DEVICES,
     kernel_names=("rms_norm_triton_fwd_kernel", "rms_norm_triton_bwd_kernel"),
+    tunable=(_FORWARD, _BACKWARD),
 )

@@ -1,8 +1,8 @@
 """`rotary` in Triton: queries and keys in one launch, read once and written once; backward rotates the other way."""
 
 # Annotations must be real objects: torch infers the operator's schema from them. So no `from __future__` here.
-from collections.abc import Callable
-from typing import Any
+from collections.abc import Callable, Iterator
+from typing import Any, NamedTuple
 
 import torch
 import triton
@@ -11,6 +11,7 @@ from torch import Tensor
 
 from llmmed.kernels.base import Implementation
 from llmmed.kernels.operator import TRITON_DEVICES, make_operator, require_triton
+from llmmed.kernels.tunable import Tunable
 
 _TILE = 4096  # elements a program rotates: 32 a thread with four warps
 
@@ -70,30 +71,55 @@ def rotary_triton_bwd_kernel(
                      K_HEADS, HALF, BLOCK_M, BLOCK_HALF, -1.0)  # fmt: skip
 
 
-def _rotate(kernel: triton.JITFunction, q: Tensor, k: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor]:
+class Launch(NamedTuple):
+    """Heads of positions that a program rotates, and its warps."""
+
+    block_m: int
+    num_warps: int
+
+
+def _launch(device: torch.device, half: int, itemsize: int) -> Launch:
+    return Launch(max(1, _TILE // (2 * triton.next_power_of_2(half))), 4)
+
+
+def _alternatives(device: torch.device, half: int, itemsize: int) -> Iterator[Launch]:
+    block_m, num_warps = _launch(device, half, itemsize)
+    yield Launch(block_m, 2 * num_warps)
+    yield Launch(2 * block_m, 2 * num_warps)
+    yield Launch(max(1, block_m // 2), num_warps)
+    yield Launch(max(1, block_m // 4), num_warps)
+
+
+_FORWARD = Tunable("rotary_triton_fwd_kernel", _launch, _alternatives)
+_BACKWARD = Tunable("rotary_triton_bwd_kernel", _launch, _alternatives)
+
+
+def _rotate(
+    kernel: triton.JITFunction, launch: Tunable[Launch], q: Tensor, k: Tensor, cos: Tensor, sin: Tensor
+) -> tuple[Tensor, Tensor]:
     q, k = (x if x.stride(-1) == 1 else x.contiguous() for x in (q, k))
     batch, seq, q_heads, head_dim = q.shape
     k_heads, half = k.shape[2], head_dim // 2
     q_out, k_out = (torch.empty(x.shape, dtype=x.dtype, device=x.device) for x in (q, k))
     block_half = triton.next_power_of_2(half)
-    block_m = max(1, _TILE // (2 * block_half))
+    block_m, num_warps = launch(q.device, half=half, itemsize=q.element_size())
     n_q_rows, n_k_rows = batch * seq * q_heads, batch * seq * k_heads
     n_q_blocks, n_k_blocks = triton.cdiv(n_q_rows, block_m), triton.cdiv(n_k_rows, block_m)
     if n_q_rows:
         kernel[(n_q_blocks + n_k_blocks,)](
             q, k, q_out, k_out, cos.contiguous(), sin.contiguous(),
             *q.stride()[:3], *k.stride()[:3], n_q_rows, n_k_rows, n_q_blocks, seq,
-            Q_HEADS=q_heads, K_HEADS=k_heads, HALF=half, BLOCK_M=block_m, BLOCK_HALF=block_half, num_warps=4,
+            Q_HEADS=q_heads, K_HEADS=k_heads, HALF=half, BLOCK_M=block_m, BLOCK_HALF=block_half, num_warps=num_warps,
         )  # fmt: skip
     return q_out, k_out
 
 
 def _forward(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor]:
-    return _rotate(rotary_triton_fwd_kernel, q, k, cos, sin)
+    return _rotate(rotary_triton_fwd_kernel, _FORWARD, q, k, cos, sin)
 
 
 def _backward(dq: Tensor, dk: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor]:
-    return _rotate(rotary_triton_bwd_kernel, dq, dk, cos, sin)
+    return _rotate(rotary_triton_bwd_kernel, _BACKWARD, dq, dk, cos, sin)
 
 
 def _fake(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor]:
@@ -128,4 +154,5 @@ IMPL = Implementation(
     load=_load,
     devices=TRITON_DEVICES,
     kernel_names=("rotary_triton_fwd_kernel", "rotary_triton_bwd_kernel"),
+    tunable=(_FORWARD, _BACKWARD),
 )

@@ -25,9 +25,10 @@ from llmmed.kernels.attention.triton_impl import (
     _key_gradients,
     _load,
     _query_gradient,
+    _shape,
     _store,
-    launches,
     padded,
+    tunable,
 )
 from llmmed.kernels.base import Implementation
 from llmmed.kernels.operator import TRITON_DEVICES, make_operator, require_triton
@@ -196,9 +197,10 @@ def _split(qkv: Tensor, n_heads: int) -> tuple[Tensor, Tensor, Tensor]:
     return q, k, v
 
 
-def _launches(q: Tensor) -> tuple[Launch, Launch, Launch]:
-    """Of the forward, the keys' and the queries' kernel: as `attention` launches its own, whose loops they are."""
-    return launches(q.shape[-1], q.dtype, q.device)
+# By default as `attention` launches its own kernels, whose loops they are.
+_FORWARD = tunable("rotary_attention_triton_fwd_kernel", 0)
+_KEYS = tunable("rotary_attention_triton_bwd_kv_kernel", 1)
+_QUERIES = tunable("rotary_attention_triton_bwd_q_kernel", 2)
 
 
 def _constants(q: Tensor, k: Tensor, v: Tensor, launch: Launch) -> dict[str, Any]:
@@ -225,7 +227,7 @@ def _forward(qkv: Tensor, cos: Tensor, sin: Tensor, n_heads: int) -> tuple[Tenso
     cos, sin = cos.contiguous(), sin.contiguous()
     q, k, v = _split(qkv, n_heads)
     batch, seq, heads, _ = q.shape
-    launch = _launches(q)[0]
+    launch = _FORWARD(q.device, **_shape(q, k))
     constants = _constants(q, k, v, launch)
     k_rot = _rotate_keys(k, cos, sin, constants["BLOCK_D"])
     q_rot = k_rot.new_empty((batch, heads, seq, constants["BLOCK_D"]))
@@ -262,7 +264,7 @@ def _backward(
     delta = torch.empty_like(lse)
     dqkv = torch.empty(qkv.shape, dtype=qkv.dtype, device=qkv.device)
     dq, dk, dv = _split(dqkv, n_heads)
-    _, for_keys, for_queries = _launches(q)
+    for_keys, for_queries = (each(q.device, **_shape(q, k)) for each in (_KEYS, _QUERIES))
     rotary_attention_triton_bwd_q_kernel[(triton.cdiv(seq, for_queries.rows), batch * heads)](
         q_rot, k_rot, v, cos, sin, out, dout, lse, delta, dq, *v.stride()[:3], seq,
         BLOCK_M=for_queries.rows, BLOCK_N=for_queries.cols, **_constants(q, k, v, for_queries),
@@ -317,4 +319,5 @@ IMPL = Implementation(
         "rotary_attention_triton_bwd_q_kernel",
         "rotary_attention_triton_bwd_kv_kernel",
     ),
+    tunable=(_FORWARD, _KEYS, _QUERIES),
 )

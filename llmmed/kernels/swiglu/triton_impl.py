@@ -5,8 +5,8 @@ one tensor, which the product before it takes as it is; two tensors would have t
 """
 
 # Annotations must be real objects: torch infers the operator's schema from them. So no `from __future__` here.
-from collections.abc import Callable
-from typing import Any
+from collections.abc import Callable, Iterator
+from typing import Any, NamedTuple
 
 import torch
 import triton
@@ -15,6 +15,7 @@ from torch import Tensor
 
 from llmmed.kernels.base import Implementation
 from llmmed.kernels.operator import TRITON_DEVICES, as_rows, make_operator, require_triton
+from llmmed.kernels.tunable import Tunable
 
 _TILE = 2048  # elements a program computes: 16 a thread with four warps
 
@@ -59,13 +60,38 @@ def swiglu_triton_bwd_kernel(
     tl.store(dup_ptr + out, dup.to(dup_ptr.dtype.element_ty), mask=mask)
 
 
-def _launch(n_rows: int, width: int) -> tuple[int, int, int]:
-    """BLOCK_M, BLOCK_N and the number of programs. Blocks of columns shrink as long as that masks fewer of them."""
+class Launch(NamedTuple):
+    """The sides of a program's tile, and its warps."""
+
+    block_m: int
+    block_n: int
+    num_warps: int
+
+
+def _launch(device: torch.device, width: int, itemsize: int) -> Launch:
+    """Blocks of columns shrink as long as that masks fewer of them."""
     block_n = min(1024, triton.next_power_of_2(width))
     while block_n > 256 and -width % (block_n // 2) < -width % block_n:
         block_n //= 2
-    block_m = max(1, _TILE // block_n)
-    return block_m, block_n, triton.cdiv(n_rows, block_m) * triton.cdiv(width, block_n)
+    return Launch(max(1, _TILE // block_n), block_n, 4)
+
+
+def _alternatives(device: torch.device, width: int, itemsize: int) -> Iterator[Launch]:
+    """Half and twice the elements a thread, in tiles of as many columns."""
+    block_m, block_n, num_warps = _launch(device, width, itemsize)
+    yield Launch(block_m, block_n, 2 * num_warps)
+    yield Launch(2 * block_m, block_n, 2 * num_warps)
+    yield Launch(2 * block_m, block_n, num_warps)
+    yield Launch(max(1, block_m // 2), block_n, num_warps)
+
+
+def _programs(launch: Launch, n_rows: int, width: int) -> int:
+    programs: int = triton.cdiv(n_rows, launch.block_m) * triton.cdiv(width, launch.block_n)
+    return programs
+
+
+_FORWARD = Tunable("swiglu_triton_fwd_kernel", _launch, _alternatives)
+_BACKWARD = Tunable("swiglu_triton_bwd_kernel", _launch, _alternatives)
 
 
 def _halves(gate: Tensor, up: Tensor | None) -> tuple[Tensor, Tensor]:
@@ -91,10 +117,10 @@ def _forward(gate: Tensor, up: Tensor | None) -> tuple[Tensor]:
     gate_rows, up_rows = _halves(gate, up)
     n_rows, width = gate_rows.shape
     if n_rows:
-        block_m, block_n, programs = _launch(n_rows, width)
-        swiglu_triton_fwd_kernel[(programs,)](
+        launch = _FORWARD(gate.device, width=width, itemsize=gate.element_size())
+        swiglu_triton_fwd_kernel[(_programs(launch, n_rows, width),)](
             gate_rows, up_rows, y, gate_rows.stride(0), up_rows.stride(0), n_rows,
-            N=width, BLOCK_M=block_m, BLOCK_N=block_n, num_warps=4,
+            N=width, BLOCK_M=launch.block_m, BLOCK_N=launch.block_n, num_warps=launch.num_warps,
         )  # fmt: skip
     return (y,)
 
@@ -109,11 +135,12 @@ def _backward(dy: Tensor, gate: Tensor, up: Tensor | None) -> list[Tensor]:
     dy_rows, (gate_rows, up_rows) = as_rows(dy), _halves(gate, up)
     n_rows, width = gate_rows.shape
     if n_rows:
-        block_m, block_n, programs = _launch(n_rows, width)
-        swiglu_triton_bwd_kernel[(programs,)](
+        launch = _BACKWARD(gate.device, width=width, itemsize=gate.element_size())
+        swiglu_triton_bwd_kernel[(_programs(launch, n_rows, width),)](
             dy_rows, gate_rows, up_rows, dgate_rows, dup_rows,
             dy_rows.stride(0), gate_rows.stride(0), up_rows.stride(0), n_rows,
-            N=width, GRADIENT_STRIDE=dgate_rows.stride(0), BLOCK_M=block_m, BLOCK_N=block_n, num_warps=4,
+            N=width, GRADIENT_STRIDE=dgate_rows.stride(0),
+            BLOCK_M=launch.block_m, BLOCK_N=launch.block_n, num_warps=launch.num_warps,
         )  # fmt: skip
     return gradients
 
@@ -150,4 +177,5 @@ IMPL = Implementation(
     load=_load,
     devices=TRITON_DEVICES,
     kernel_names=("swiglu_triton_fwd_kernel", "swiglu_triton_bwd_kernel"),
+    tunable=(_FORWARD, _BACKWARD),
 )

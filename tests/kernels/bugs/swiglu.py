@@ -12,8 +12,8 @@ BUGS = {
     "last column not computed": ("(cols < N)[None, :]", "(cols < N - 1)[None, :]"),
     "last row not computed": ("mask = (rows < n_rows)", "mask = (rows < n_rows - 1)"),
     "last row block stale": (
-        "return block_m, block_n, triton.cdiv(n_rows, block_m) *",
-        "return block_m, block_n, max(1, n_rows // block_m) *",
+        "programs: int = triton.cdiv(n_rows, launch.block_m) *",
+        "programs: int = max(1, n_rows // launch.block_m) *",
     ),
     "derivative of the sigmoid left out": ("(sigmoid + silu * (1.0 - sigmoid))", "sigmoid"),
     "derivative with the wrong sign": ("(sigmoid + silu * (1.0 - sigmoid))", "(sigmoid - silu * (1.0 - sigmoid))"),

@@ -1,0 +1,126 @@
+"""Launches that a search may choose: what a `Tunable` answers, and that every alternative is right and fits."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Iterable, Iterator
+from typing import NamedTuple
+
+import pytest
+import torch
+
+from llmmed.autotune.verify import verify
+from llmmed.kernels import catalog
+from llmmed.kernels.base import Implementation
+from llmmed.kernels.catalog import get_implementation, get_op, implementation_names, load_function, op_names
+from llmmed.kernels.tunable import MOST_ALTERNATIVES, Launches, Site, Tunable, Values, seen_launches
+
+CPU = torch.device("cpu")
+TRITON = [(op, name) for op in op_names() for name in implementation_names(op) if name.startswith("triton")]
+
+
+class Launch(NamedTuple):
+    block: int
+    num_warps: int
+
+
+def planted() -> Tunable[Launch]:
+    def alternatives(device: torch.device, width: int) -> Iterator[Launch]:
+        for block in (width, 2 * width, 2 * width, *range(100, 200)):
+            yield Launch(block, 4)
+
+    return Tunable("planted_kernel", lambda device, width: Launch(width, 4), alternatives)
+
+
+SITE = Site("planted_kernel", (("width", 8),))
+
+
+def test_a_launch_is_the_default_until_another_is_taken() -> None:
+    tunable = planted()
+    assert tunable(CPU, width=8) == Launch(8, 4)
+    tunable.take({SITE: {"block": 32, "num_warps": 1}})
+    assert tunable(CPU, width=8) == Launch(32, 1)
+    assert tunable(CPU, width=9) == Launch(9, 4)
+    tunable.take({})
+    assert tunable(CPU, width=8) == Launch(8, 4)
+
+
+def test_launches_are_seen() -> None:
+    tunable = planted()
+    with seen_launches() as seen:
+        tunable(CPU, width=8)
+        tunable.take({SITE: {"block": 32, "num_warps": 1}})
+        tunable(CPU, width=8)
+    tunable(CPU, width=9)
+    assert seen == {SITE: {"block": 32, "num_warps": 1}}
+
+
+def test_alternatives_are_few_and_none_is_the_default() -> None:
+    found = planted().alternatives(CPU, SITE)
+    assert found[:2] == [{"block": 16, "num_warps": 4}, {"block": 100, "num_warps": 4}]
+    assert len(found) == MOST_ALTERNATIVES
+
+
+@pytest.mark.parametrize(
+    ("launches", "told"),
+    [
+        ({SITE: {"block": 32}}, "has no launch by block but by block, num_warps"),
+        ({Site("planted_kernel", (("height", 8),)): {"block": 32, "num_warps": 1}}, "does not depend on height"),
+        ({Site("another_kernel", (("width", 8),)): {"block": 32, "num_warps": 1}}, "has no kernel another_kernel"),
+    ],
+)
+def test_a_launch_of_another_version_is_refused(
+    launches: Launches, told: str, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    tunable = planted()
+    implementation = Implementation("planted", load=lambda: lambda: None, tunable=(tunable,))  # type: ignore[arg-type,return-value]
+    with pytest.raises(ValueError, match=told):
+        implementation.take_launches(launches)
+    monkeypatch.setattr(catalog, "get_implementation", lambda op, name: implementation)
+    tunable.take({SITE: {"block": 32, "num_warps": 1}})
+    with caplog.at_level(logging.WARNING):
+        catalog.load_kernels({"rms_norm": "planted"}, {"rms_norm": {"planted": launches}})
+    assert told in caplog.text
+    assert tunable(CPU, width=8) == Launch(8, 4)
+
+
+@pytest.mark.parametrize(("op", "name"), TRITON)
+def test_every_implementation_of_ours_can_be_tuned(op: str, name: str) -> None:
+    assert get_implementation(op, name).tunable
+
+
+@pytest.mark.interpreter
+@pytest.mark.parametrize(("op_name", "name"), TRITON)
+def test_every_alternative_is_right(op_name: str, name: str) -> None:
+    """At the op's first and last case, in float32, which is what the interpreter can do. Kernels vary together."""
+    op, implementation = get_op(op_name), get_implementation(op_name, name)
+    function = load_function(op_name, implementation)
+    cases = list(op.cases(torch.float32))
+    for case in dict.fromkeys((cases[0], cases[-1])):
+
+        def judge(launches: Launches, case: str = case) -> dict[Site, Values]:
+            implementation.take_launches(launches)
+            try:
+                with seen_launches() as seen:
+                    verdict = verify(op, implementation, function, [], CPU, dtype=torch.float32, cases=[case])
+            finally:
+                implementation.take_launches({})
+            assert verdict.status == "verified", (case, launches, verdict)
+            return seen
+
+        options = alternatives(implementation, judge({}))
+        assert options
+        for index in range(max(map(len, options.values()))):
+            launches = {site: found[index % len(found)] for site, found in options.items()}
+            assert launches.items() <= judge(launches).items()
+
+
+def alternatives(implementation: Implementation, sites: Iterable[Site]) -> dict[Site, list[Values]]:
+    """Those of 16 bits, of which there are the most."""
+    found = {}
+    for tunable in implementation.tunable:
+        for site in sites:
+            if site.kernel == tunable.kernel:
+                at = tuple((n, 2 if n == "itemsize" else value) for n, value in site.at)
+                found[site] = tunable.alternatives(CPU, Site(site.kernel, at))
+    return {site: values for site, values in found.items() if values}
