@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import re
+
 import torch
 
 from llmmed.autotune.plan import Status
@@ -20,8 +22,12 @@ def classify(error: BaseException) -> tuple[Status, str]:
     return "crashed", one_line(error)
 
 
+_PLACE = re.compile(r"at \d+:\d+:")  # Triton begins with it, then shows the source, and says last what is wrong
+
+
 def one_line(error: BaseException, limit: int = 200) -> str:
-    """`ValueError: the first line of the message`."""
+    """`ValueError: the line of the message that tells most`, as a rule the first."""
     lines = str(error).strip().splitlines()
-    text = f"{type(error).__name__}: {lines[0].strip()}" if lines else type(error).__name__
+    told = lines[-1 if _PLACE.match(lines[0]) else 0].strip() if lines else ""
+    text = f"{type(error).__name__}: {told}" if told else type(error).__name__
     return text if len(text) <= limit else f"{text[: limit - 3]}..."

@@ -133,6 +133,9 @@ def call_of_rows(op: str, dtype: torch.dtype, rows: int, row: tuple[int, ...], c
     if op == "rotary":
         table = tensor_spec(row[0], row[2] // 2, dtype=torch.float32)
         return Call.of(op, q=states(), k=states(), cos=table, sin=table)
+    if op == "rotary_attention":
+        table = tensor_spec(row[0], row[2] // 2, dtype=torch.float32)
+        return Call.of(op, qkv=states(), cos=table, sin=table, n_heads=row[1] // 2)
     if op == "attention":
         return Call.of(op, q=states(), k=states(), v=states())
     if op == "cross_entropy":
@@ -146,7 +149,8 @@ def call_of_rows(op: str, dtype: torch.dtype, rows: int, row: tuple[int, ...], c
 
 # A row of these shapes has a power of two of elements, so that the boundary lies between two.
 LARGE_ROWS = {"rotary": (64, 8, 64), "attention": (1024, 4, 64), "newton_schulz": (256, 256), "cross_entropy": (2**15,)}
-SMALL_ROWS = {"rotary": (4, 2, 16), "attention": (4, 2, 16), "newton_schulz": (16, 24)}
+LARGE_ROWS["rotary_attention"] = LARGE_ROWS["attention"]
+SMALL_ROWS = {"rotary": (4, 2, 16), "attention": (4, 2, 16), "rotary_attention": (4, 4, 16), "newton_schulz": (16, 24)}
 
 
 @pytest.mark.gpu

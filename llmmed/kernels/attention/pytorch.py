@@ -8,17 +8,19 @@ from torch import Tensor
 
 from llmmed.kernels.base import Implementation
 
-_LENGTHS_OF_CUDNN = 64  # of which it takes multiples, as far as this project trusts it
+_TILE_OF_CUDNN = 64  # positions and columns: of whole tiles it reads nothing but what is there
 
 
 def attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     """See `reference.attention`.
 
-    On Hopper PyTorch picks cuDNN. With torch 2.11 on an H100 its gradients were wrong at a length of 131, not finite
-    where fresh memory held NaN; FlashAttention's were right. So at odd lengths PyTorch picks from the other backends.
+    On Hopper PyTorch picks cuDNN. With torch 2.11 on an H100 its gradients were not finite at heads of 16 and 32 and at
+    a length of 131 where the memory beside or behind a tensor held NaN: it reads whole tiles. FlashAttention does not,
+    and is taken wherever tiles are not whole.
     """
     grouped = q.size(2) != k.size(2)
-    if q.is_cuda and q.size(1) % _LENGTHS_OF_CUDNN and _flash_takes(q):
+    whole = q.size(1) % _TILE_OF_CUDNN == 0 and q.size(-1) % _TILE_OF_CUDNN == 0
+    if q.is_cuda and not whole and _flash_takes(q):
         group = q.size(2) // k.size(2)
         if grouped:
             k, v = k.repeat_interleave(group, dim=2), v.repeat_interleave(group, dim=2)
