@@ -47,9 +47,9 @@ def make_inputs(call: Call, regime: str, generator: torch.Generator, device: tor
     specs = call.tensors
     q, k, v = (normal(specs[name]) for name in ("q", "k", "v"))
     if regime == "peaked":
-        q *= 10
+        q *= 10 if q.size(1) > 2 else 2  # two positions that saturate leave nothing to compare
     elif regime == "growing_keys":
-        k *= torch.linspace(0.1, 4, k.size(1), device=device)[:, None, None]
+        k *= torch.linspace(0.1, 4 if k.size(1) > 2 else 2, k.size(1), device=device)[:, None, None]
     return {"q": specs["q"].like(q), "k": specs["k"].like(k), "v": specs["v"].like(v)}
 
 
