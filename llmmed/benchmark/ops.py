@@ -33,7 +33,8 @@ _CARRIED = (
     "failed_to_compile",
     "timed_out",
 )  # verdicts that another size keeps
-_STAGES = {"warm": 0.0, "ceilings": 0.0, "verify": 0.1, "load": 0.6, "measure": 0.7}  # how far an op is, for the bar
+# How far an op is, for the bar.
+_STAGES = {"warm": 0.0, "ceilings": 0.0, "verify": 0.1, "launch": 0.5, "load": 0.6, "measure": 0.7, "step": 1.0}
 
 Tell = Callable[[float, str], None]
 """Told how much is done, from 0 to 1, and what is being done."""

@@ -95,7 +95,11 @@ class CompilationError(Exception):
         (torch.cuda.OutOfMemoryError("CUDA out of memory. Tried to allocate 20 GiB"), "out_of_memory", "out of memory"),
         (MemoryError(), "out_of_memory", "out of memory"),
         (Unavailable("no licence"), "unavailable", "no licence"),
-        (CompilationError("at 3:1:\n  y = x.no\n  ^\nno such name"), "failed_to_compile", "CompilationError: no such name"),
+        (
+            CompilationError("at 3:1:\n  y = x.no\n  ^\nno such name"),
+            "failed_to_compile",
+            "CompilationError: no such name",
+        ),
         (torch._dynamo.exc.Unsupported("graph break"), "failed_to_compile", "Unsupported: graph break"),
         (ValueError("boom\nmore"), "crashed", "ValueError: boom"),
     ],

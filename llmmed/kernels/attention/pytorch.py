@@ -8,19 +8,19 @@ from torch import Tensor
 
 from llmmed.kernels.base import Implementation
 
-_TILE_OF_CUDNN = 64  # positions and columns: of whole tiles it reads nothing but what is there
+_LENGTHS_OF_CUDNN, _LEAST_HEAD_OF_CUDNN = 64, 48  # multiples of the one, from the other up: as far as it is trusted
 
 
 def attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     """See `reference.attention`.
 
-    On Hopper PyTorch picks cuDNN. With torch 2.11 on an H100 its gradients were not finite at heads of 16 and 32 and at
-    a length of 131 where the memory beside or behind a tensor held NaN: it reads whole tiles. FlashAttention does not,
-    and is taken wherever tiles are not whole.
+    On Hopper PyTorch picks cuDNN. With torch 2.11 on an H100 the gate found its gradients wrong or not finite at heads of
+    16 and 32 and at a length of 131, though only in processes that had run other shapes before; FlashAttention's were
+    right. So at such shapes FlashAttention is taken.
     """
     grouped = q.size(2) != k.size(2)
-    whole = q.size(1) % _TILE_OF_CUDNN == 0 and q.size(-1) % _TILE_OF_CUDNN == 0
-    if q.is_cuda and not whole and _flash_takes(q):
+    trusted = q.size(1) % _LENGTHS_OF_CUDNN == 0 and q.size(-1) >= _LEAST_HEAD_OF_CUDNN
+    if q.is_cuda and not trusted and _flash_takes(q):
         group = q.size(2) // k.size(2)
         if grouped:
             k, v = k.repeat_interleave(group, dim=2), v.repeat_interleave(group, dim=2)
