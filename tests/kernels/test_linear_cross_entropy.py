@@ -7,7 +7,7 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from llmmed.kernels.catalog import get_implementation, get_op, load_function
-from llmmed.kernels.linear_cross_entropy.triton_impl import _CHUNK_BYTES, _chunk_rows
+from llmmed.kernels.linear_cross_entropy.triton_impl import _CHUNK_MIB, Chunk, _chunk_rows
 from tests.kernels.test_operators import small_cases
 
 SHAPES = [(rows, vocab, itemsize) for rows in (1, 2, 17, 300, 8192, 24576, 2**20)
@@ -16,13 +16,13 @@ SHAPES = [(rows, vocab, itemsize) for rows in (1, 2, 17, 300, 8192, 24576, 2**20
 
 @pytest.mark.parametrize(("rows", "vocab", "itemsize"), SHAPES)
 def test_a_chunk_keeps_to_its_budget_in_whole_tiles(rows: int, vocab: int, itemsize: int) -> None:
-    chunk = _chunk_rows(rows, vocab * itemsize)
+    chunk = _chunk_rows(rows, vocab * itemsize, Chunk(_CHUNK_MIB))
     assert 1 <= chunk <= rows
     assert chunk == rows or chunk % 16 == 0
     if rows >= 4096:
         assert chunk <= rows / 2 + 128
     # A tile may go over: the budget cannot always be met to the row, and never at 16 rows.
-    assert chunk <= 16 or chunk * vocab * itemsize <= _CHUNK_BYTES + 128 * vocab * itemsize
+    assert chunk <= 16 or chunk * vocab * itemsize <= _CHUNK_MIB * 2**20 + 128 * vocab * itemsize
 
 
 class Largest(TorchDispatchMode):

@@ -14,9 +14,9 @@ _LENGTHS_OF_CUDNN, _LEAST_HEAD_OF_CUDNN = 64, 48  # multiples of the one, from t
 def attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     """See `reference.attention`.
 
-    On Hopper PyTorch picks cuDNN. With torch 2.11 on an H100 the gate found its gradients wrong or not finite at heads of
-    16 and 32 and at a length of 131, though only in processes that had run other shapes before; FlashAttention's were
-    right. So at such shapes FlashAttention is taken.
+    On Hopper PyTorch picks cuDNN. With torch 2.11 on an H100 the gate found its gradients wrong or not finite at heads
+    of 16 and 32 and at a length of 131, though only in processes that had run other shapes before; FlashAttention's
+    were right. So at such shapes FlashAttention is taken.
     """
     grouped = q.size(2) != k.size(2)
     trusted = q.size(1) % _LENGTHS_OF_CUDNN == 0 and q.size(-1) >= _LEAST_HEAD_OF_CUDNN

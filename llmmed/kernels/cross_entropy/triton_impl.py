@@ -177,13 +177,13 @@ class Launch(NamedTuple):
 
 
 def launch(device: torch.device, vocab: int, itemsize: int) -> Launch:
-    """Two loads of 16 bytes a lane, and as many lanes as a program can have: few rows under way, so that half of the L2
-    cache holds them (the gradients pass through it as well), and still enough loads on their way. Where not even one
-    row a multiprocessor fits into that half, fewer warps and loads ahead through shared memory do better.
+    """Two loads of 16 bytes a lane, and as many lanes as a program can have: few rows under way, so that a quarter of
+    the L2 cache holds them (the gradients pass through it as well), and still enough loads on their way. Where not even
+    one row a multiprocessor fits into that, fewer warps and loads ahead through shared memory do better.
     """
     block = min(32768 // itemsize, max(128, triton.next_power_of_2(vocab)))
     num_warps = max(4, min(32, block * itemsize // 1024))
-    cached = l2_bytes(device) // 2 // (vocab * itemsize) // sm_count(device)
+    cached = l2_bytes(device) // 4 // (vocab * itemsize) // sm_count(device)
     per_sm = max(1, min(64 // num_warps, cached))
     if not cached and num_warps == 32:
         return Launch(block, 4, 16, 2)
