@@ -1,4 +1,4 @@
-"""The Triton `newton_schulz` at the matrices on which float16 could overflow or lose what is small."""
+"""The Triton `newton_schulz`: where it takes descriptors, and matrices on which float16 could overflow or lose much."""
 
 from __future__ import annotations
 
@@ -6,8 +6,11 @@ import pytest
 import torch
 from torch import Tensor
 
+from llmmed.kernels.ahead_of_time import record_launches
+from llmmed.kernels.base import Call, tensor_spec
 from llmmed.kernels.catalog import DEFAULT, get_implementation, load_function
 from llmmed.kernels.newton_schulz.reference import newton_schulz as reference
+from llmmed.kernels.operator import INTERPRETED
 
 SHAPES = [(48, 48), (24, 96), (33, 97)]  # the iteration itself; on the Gram matrix; on that without descriptors
 HOSTILE = ["zeros", "ones", "identity", "one entry", "rank one", "equal rows", "decaying", "huge", "tiny"]
@@ -43,6 +46,30 @@ def assert_no_worse_than_the_default(kind: str, shape: tuple[int, int], dtype: t
     # A whole bfloat16 eps, also of a float16 result: matrices on which all roundings agree are worth no slower kernel.
     free = torch.finfo(torch.bfloat16).eps * truth.norm()
     assert (found - truth).norm() <= 2 * (default - truth).norm() + free
+
+
+@pytest.mark.skipif(INTERPRETED, reason="nothing is recorded under TRITON_INTERPRET=1")
+@pytest.mark.parametrize(
+    ("target", "shape", "dtype", "through_descriptors"),
+    [
+        (90, (768, 2048), torch.bfloat16, {True}),
+        (90, (768, 768), torch.float16, {True}),
+        (100, (40, 88), torch.bfloat16, {True}),
+        (80, (768, 2048), torch.bfloat16, {False}),
+        (89, (768, 768), torch.bfloat16, {False}),
+        (90, (768, 768), torch.float32, {False}),
+        (90, (33, 97), torch.bfloat16, {False}),
+        (90, (130, 40), torch.bfloat16, {True, False}),  # rows of 260 bytes, and 40 x 40 Gram matrices
+    ],
+)
+def test_descriptors_are_taken_where_the_hardware_has_them(
+    target: int, shape: tuple[int, int], dtype: torch.dtype, through_descriptors: set[bool]
+) -> None:
+    call = Call.of("newton_schulz", G=tensor_spec(2, *shape, dtype=dtype))
+    launches = record_launches("newton_schulz", "triton", [call], targets=[target])
+    products = [launch for launch in launches if launch.kernel == "newton_schulz_triton_fwd_kernel"]
+    position = list(products[0].signature).index("DESCRIPTORS")
+    assert {launch.constants[(position,)] for launch in products} == through_descriptors
 
 
 @pytest.mark.interpreter
