@@ -32,12 +32,15 @@ if TYPE_CHECKING:
     from triton import JITFunction
 
 TARGETS: Mapping[int, Gpu] = {
-    80: Gpu(108, 40 * 2**20, 166912),  # A100
-    86: Gpu(84, 6 * 2**20, 101376),  # A40, RTX 3090
-    89: Gpu(142, 96 * 2**20, 101376),  # L40S
-    90: Gpu(132, 50 * 2**20, 232448),  # H100
-    100: Gpu(148, 126 * 2**20, 232448),  # B200
-    120: Gpu(170, 96 * 2**20, 101376),  # RTX 5090
+    gpu.capability: gpu
+    for gpu in (
+        Gpu(108, 40 * 2**20, 166912, 80),  # A100
+        Gpu(84, 6 * 2**20, 101376, 86),  # A40, RTX 3090
+        Gpu(142, 96 * 2**20, 101376, 89),  # L40S
+        Gpu(132, 50 * 2**20, 232448, 90),  # H100
+        Gpu(148, 126 * 2**20, 232448, 100),  # B200
+        Gpu(170, 96 * 2**20, 101376, 120),  # RTX 5090
+    )
 }
 """Compute capability -> a GPU that has it (shared memory: CUDA C++ Programming Guide, compute capabilities)."""
 

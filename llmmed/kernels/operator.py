@@ -28,9 +28,10 @@ class Gpu(NamedTuple):
     multiprocessors: int
     l2_bytes: int
     shared_bytes: int  # that one program may have
+    capability: int  # 90 for an H100
 
 
-_SMALL = Gpu(2, 2**20, 2**16)  # a CPU, where kernels run in the interpreter
+_SMALL = Gpu(2, 2**20, 2**16, 90)  # a CPU, where kernels run in the interpreter, which knows tensor descriptors
 _LEAST_SHARED = 101376  # every GPU since sm_80 has as much
 _absent_gpu: Gpu | None = None
 
@@ -66,6 +67,11 @@ def shared_bytes(device: torch.device) -> int:
     return gpu_of(device).shared_bytes
 
 
+def capability(device: torch.device) -> int:
+    """Compute capability, 90 for an H100; 90 on a CPU."""
+    return gpu_of(device).capability
+
+
 @contextlib.contextmanager
 def absent_gpu(gpu: Gpu) -> Iterator[None]:
     """Lets Triton implementations load without a GPU and plan their launches on meta tensors for this one."""
@@ -88,7 +94,8 @@ def gpu_of(device: torch.device) -> Gpu:
 def _present_gpu(device: torch.device) -> Gpu:
     properties = torch.cuda.get_device_properties(device)
     shared = getattr(properties, "shared_memory_per_block_optin", _LEAST_SHARED)
-    return Gpu(properties.multi_processor_count, properties.L2_cache_size, shared)
+    capability = 10 * properties.major + properties.minor
+    return Gpu(properties.multi_processor_count, properties.L2_cache_size, shared, capability)
 
 
 def _shorten_compiler_messages() -> None:
