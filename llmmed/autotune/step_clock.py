@@ -39,6 +39,7 @@ _SECONDS = {"cuda": 3.0, "cpu": 2.0}  # of timed steps in one duel
 _SETTLING_SECONDS = {"cuda": 0.5, "cpu": 0.0}  # before: a GPU that has idled runs faster than it can go on
 _SAMPLE_SECONDS = {"cuda": 0.008, "cpu": 0.02}  # of each timed stretch; a single step if that takes longer
 _ROUNDS = {"cuda": (15, 60), "cpu": (9, 60)}
+_PRECISE = 0.002  # of the step: with the difference known to this, more rounds would decide nothing
 _WARM_UP = 3
 # Two right plans round differently; this much of a gradient's norm is no error, nor four times what the default's own
 # two ways of running it differ by. The gate has judged the ops before: here it is stale or foreign memory that shows.
@@ -200,10 +201,10 @@ class StepClock:
             first()
             second()
         least, most = _ROUNDS[kind]
-        rounds = max(least, min(most, int(_SECONDS[kind] / (2 * number * once))))
-        pairs = []
-        for index in range(rounds):
-            if index % 2:
+        most = max(least, min(most, int(_SECONDS[kind] / (2 * number * once))))
+        pairs: list[tuple[float, float]] = []
+        while len(pairs) < least or (len(pairs) < most and not _precise(pairs)):
+            if len(pairs) % 2:
                 after = self._sample(second, number)
                 pairs.append((self._sample(first, number), after))
             else:
@@ -303,6 +304,11 @@ class StepClock:
     def _synchronize(self) -> None:
         if self._on_gpu:
             torch.cuda.synchronize(self.device)
+
+
+def _precise(pairs: list[tuple[float, float]]) -> bool:
+    _, low, high = median_interval([a - b for a, b in pairs])
+    return high - low <= 2 * _PRECISE * median(a for a, _ in pairs)
 
 
 def compile_ahead(config: Config, choice: Choice) -> None:

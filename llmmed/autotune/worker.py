@@ -53,7 +53,7 @@ from llmmed.kernels.tunable import Launches, Site
 from llmmed.training.execution import take_deterministic_kernels
 
 _SECOND_LOOKS = 0.4  # of the budget: until then, flips that were close are tried again once the plan has changed
-_SEARCHING = (0.04, 8.0)  # of the budget, and in seconds: what the search for launches may take
+_SEARCHING = (0.04, 5.0)  # of the budget, and in seconds: what the search for launches may take
 _SECONDS_A_LAUNCH = {"cuda": 0.03, "cpu": 0.2}  # of timed passes
 _SHAPES_PER_FUNCTION = 1024  # the gate alone tries dozens; PyTorch's limit of 8 is meant for a training step
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import random
 from dataclasses import replace
 from typing import Any
 
@@ -92,3 +93,13 @@ def test_a_whole_step_takes_no_less_than_a_shallow_one(clock: StepClock) -> None
     busy, idle = [9.0, 9.1, 9.2], [3.0, 3.1, 3.2]
     times = clock._times(default_choice(), [busy, idle], [None, None], 0.0)
     assert times.ms == times.ms_low == times.ms_high == 3.1
+
+
+def test_rounds_end_once_the_difference_is_known(clock: StepClock, monkeypatch: pytest.MonkeyPatch) -> None:
+    def rounds(noise: float) -> int:
+        chance = random.Random(0)
+        monkeypatch.setattr(clock, "_sample", lambda run, number: 20.0 + chance.uniform(0.0, noise))
+        return len(clock._pairs(lambda: None, lambda: None))
+
+    assert rounds(0.0) == 9
+    assert 9 < rounds(0.2) < rounds(4.0)

@@ -22,7 +22,7 @@ from llmmed.kernels.operator import TRITON_DEVICES, as_rows, make_operator, requ
 from llmmed.kernels.tunable import Tunable
 
 _CHUNKS = 2  # the logits of a chunk take half of what all would
-_CHUNK_MIB = 1024  # and no more than this: each chunk reads and writes the weight's gradient once
+_CHUNK_MIB = 576  # and no more than this: each chunk reads and writes the weight's gradient once
 
 
 class Chunk(NamedTuple):
