@@ -168,12 +168,20 @@ class Worker:
         def time_is_up() -> bool:
             return time.perf_counter() - started > self._searching_left
 
-        if name in task.launches:
-            found = check_launches(op, implementation, function, calls, task.launches[name], device=device, gate=gate)
-        else:
-            found = search_launches(
-                op, implementation, function, calls, device=device, times=times, gate=gate, time_is_up=time_is_up
-            )
+        given = task.launches.get(name)
+        try:
+            if given is not None:
+                found = check_launches(op, implementation, function, calls, given, device=device, gate=gate)
+            else:
+                found = search_launches(
+                    op, implementation, function, calls, device=device, times=times, gate=gate, time_is_up=time_is_up
+                )
+        except Exception as error:  # noqa: BLE001 - as it is launched by default, it has passed
+            self._end_if_damaged(op.name, name)
+            print(f"{op.name}.{name} keeps its default launches: {one_line(error)}", file=sys.stderr, flush=True)
+            implementation.take_launches({})
+            found = []
+        if given is None:
             self._searching_left -= time.perf_counter() - started
         self._journal.write(Launched(op=op.name, name=name, launches=found))
         forget()

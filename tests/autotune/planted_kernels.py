@@ -110,12 +110,19 @@ def tuned_to_death(x: Tensor, weight: Tensor, eps: float) -> Tensor:
     return _at(_TUNED_TO_DEATH(x.device, width=x.shape[-1]), x, weight, eps)
 
 
+def tuned_where_it_runs(x: Tensor, weight: Tensor, eps: float) -> Tensor:
+    if x.is_meta:
+        raise NotImplementedError("no such operator for meta tensors")
+    return _at(_TUNED_WHERE_IT_RUNS(x.device, width=x.shape[-1]), x, weight, eps)
+
+
 def _tunable(*alternatives: Launch) -> Tunable[Launch]:
     return Tunable("planted", lambda device, width: Launch(40), lambda device, width: alternatives)
 
 
 _TUNED = _tunable(Launch(5), Launch(60), Launch(0, right=0))
 _TUNED_TO_DEATH = _tunable(Launch(5), Launch(0, alive=0))
+_TUNED_WHERE_IT_RUNS = _tunable(Launch(5))
 
 
 def _die() -> NoReturn:
@@ -161,6 +168,9 @@ WRONG_IN_THE_STEP = _implementation("wrong_in_the_step", wrong_in_the_step)
 DIES_IN_THE_STEP = _implementation("dies_in_the_step", dies_in_the_step)
 TUNED = Implementation("tuned", load=lambda: tuned, tunable=(_TUNED,))
 TUNED_TO_DEATH = Implementation("tuned_to_death", load=lambda: tuned_to_death, tunable=(_TUNED_TO_DEATH,))
+TUNED_WHERE_IT_RUNS = Implementation(
+    "tuned_where_it_runs", load=lambda: tuned_where_it_runs, tunable=(_TUNED_WHERE_IT_RUNS,)
+)
 UNAVAILABLE = Implementation("unavailable", load=_unavailable)
 BREAKS = Implementation("breaks", load=_breaks)
 GPU_ONLY = Implementation("gpu_only", load=lambda: right, devices=("cuda",))

@@ -163,11 +163,16 @@ def test_a_real_workload_is_tuned_once_and_then_read_from_the_cache(
 
 
 def test_launches_are_searched_recorded_and_taken_from_a_plan(
-    tiny: Config, norms: Workload, plant: Plant, tmp_path: Path, caplog: pytest.LogCaptureFixture
-) -> None:
-    plant("tuned", "tuned_to_death")
+    tiny: Config, norms: Workload, plant: Plant, tmp_path: Path, caplog: pytest.LogCaptureFixture,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:  # fmt: skip
+    plant("tuned", "tuned_to_death", "tuned_where_it_runs")
     config = with_kernels(tiny, cache="use")
+    started: list[str] = []
+    start = child.started_process
+    monkeypatch.setattr(child, "started_process", lambda module, *rest: started.append(module) or start(module, *rest))
     plan = tune(config, norms, mode="eager")
+    assert len(started) == 2  # of what cannot be searched, no process dies
     tuned, dead = candidates(plan)["tuned"], candidates(plan)["tuned_to_death"]
     (launch,) = tuned.launches
     assert launch.chosen == {"milliseconds": 5, "right": 1, "alive": 1}
@@ -176,6 +181,8 @@ def test_launches_are_searched_recorded_and_taken_from_a_plan(
     assert 5 * 5 < (tuned.total_ms or 0.0) < 5 * 40  # it is timed, and tried in the step, as it is launched
     assert (dead.status, dead.launches) == ("verified", [])  # a launch that kills the process costs no more than itself
     assert (dead.total_ms or 0.0) > 5 * 40
+    unsearched = candidates(plan)["tuned_where_it_runs"]
+    assert (unsearched.status, unsearched.launches) == ("verified", [])
     assert plan.launches["rms_norm"] == {"tuned": tuned.launch_values}
 
     plan = plan.model_copy(update={"ops": {"rms_norm": plan.ops["rms_norm"].model_copy(update={"chosen": "tuned"})}})
