@@ -8,20 +8,19 @@ drawn through two depths, and what a flip saves is scaled by how often the whole
 
 from __future__ import annotations
 
-import gc
 import math
 import time
 from collections.abc import Callable, Mapping
-from dataclasses import replace
 from statistics import median
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from llmmed.autotune.confirm import Choice, Duel, Failed, Match
 from llmmed.autotune.failures import classify
 from llmmed.autotune.measure import median_interval
 from llmmed.autotune.plan import Mode, StepTimes
+from llmmed.autotune.step_plan import WARM_UP, Subject, at_depth, deepened, optimizer_update, release, shallow
 from llmmed.autotune.workload import called_ops, record_micro_batch
 from llmmed.compose import accumulation_steps
 from llmmed.config import Config
@@ -29,8 +28,6 @@ from llmmed.kernels.base import Kernels
 from llmmed.kernels.catalog import default_choice, load_kernels
 from llmmed.kernels.tunable import Launches
 from llmmed.model import Transformer, compute_dtype, parameter_count
-from llmmed.optim import build_optimizers
-from llmmed.training.micro_step import GraphedMicroStep, LaunchedMicroStep
 
 DEPTHS = (1, 2)
 _FITS = 0.9  # of the GPU's memory: with more, or with a slower micro-batch, the whole model is not tried
@@ -40,7 +37,6 @@ _SETTLING_SECONDS = {"cuda": 0.5, "cpu": 0.0}  # before: a GPU that has idled ru
 _SAMPLE_SECONDS = {"cuda": 0.008, "cpu": 0.02}  # of each timed stretch; a single step if that takes longer
 _ROUNDS = {"cuda": (15, 60), "cpu": (9, 60)}
 _PRECISE = 0.002  # of the step: with the difference known to this, more rounds would decide nothing
-_WARM_UP = 3
 # Two right plans round differently; this much of a gradient's norm is no error, nor four times what the default's own
 # two ways of running it differ by. The gate has judged the ops before: here it is stale or foreign memory that shows.
 _DIFFERENCE = {torch.float32: 2e-3, torch.bfloat16: 0.06, torch.float16: 0.03}
@@ -66,7 +62,7 @@ class StepClock:
         self._check_depth = self.trial_depth = min(DEPTHS[1], self.layers)
         self.depths = (min(DEPTHS[0], self.layers), self.trial_depth)
         self._weights = Transformer.for_training(
-            _shallow(config, self.trial_depth), load_kernels(default_choice()), config.device
+            shallow(config, self.trial_depth), load_kernels(default_choice()), config.device
         )
         self._pool: tuple[torch.cuda.CUDAGraph, Tensor, torch.cuda._POOL_HANDLE] | None = None
         generator = torch.Generator(self.device).manual_seed(0)
@@ -74,14 +70,14 @@ class StepClock:
         self._batches = torch.randint(config.model.vocab_size, shape, generator=generator, device=self.device)
         self._scale = torch.ones((), device=self.device)
         self._in_model = set(record_micro_batch(config).by_op())
-        self._kept: dict[tuple[_Plan, int, Mode], _Subject] = {}
+        self._kept: dict[tuple[_Plan, int, Mode], Subject] = {}
         self._truth: dict[str, Tensor] = {}
         self._allowed: dict[str, float] = {}
         self._calls = {depth: self._count_calls(depth) for depth in (self._check_depth, self.layers)}
 
     def called(self, choice: Choice) -> set[str]:
         """The ops that a step under this plan calls."""
-        return called_ops(_shallow(self._config, 1), choice)
+        return called_ops(shallow(self._config, 1), choice)
 
     def set_default(self, choice: Choice) -> None:
         """Takes the gradients that every plan has to agree with: this plan's, launched one by one. Then finds out
@@ -97,7 +93,7 @@ class StepClock:
         floor = _DIFFERENCE[compute_dtype(self._config.train.precision)]
         self._allowed = {n: max(floor, 4 * d) for n, d in self._differences(base).items()}
         if self._on_gpu and self.layers > self._check_depth and self._whole_model_can_be_tried(choice):
-            self._weights = _deepened(self._config, self._weights)
+            self._weights = deepened(self._config, self._weights)
             self.trial_depth, self.depths = self.layers, (self.layers, self.layers)
             self._kept.clear()
 
@@ -149,7 +145,7 @@ class StepClock:
 
     def _count_calls(self, depth: int) -> dict[str, int]:
         """How often a micro-batch calls each op at some depth."""
-        recorded = record_micro_batch(_shallow(self._config, depth)).by_op()
+        recorded = record_micro_batch(shallow(self._config, depth)).by_op()
         return {op: sum(calls.values()) for op, calls in recorded.items()}
 
     def _times(
@@ -220,7 +216,7 @@ class StepClock:
         self._synchronize()
         return (time.perf_counter() - start) * 1e3 / number
 
-    def _subject(self, choice: Choice, depth: int | None = None, mode: Mode | None = None) -> _Subject:
+    def _subject(self, choice: Choice, depth: int | None = None, mode: Mode | None = None) -> Subject:
         """A plan, built unless it is still there."""
         mode = mode or self._mode
         depth = depth or self.trial_depth
@@ -233,13 +229,13 @@ class StepClock:
         """Forgets all plans but these, since each holds the memory of a step's gradients at least."""
         wanted = {_plan(choice) for choice in choices}
         self._kept = {key: subject for key, subject in self._kept.items() if key[0] in wanted}
-        _release(self.device)
+        release(self.device)
 
-    def _build(self, choice: Choice, depth: int, mode: Mode) -> _Subject:
+    def _build(self, choice: Choice, depth: int, mode: Mode) -> Subject:
         try:
             pool = self._shared_pool() if mode == "graphs" else None
-            model = _at_depth(self._config, self._weights, self._load(choice), depth)
-            return _Subject(self._config, model, self._batches[0], self._scale, mode, pool)
+            model = at_depth(self._config, self._weights, self._load(choice), depth)
+            return Subject(self._config, model, self._batches[0], self._scale, mode, pool)
         except Exception as error:  # whatever a plan raises rejects that plan alone
             raise Failed(_failure(error)) from error
 
@@ -256,7 +252,7 @@ class StepClock:
     def _load(self, choice: Choice) -> Kernels:
         return load_kernels({**default_choice(), **choice}, self._launches)
 
-    def _check(self, subject: _Subject) -> None:
+    def _check(self, subject: Subject) -> None:
         for name, difference in self._differences(subject).items():
             if not difference <= self._allowed[name]:
                 raise Failed(
@@ -264,7 +260,7 @@ class StepClock:
                     f"{self._allowed[name]:.1e}"
                 )
 
-    def _differences(self, subject: _Subject) -> dict[str, float]:
+    def _differences(self, subject: Subject) -> dict[str, float]:
         """Of every gradient from the default's, relative, on another batch than the one that was captured."""
         try:
             found = subject.gradients(self._batches[1])
@@ -276,25 +272,25 @@ class StepClock:
 
     def _optimizer_duel(self, champion: Choice, challenger: Choice) -> Duel:
         try:
-            updates = [_update(self._config, self._load(choice)) for choice in (champion, challenger)]
-            for _ in range(_WARM_UP):
+            updates = [optimizer_update(self._config, self._load(choice)) for choice in (champion, challenger)]
+            for _ in range(WARM_UP):
                 for update in updates:
                     update()
             return Duel(*median_interval([a - b for a, b in self._pairs(*updates)]), 0.0 if self._on_gpu else None)
         except Exception as error:
             raise Failed(_failure(error)) from error
         finally:
-            _release(self.device)
+            release(self.device)
 
     def _update_ms(self, choice: Choice) -> float:
         """The optimizer's update, where it calls ops of the table; what is the same under every plan is left out."""
         if self.called(choice) <= self._in_model:
             return 0.0
-        update = _update(self._config, self._load(choice))
-        for _ in range(_WARM_UP):
+        update = optimizer_update(self._config, self._load(choice))
+        for _ in range(WARM_UP):
             update()
         found = median(self._sample(update, 2) for _ in range(_ROUNDS[self.device.type][0]))
-        _release(self.device)
+        release(self.device)
         return found
 
     @property
@@ -313,94 +309,7 @@ def _precise(pairs: list[tuple[float, float]]) -> bool:
 
 def compile_ahead(config: Config, choice: Choice) -> None:
     """Compiles what the model calls under a plan, as a single layer, so that it is in the compilers' caches on disk."""
-    StepClock(_shallow(config, 1), "compiled")._subject(choice)
-
-
-class _Subject:
-    """A plan at some depth, warmed up and ready to run on a fixed batch [batch, seq + 1]."""
-
-    def __init__(
-        self, config: Config, model: Transformer, batch: Tensor, scale: Tensor, mode: Mode,
-        pool: torch.cuda._POOL_HANDLE | None,
-    ) -> None:  # fmt: skip
-        self._names = [name for name, _ in model.named_parameters()]
-        self._parameters = list(model.parameters())
-        if mode != "eager":
-            model.compile_parts()
-        self._batch, self._scale = batch, scale
-        self._micro_step: LaunchedMicroStep | GraphedMicroStep = LaunchedMicroStep(model, self._parameters)
-        self.run()  # compiles
-        self.memory_mib = self._peak_mib() if batch.device.type == "cuda" else None
-        if mode == "graphs":
-            self._micro_step = GraphedMicroStep(model, self._parameters, accumulates=False, pool=pool)
-        for _ in range(_WARM_UP):
-            self.run()
-
-    def run(self) -> None:
-        self._micro_step.run(self._batch, self._scale, first=True)
-
-    def gradients(self, batch: Tensor) -> dict[str, Tensor]:
-        """Of every parameter, copied, on another batch."""
-        self._micro_step.run(batch, self._scale, first=True)
-        grads = zip(self._names, self._current_gradients(), strict=True)
-        return {name: gradient.clone() for name, gradient in grads}
-
-    def _current_gradients(self) -> list[Tensor]:
-        if isinstance(self._micro_step, GraphedMicroStep):
-            return self._micro_step.gradients
-        return [p.grad if p.grad is not None else torch.zeros_like(p) for p in self._parameters]
-
-    def _peak_mib(self) -> float:
-        """Of gradients and activations. Taken launched: of a replayed graph the allocator sees nothing."""
-        device = self._batch.device
-        for parameter in self._parameters:
-            parameter.grad = None
-        _release(device)
-        before = torch.cuda.memory_allocated(device)
-        torch.cuda.reset_peak_memory_stats(device)
-        self.run()
-        torch.cuda.synchronize(device)
-        return (torch.cuda.max_memory_allocated(device) - before) / 2**20
-
-
-def _at_depth(config: Config, weights: Transformer, kernels: Kernels, depth: int) -> Transformer:
-    """A model of fewer layers under a plan, on the parameters that all plans share."""
-    model = Transformer.for_training(_shallow(config, depth), kernels, "meta")
-    shared: Mapping[str, nn.Parameter] = dict(weights.named_parameters())
-    model.load_state_dict({name: shared[name] for name, _ in model.named_parameters()}, assign=True)
-    model.cos, model.sin = weights.cos, weights.sin
-    return model
-
-
-def _deepened(config: Config, weights: Transformer) -> Transformer:
-    """A model with all layers: those that are there as they are, the others with random numbers."""
-    model = Transformer.for_training(config, weights.kernels, "meta")
-    given, device = dict(weights.named_parameters()), weights.cos.device
-    for name, parameter in model.named_parameters():
-        if name not in given:
-            drawn = torch.ones if parameter.ndim == 1 else torch.randn
-            given[name] = nn.Parameter(drawn(parameter.shape, device=device) * (1.0 if parameter.ndim == 1 else 0.02))
-    model.load_state_dict(given, assign=True)
-    model.cos, model.sin = weights.cos, weights.sin
-    return model
-
-
-def _shallow(config: Config, depth: int) -> Config:
-    return replace(config, model=replace(config.model, n_layers=depth))
-
-
-def _update(config: Config, kernels: Kernels) -> Callable[[], None]:
-    """The optimizer's step of the whole model under a plan, on random gradients."""
-    model = Transformer.for_training(config, kernels, config.device)
-    for parameter in model.parameters():
-        parameter.grad = torch.randn_like(parameter)
-    optimizers = build_optimizers(model, config.optimizer)
-
-    def update() -> None:
-        for optimizer in optimizers:
-            optimizer.step()
-
-    return update
+    StepClock(shallow(config, 1), "compiled")._subject(choice)
 
 
 def _static_mib(config: Config) -> float:
@@ -417,9 +326,3 @@ def _failure(error: Exception) -> str:
     status, reason = classify(error)
     words = status.replace("_", " ")
     return reason if reason.startswith(words) else f"{words} in the step: {reason}"
-
-
-def _release(device: torch.device) -> None:
-    gc.collect()
-    if device.type == "cuda":
-        torch.cuda.empty_cache()

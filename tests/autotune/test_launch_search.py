@@ -15,7 +15,8 @@ from torch import Tensor
 from llmmed.autotune.launch_search import check_launches, gate_at, open_sites, search_launches
 from llmmed.autotune.measure import Pass
 from llmmed.autotune.plan import Candidate, KernelLaunch, KernelPlan
-from llmmed.autotune.step_clock import StepClock, _at_depth
+from llmmed.autotune.step_clock import StepClock
+from llmmed.autotune.step_plan import at_depth
 from llmmed.autotune.tuner import tune
 from llmmed.autotune.workload import Workload, record_workload
 from llmmed.config import Config
@@ -202,4 +203,4 @@ def test_a_run_and_its_trials_launch_as_the_plan_says(
     assert launched(build(tiny, plan)) == expected
     planted.implementation.take_launches({})
     clock = StepClock(tiny, "eager", plan.launches)
-    assert launched(_at_depth(tiny, clock._weights, clock._load({"rms_norm": "planted"}), 1)) == expected
+    assert launched(at_depth(tiny, clock._weights, clock._load({"rms_norm": "planted"}), 1)) == expected
