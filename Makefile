@@ -40,7 +40,7 @@ types: setup-dev ## mypy, strict.
 	$(VENV)/bin/mypy
 
 unit: setup-dev ## CPU tests, among them the ahead-of-time compilation of every Triton kernel.
-	OMP_NUM_THREADS=1 $(PY) -m pytest -q -n 2 -m "not interpreter and not gpu" $(ARGS)
+	OMP_NUM_THREADS=1 $(PY) -m pytest -q -n 2 --dist loadgroup -m "not interpreter and not gpu" $(ARGS)
 
 interpreter: setup-dev ## Triton kernels run on the CPU, in Triton's interpreter.
 	OMP_NUM_THREADS=1 TRITON_INTERPRET=1 $(PY) -m pytest -q -n 2 -m interpreter $(ARGS)
