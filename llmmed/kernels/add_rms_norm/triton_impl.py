@@ -6,7 +6,7 @@ numbers, written once. The weight's gradient is summed as in `rms_norm`: determi
 
 # Annotations must be real objects: torch infers the operator's schema from them. So no `from __future__` here.
 from collections.abc import Callable, Iterator
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 import triton
@@ -15,6 +15,7 @@ from torch import Tensor
 
 from llmmed.kernels.base import Implementation
 from llmmed.kernels.operator import TRITON_DEVICES, as_rows, make_operator, require_triton, sm_count
+from llmmed.kernels.rms_norm.triton_impl import Backward, forward_alternatives, forward_launch
 from llmmed.kernels.tunable import Tunable
 
 _MAX_WIDTH = 16384  # a row must fit into one program's registers
@@ -74,39 +75,6 @@ def add_rms_norm_triton_bwd_kernel(
     tl.store(partial_ptr + tl.program_id(0).to(tl.int64) * N + cols, tl.sum(dweight, axis=0), mask=col_mask)
 
 
-class Forward(NamedTuple):
-    """Rows a program normalises, and its warps."""
-
-    block_m: int
-    num_warps: int
-
-
-class Backward(NamedTuple):
-    """Rows a program takes at a time, its warps, programs per multiprocessor, and stages of their pipeline."""
-
-    block_m: int
-    num_warps: int
-    per_sm: int
-    stages: int
-
-
-def _forward_launch(device: torch.device, width: int, itemsize: int) -> Forward:
-    """Tiles of about 4,096 elements, 16 to 32 a thread."""
-    block_n = triton.next_power_of_2(width)
-    block_m = max(1, 4096 // block_n)
-    return Forward(block_m, max(4, min(16, block_m * block_n // 1024)))
-
-
-def _forward_alternatives(device: torch.device, width: int, itemsize: int) -> Iterator[Forward]:
-    """Tiles of half and twice the size, and other numbers of warps, with up to 32 elements a thread."""
-    block_m, num_warps = _forward_launch(device, width, itemsize)
-    yield Forward(max(1, block_m // 2), num_warps)
-    yield Forward(max(1, block_m // 2), max(2, num_warps // 2))
-    yield Forward(block_m, min(16, 2 * num_warps))
-    if 2 * block_m * triton.next_power_of_2(width) <= 32768 // itemsize:
-        yield Forward(2 * block_m, min(16, 2 * num_warps))
-
-
 def _backward_launch(device: torch.device, width: int, itemsize: int) -> Backward:
     """As in `rms_norm`, but with three streams to read a tile may hold half as much for the same bytes in flight. More
     programs would write more partial rows. All but the current stage lie in shared memory, of which small GPUs have
@@ -133,7 +101,7 @@ def _stages(tile_bytes: int) -> int:
     return 1 + min(2, _SHARED_BYTES // (3 * tile_bytes))
 
 
-_FORWARD = Tunable("add_rms_norm_triton_fwd_kernel", _forward_launch, _forward_alternatives)
+_FORWARD = Tunable("add_rms_norm_triton_fwd_kernel", forward_launch, forward_alternatives)
 _BACKWARD = Tunable("add_rms_norm_triton_bwd_kernel", _backward_launch, _backward_alternatives)
 
 

@@ -81,16 +81,16 @@ class Backward(NamedTuple):
     stages: int
 
 
-def _forward_launch(device: torch.device, width: int, itemsize: int) -> Forward:
+def forward_launch(device: torch.device, width: int, itemsize: int) -> Forward:
     """Tiles of about 4,096 elements, 16 to 32 a thread."""
     block_n = triton.next_power_of_2(width)
     block_m = max(1, 4096 // block_n)
     return Forward(block_m, max(4, min(16, block_m * block_n // 1024)))
 
 
-def _forward_alternatives(device: torch.device, width: int, itemsize: int) -> Iterator[Forward]:
+def forward_alternatives(device: torch.device, width: int, itemsize: int) -> Iterator[Forward]:
     """Tiles of half and twice the size, and other numbers of warps, with up to 32 elements a thread."""
-    block_m, num_warps = _forward_launch(device, width, itemsize)
+    block_m, num_warps = forward_launch(device, width, itemsize)
     yield Forward(max(1, block_m // 2), num_warps)
     yield Forward(max(1, block_m // 2), max(2, num_warps // 2))
     yield Forward(block_m, min(16, 2 * num_warps))
@@ -117,7 +117,7 @@ def _backward_alternatives(device: torch.device, width: int, itemsize: int) -> I
     yield Backward(block_m, min(16, 2 * num_warps), per_sm, stages)
 
 
-_FORWARD = Tunable("rms_norm_triton_fwd_kernel", _forward_launch, _forward_alternatives)
+_FORWARD = Tunable("rms_norm_triton_fwd_kernel", forward_launch, forward_alternatives)
 _BACKWARD = Tunable("rms_norm_triton_bwd_kernel", _backward_launch, _backward_alternatives)
 
 
