@@ -38,7 +38,8 @@ def make_inputs(call: Call, regime: str, generator: torch.Generator, device: tor
     """Draws `q`, `k` and `v`.
 
     Regimes: `bland` normal values; `peaked` queries ten times larger, so that a few keys take all the weight;
-    `growing_keys` keys that grow with the position, so that the running maximum keeps changing.
+    `growing_keys` keys that grow with the position, so that the running maximum keeps changing. Both are milder where
+    there are but two positions.
     """
 
     def normal(spec: TensorSpec) -> torch.Tensor:

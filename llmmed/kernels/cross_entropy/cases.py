@@ -46,10 +46,10 @@ def cases(dtype: torch.dtype) -> Mapping[str, Call]:
 def make_inputs(call: Call, regime: str, generator: torch.Generator, device: torch.device) -> Inputs:
     """Draws `logits`, `targets` and, where the call has one, `scale`.
 
-    Regimes: `bland` normal logits; `peaked` logits ten times larger, most targets being the likeliest class; `flat`
-    logits around zero, where every gradient but the target's is close to 1 / vocab; `far` rows that lie up to 80 from
-    zero, where an exponential without the maximum taken off overflows; `some_ignored` every third row ignored, the
-    first and the last among them; `all_ignored`.
+    Regimes: `bland` normal logits; `peaked` logits ten times larger (of a single row three), most targets being the
+    likeliest class; `flat` logits around zero, where every gradient but the target's is close to 1 / vocab; `far` rows
+    that lie up to 80 from zero, where an exponential without the maximum taken off overflows; `some_ignored` every
+    third row ignored, the first and the last among them; `all_ignored`.
     """
     logits_spec, targets_spec, ignore_index = call.spec("logits"), call.spec("targets"), call["ignore_index"]
     assert isinstance(ignore_index, int)

@@ -46,10 +46,10 @@ def cases(dtype: torch.dtype) -> Mapping[str, Call]:
 def make_inputs(call: Call, regime: str, generator: torch.Generator, device: torch.device) -> Inputs:
     """Draws `hidden_states`, `weight`, `targets` and, where the call has one, `scale`.
 
-    Regimes: `bland` logits of variance one; `peaked` ten times larger, most targets being the likeliest class; `flat`
-    logits around zero, where every gradient but the target's is close to 1 / vocab; `far` hidden states and classes
-    with one large component in common, which moves a row's logits up to 100 from zero; `some_ignored` every third row
-    ignored, the first and the last among them; `all_ignored`.
+    Regimes: `bland` logits of variance one; `peaked` ten times larger (a single row three), most targets being the
+    likeliest class; `flat` logits around zero, where every gradient but the target's is close to 1 / vocab; `far`
+    hidden states and classes with one large component in common, which moves a row's logits up to 100 from zero;
+    `some_ignored` every third row ignored, the first and the last among them; `all_ignored`.
     """
     hidden_spec, weight_spec, ignore_index = call.spec("hidden_states"), call.spec("weight"), call["ignore_index"]
     assert isinstance(ignore_index, int)

@@ -42,7 +42,8 @@ def make_inputs(call: Call, regime: str, generator: torch.Generator, device: tor
     """Draws `qkv`; `cos` and `sin` are the true tables of their positions, base 10,000.
 
     Regimes: `bland` normal values; `peaked` queries ten times larger, so that a few keys take all the weight;
-    `growing_keys` keys that grow with the position, so that the running maximum keeps changing.
+    `growing_keys` keys that grow with the position, so that the running maximum keeps changing. Both are milder where
+    there are but two positions.
     """
     spec = call.spec("qkv")
     n_heads, n_kv_heads = _heads(call)
