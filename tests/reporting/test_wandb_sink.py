@@ -32,6 +32,8 @@ def records(file: Path) -> list[Any]:
             position += BLOCK - position % BLOCK
             continue
         _, length, place = struct.unpack("<IHB", data[position : position + 7])
+        if position + 7 + length > len(data):  # still being written
+            break
         parts += data[position + 7 : position + 7 + length]
         position += 7 + length
         if place in (1, 4):  # whole, or the last chunk
