@@ -170,7 +170,7 @@ def differs(expected: Path, found: Path) -> str | None:
         curves.append([{k: v for k, v in entry.items() if k not in OF_THE_MACHINE} for entry in entries])
     if curves[0] != curves[1]:
         return "metrics.jsonl differs"
-    if left := list(found.glob("checkpoints/.writing-*")):
+    if left := list(found.glob("checkpoints/.*")):
         return f"{left[0]} was left behind"
     return None
 

@@ -9,7 +9,6 @@ from __future__ import annotations
 import logging
 import os
 import shutil
-import tempfile
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -22,6 +21,8 @@ from torch import Tensor
 from llmmed.files import read_json, sha256_of_file, write_json
 
 logger = logging.getLogger(__name__)
+
+_WRITING, _REPLACED = ".writing-", ".replaced-"
 
 
 @dataclass(frozen=True)
@@ -43,12 +44,16 @@ def save(
     keep: int,
     best: int | None = None,
 ) -> Path:
-    """Writes the checkpoint of `step` into `folder` and removes all but the last `keep` and that of step `best`."""
+    """Writes the checkpoint of `step` into `folder` and removes all but the last `keep` and that of step `best`.
+
+    Those of later steps go as well: they are damaged, or the run went on from an earlier one.
+    """
     folder.mkdir(parents=True, exist_ok=True)
-    for left in folder.glob(".writing-*"):  # by a run that was killed
-        shutil.rmtree(left, ignore_errors=True)
+    _tidy(folder)
     target = folder / folder_name(step)
-    temporary = Path(tempfile.mkdtemp(dir=folder, prefix=".writing-"))
+    replaced = folder / f"{_REPLACED}{target.name}"
+    temporary = folder / f"{_WRITING}{os.getpid()}"
+    temporary.mkdir()
     try:
         save_file(
             {name: tensor.detach().contiguous() for name, tensor in model.items()}, temporary / "model.safetensors"
@@ -60,24 +65,45 @@ def save(
         write_json(temporary / "state.json", {"step": step, **state})
         names = ("model.safetensors", "optimizer.safetensors", "state.json")
         for name in names:
+            os.chmod(temporary / name, temporary.stat().st_mode & 0o666)  # the user's umask; safetensors writes 0600
             _flush(temporary / name)
         write_json(temporary / "manifest.json", {name: sha256_of_file(temporary / name) for name in names})
-        shutil.rmtree(target, ignore_errors=True)
+        if target.exists():
+            os.replace(target, replaced)  # at every moment there is one of the two
         os.replace(temporary, target)
         _flush(folder)
+        shutil.rmtree(replaced, ignore_errors=True)
     except SafetensorError as error:
         raise OSError(f"the checkpoint of step {step} cannot be written to {folder}: {error}") from error
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
-    for old in sorted(folder.glob("step_*"))[:-keep]:
-        if best is None or old.name != folder_name(best):
-            shutil.rmtree(old, ignore_errors=True)
+    found = {step_of(path): path for path in sorted(folder.glob("step_*"))}
+    earlier, later = ([s for s in found if (s > step) is after] for after in (False, True))
+    for old in [*sorted(earlier)[:-keep], *later]:
+        if old != best:
+            shutil.rmtree(found[old], ignore_errors=True)
     return target
+
+
+def set_aside(folder: Path) -> Path | None:
+    """Makes room for the checkpoints of a run that starts anew. Returns where old ones are now, if there were any."""
+    if not all_of(folder):
+        return None
+    number = 1
+    while (aside := folder.with_name(f"{folder.name}.before-{number}")).exists():
+        number += 1
+    folder.rename(aside)
+    return aside
 
 
 def folder_name(step: int) -> str:
     """Of the checkpoint of a step, inside `checkpoints/`."""
     return f"step_{step:08d}"
+
+
+def step_of(path: Path) -> int:
+    """Of a checkpoint, by the name of its folder."""
+    return int(path.name.rpartition("_")[2])
 
 
 def load_latest(folder: Path) -> Checkpoint | None:
@@ -95,12 +121,20 @@ def load(path: Path) -> Checkpoint:
 
 def latest(folder: Path) -> Path | None:
     """The newest checkpoint whose checksums hold, or None. Damaged ones are named in a warning and passed over."""
-    for path in sorted(folder.glob("step_*"), reverse=True):
+    found = all_of(folder)
+    for index, path in enumerate(found):
         problem = damage(path)
         if problem is None:
             return path
-        logger.warning("checkpoint %s is damaged (%s); using the one before it", path, problem)
+        then = "using the one before it" if found[index + 1 :] else "there is no other"
+        logger.warning("checkpoint %s is damaged (%s); %s", path, problem, then)
     return None
+
+
+def all_of(folder: Path) -> list[Path]:
+    """Every checkpoint, whole or damaged, the newest first. One that was being replaced counts where the new is not."""
+    found = {step_of(path): path for pattern in (f"{_REPLACED}step_*", "step_*") for path in folder.glob(pattern)}
+    return [found[step] for step in sorted(found, reverse=True)]
 
 
 def damage(path: Path) -> str | None:
@@ -113,6 +147,18 @@ def damage(path: Path) -> str | None:
     except (OSError, ValueError, AttributeError) as error:
         return str(error)
     return None
+
+
+def _tidy(folder: Path) -> None:
+    """Clears what a run left that was killed while it wrote."""
+    for left in folder.glob(f"{_WRITING}*"):
+        shutil.rmtree(left, ignore_errors=True)
+    for left in folder.glob(f"{_REPLACED}*"):
+        target = folder / left.name.removeprefix(_REPLACED)
+        if target.exists():
+            shutil.rmtree(left, ignore_errors=True)
+        else:
+            os.replace(left, target)
 
 
 def _flush(path: Path) -> None:

@@ -102,7 +102,10 @@ def train(
             write_atomically(folder / name, dataset.tokenizer_file.with_name(name).read_bytes())
     run = _Run(config, model, dataset, folder, plan, mode, sinks, started, launched)
     first = run.restore() if resume else 0
+    aside = None if first else checkpoint.set_aside(folder / "checkpoints")
     progress = TrainingProgress(console, first, config.train.max_steps)
+    if aside is not None:
+        progress.note(f"starts at step 1; the checkpoints that were here are in {shown(aside)}")
     if first:
         progress.note(f"going on from the checkpoint of step {first}")
     try:

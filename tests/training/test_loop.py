@@ -188,6 +188,14 @@ def test_a_damaged_checkpoint_costs_only_the_steps_since_the_one_before(
         assert torch.equal(tensor, resumed.state_dict()[name]), name
 
 
+def test_a_start_in_a_used_folder_keeps_its_own_checkpoints(tmp_path: Path) -> None:
+    run(tiny_config("train.keep_last=1"), tmp_path)
+    run(tiny_config("train.keep_last=1", "train.max_steps=4"), tmp_path)
+    assert [path.name for path in (tmp_path / "checkpoints").iterdir()] == ["step_00000004"]
+    assert [path.name for path in (tmp_path / "checkpoints.before-1").iterdir()] == ["step_00000012"]
+    assert "checkpoints.before-1" in (tmp_path / "console.txt").read_text().replace("\n", "")
+
+
 def test_other_data_is_refused(tmp_path: Path) -> None:
     config = tiny_config("train.max_steps=2")
     run(config, tmp_path)
