@@ -93,6 +93,9 @@ def _prepare_arguments() -> bool:
     if folder is not None:
         continuation.changes(folder, config)  # refused here, a mistake leaves the folder as it is
         _add([f"hydra.run.dir={sweep.quoted(folder)}"], arguments.overrides)
+    used = folder or run_folder.stated(arguments.overrides)
+    if used is not None and used.is_dir():
+        run_folder.hold(used)  # before Hydra writes there
     return True
 
 
@@ -112,6 +115,7 @@ def _task(composed: DictConfig, stop: StopRequest) -> NoReturn:
     """The run itself."""
     hydra_config = HydraConfig.get()
     folder = Path(hydra_config.runtime.output_dir)
+    run_folder.hold(folder)
     try:
         stop.wait_no_more()
         code = _run(composed, folder, list(hydra_config.overrides.task), stop)

@@ -1,8 +1,11 @@
-"""The run folder: its status, what it ran on, and which unfinished run a new one continues."""
+"""The run folder: its status, what it ran on, who trains in it, and which unfinished run a new one continues."""
 
 from __future__ import annotations
 
+import contextlib
+import fcntl
 import importlib.metadata
+import logging
 import os
 import platform
 import subprocess
@@ -21,7 +24,13 @@ from llmmed.config import Config
 from llmmed.errors import UserError
 from llmmed.files import read_json, write_json
 
+logger = logging.getLogger(__name__)
+
 State = Literal["none", "running", "finished", "failed", "interrupted"]
+
+
+_LOCK = ".lock"
+_held: dict[Path, int] = {}  # folders, and the open files whose locks end with this process
 
 
 @dataclass(frozen=True)
@@ -47,11 +56,60 @@ def read_status(folder: Path) -> Status:
         return Status("none")
 
 
+def hold(folder: Path) -> None:
+    """Makes this process the only one that trains in a folder, until it ends, however it ends.
+
+    Raises `UserError` if another one does.
+    """
+    folder = folder.resolve()
+    if folder in _held:
+        return
+    descriptor = os.open(folder / _LOCK, os.O_RDWR | os.O_CREAT, 0o666)
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        os.close(descriptor)
+        raise UserError(
+            f"{holder(folder) or 'another process'} is training in {shown(folder)}; wait for its end, or stop it"
+        ) from None
+    except OSError as error:
+        logger.warning(
+            "%s cannot be locked (%s), so that nothing keeps a second process from training there; start none",
+            shown(folder), error.strerror,
+        )  # fmt: skip
+    os.truncate(descriptor, 0)
+    os.write(descriptor, f"process {os.getpid()} on {platform.node()}".encode())
+    _held[folder] = descriptor
+
+
+def holder(folder: Path) -> str | None:
+    """The other process that trains in a folder, as `process <pid> on <host>`, or None."""
+    if folder.resolve() in _held:
+        return None
+    try:
+        with (folder / _LOCK).open() as file:
+            try:
+                fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
+            except BlockingIOError:
+                return file.read() or "another process"
+    except OSError:  # nobody has ever trained there, or nothing can be locked there
+        pass
+    return None
+
+
+def stated(overrides: Sequence[str]) -> Path | None:
+    """The run folder that `hydra.run.dir` states as it is, without interpolation."""
+    asked = [override for override in overrides if override.startswith("hydra.run.dir=")]
+    value = str(OverridesParser.create().parse_override(asked[-1]).value()) if asked else ""
+    return Path(value) if value and "${" not in value else None
+
+
 def to_resume(config: Config, outputs: Path) -> Path | None:
     """The folder that `train.resume` names, or None to go on in the run's own folder.
 
-    `latest` is the newest run under `outputs` of the same configuration that has not finished. Raises `UserError` if
-    there is none, or if a folder is named that is no run folder.
+    `latest` is the newest run under `outputs` of the same configuration that has not finished and that no other process
+    is training; from then on this one holds it. Raises `UserError` if there is none, or if a folder is named that is no
+    run folder.
     """
     resume = config.train.resume
     if resume is None or resume == "auto":
@@ -66,9 +124,11 @@ def to_resume(config: Config, outputs: Path) -> Path | None:
     for folder in sorted(folders, key=lambda path: path.stat().st_mtime, reverse=True):
         if read_status(folder).state in ("none", "finished"):
             continue
-        stored = OmegaConf.to_container(OmegaConf.load(folder / ".hydra" / "config.yaml"))
-        if isinstance(stored, dict) and _comparable({str(k): v for k, v in stored.items()}) == wanted:
-            return folder.absolute()
+        values = OmegaConf.to_container(OmegaConf.load(folder / ".hydra" / "config.yaml"))
+        if isinstance(values, dict) and _comparable({str(k): v for k, v in values.items()}) == wanted:
+            with contextlib.suppress(UserError):
+                hold(folder)
+                return folder.absolute()
     raise UserError(f"train.resume=latest: no unfinished run of this configuration under {outputs}/; leave it out")
 
 

@@ -10,7 +10,6 @@ import contextlib
 import importlib.util
 import math
 import os
-import platform
 import signal
 import subprocess
 import sys
@@ -80,8 +79,8 @@ def run_job(composed: DictConfig, folder: Path, hydra_config: HydraConf) -> floa
     if run_folder.read_status(folder).state == "finished":
         print(f"\n{label}: finished before, skipped", flush=True)
         return _validation_loss(folder)
-    if (pid := _running(folder)) is not None:
-        print(f"\n{label}: is running in process {pid}, skipped", flush=True)
+    if (other := run_folder.holder(folder)) is not None:  # left over from a sweep that was killed
+        print(f"\n{label}: {other} is training it, skipped", flush=True)
         return None
     print(f"\n{label}", flush=True)
     overrides = list(hydra_config.overrides.task)
@@ -173,17 +172,6 @@ def _validation_loss(folder: Path) -> float | None:
     except (OSError, ValueError, KeyError, TypeError):
         return None
     return float(loss) if isinstance(loss, int | float) and math.isfinite(loss) else None
-
-
-def _running(folder: Path) -> int | None:
-    """The process that runs this job on this machine, left over from a sweep that was killed."""
-    status = run_folder.read_status(folder)
-    try:
-        here = read_json(folder / "env.json")["host"] == platform.node()
-        command = Path(f"/proc/{status.pid}/cmdline").read_bytes()
-    except (OSError, ValueError, KeyError, TypeError):
-        return None
-    return status.pid if status.state == "running" and here and b"llmmed.cli" in command else None
 
 
 def _installed(module: str) -> bool:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import os
-import platform
 import signal
 import subprocess
 import sys
@@ -176,18 +175,3 @@ def test_one_gpu_or_none_is_not_shared_out(monkeypatch: pytest.MonkeyPatch, visi
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", visible)
     with gpus.own_gpu() as environment:
         assert environment == {}
-
-
-def test_a_job_that_an_earlier_sweep_left_running_is_found(tmp_path: Path) -> None:
-    (tmp_path / "env.json").write_text(json.dumps({"host": platform.node()}))
-    code = "import sys, time; print('up', flush=True); time.sleep(60)"
-    child = subprocess.Popen([sys.executable, "-c", code, "llmmed.cli"], stdout=subprocess.PIPE)
-    try:
-        assert child.stdout is not None
-        child.stdout.readline()
-        (tmp_path / "status.json").write_text(json.dumps({"state": "running", "pid": child.pid}))
-        assert sweep._running(tmp_path) == child.pid
-    finally:
-        child.kill()
-        child.wait()
-    assert sweep._running(tmp_path) is None

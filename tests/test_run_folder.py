@@ -1,0 +1,81 @@
+"""One process trains in a run folder at a time, and another one is told which."""
+
+from __future__ import annotations
+
+import fcntl
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+from hydra.conf import HydraConf
+from omegaconf import OmegaConf
+
+from llmmed import run_folder, sweep
+from llmmed.compose import as_dict
+from llmmed.errors import UserError
+from llmmed.files import write_json
+from tests.training.tiny import tiny_config
+
+
+@contextmanager
+def other_process(folder: Path) -> Iterator[None]:
+    """A lock of an open file is another process's as far as the kernel is concerned."""
+    with (folder / ".lock").open("w") as file:
+        file.write("process 77 on elsewhere")
+        file.flush()
+        fcntl.flock(file, fcntl.LOCK_EX)
+        yield
+
+
+def test_a_folder_is_held_by_one_process(tmp_path: Path) -> None:
+    with other_process(tmp_path):
+        assert run_folder.holder(tmp_path) == "process 77 on elsewhere"
+        with pytest.raises(UserError, match=r"process 77 on elsewhere is training in .*; wait for its end"):
+            run_folder.hold(tmp_path)
+    assert run_folder.holder(tmp_path) is None  # the process is gone, its file is not
+    run_folder.hold(tmp_path)
+    run_folder.hold(tmp_path)
+    assert run_folder.holder(tmp_path) is None
+    assert (tmp_path / ".lock").read_text().startswith(f"process {os.getpid()} on ")
+    with (tmp_path / ".lock").open() as file, pytest.raises(BlockingIOError):
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+
+
+def test_latest_passes_over_a_run_that_is_in_training(tmp_path: Path) -> None:
+    config = tiny_config()
+    for name in ("older", "newer"):
+        folder = tmp_path / "day" / name
+        write_json(folder / ".hydra" / "config.yaml", as_dict(config))  # JSON is YAML
+        run_folder.write_status(folder, "running")
+    os.utime(tmp_path / "day" / "older", (1, 1))
+    wanted = replace(config, train=replace(config.train, resume="latest"))
+    with other_process(tmp_path / "day" / "newer"):
+        assert run_folder.to_resume(wanted, tmp_path) == tmp_path / "day" / "older"
+    os.utime(tmp_path / "day" / "older", (1, 1))
+    assert run_folder.to_resume(wanted, tmp_path) == tmp_path / "day" / "newer"
+
+
+@pytest.mark.parametrize(
+    ("overrides", "expected"),
+    [
+        (["hydra.run.dir=a", "hydra.run.dir='b c'", "seed=1"], Path("b c")),
+        (["hydra.run.dir=outputs/${now:%H}"], None),
+        (["seed=1"], None),
+    ],
+)
+def test_the_folder_that_is_stated(overrides: list[str], expected: Path | None) -> None:
+    assert run_folder.stated(overrides) == expected
+
+
+def test_a_job_that_an_earlier_sweep_left_running_is_skipped(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    hydra_config = OmegaConf.structured(HydraConf)
+    hydra_config.job.num, hydra_config.job.override_dirname = 0, "seed=1"
+    with other_process(tmp_path):
+        assert sweep.run_job(OmegaConf.create(), tmp_path, hydra_config) is None
+    assert "job 0: seed=1: process 77 on elsewhere is training it, skipped" in capsys.readouterr().out
+    assert not (tmp_path / ".hydra").exists()
