@@ -20,7 +20,8 @@ _FREE = ("model.name", "model.init_from", "train.resume", "train.micro_batch_siz
 
 def stored_config(folder: Path) -> dict[str, Any] | None:
     """The configuration in the newest checkpoint of a run folder that has a readable one. Reads no tensors."""
-    for path in sorted((folder / "checkpoints").glob("step_*/state.json"), reverse=True):
+    states = (folder / "checkpoints").glob("*step_*/state.json")  # one that was being replaced has a prefix
+    for path in sorted(states, key=lambda path: path.parent.name[-8:], reverse=True):
         with contextlib.suppress(OSError, ValueError, KeyError, TypeError):
             return dict(read_json(path)["config"])
     return None

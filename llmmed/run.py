@@ -96,7 +96,7 @@ def _run(config: Config, folder: Path, console: Console, started: float, stop: S
     prepare_backend(config)
     mode = resolve_compile(config)
     # What may be mistaken comes before what takes long.
-    newest = checkpoint.latest(folder / "checkpoints") if config.train.resume is not None else None
+    newest = _newest_checkpoint(config, folder, console)
     if newest is not None:
         for change in continuation.changes(folder, config):
             console.print(f"goes on with another value: {change}", style="dim", markup=False)
@@ -134,7 +134,7 @@ def _run(config: Config, folder: Path, console: Console, started: float, stop: S
     try:
         result = train(
             config, model, dataset, folder, plan=plan.to_json(), mode=mode, sinks=[sink] if sink else [],
-            console=console, started=started, resume=config.train.resume is not None, stop=stop, launched=launched,
+            console=console, started=started, resume=newest, stop=stop, launched=launched,
         )  # fmt: skip
         status_word = "finished"
         summary |= _summary(result, model)
@@ -147,6 +147,22 @@ def _run(config: Config, folder: Path, console: Console, started: float, stop: S
             sink.finish(summary, status_word)
     logger.info("summary: %s", summary)
     print_closing(summary, plan, folder, console)
+
+
+def _newest_checkpoint(config: Config, folder: Path, console: Console) -> Path | None:
+    """What a resumed run goes on from, if there is anything. Raises `UserError` if all of a named run are damaged."""
+    if config.train.resume is None:
+        return None
+    kept = folder / "checkpoints"
+    newest = checkpoint.latest(kept)
+    if newest is None and checkpoint.all_of(kept) and config.train.resume != "auto":
+        raise UserError(
+            f"train.resume={config.train.resume}: no checkpoint in {run_folder.shown(kept)} is whole; start a new run"
+        )
+    if newest is None:
+        told = f"no whole checkpoint in {run_folder.shown(folder)} yet; starts at step 1"
+        console.print(told, style="dim", markup=False)
+    return newest
 
 
 def _plan_of_checkpoint(path: Path | None, config: Config, workload: Workload, mode: Mode) -> KernelPlan | None:

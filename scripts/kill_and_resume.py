@@ -1,9 +1,10 @@
-"""Kills a training with SIGKILL at random moments and resumes it: `python scripts/kill_and_resume.py runs=50 seed=0`.
+"""Kills a training at random moments and resumes it: `python scripts/kill_and_resume.py runs=50 seed=0`.
 
     python scripts/kill_and_resume.py runs=4 device=cuda train.deterministic=true kernels=triton      on a GPU
 
 A tiny run, on the CPU unless overrides say otherwise, killed while it trains, writes a checkpoint, prepares data or
-evaluates, until it comes to its end; then another, until there were as many kills as asked for. Every one must have the
+evaluates, until it comes to its end; where it trains or evaluates, half of the kills are SIGTERM, after which what was
+due is owed, and all others SIGKILL. Then another, until there were as many kills as asked for. Every one must have the
 losses, weights and optimizer state of a run that nobody disturbed, bit for bit. The exit code is 0 if all have.
 """
 
@@ -13,6 +14,7 @@ import json
 import os
 import random
 import shutil
+import signal
 import subprocess
 import sys
 import tempfile
@@ -67,14 +69,15 @@ def kill_and_resume(folder: Path, overrides: Sequence[str], kills: int, chance: 
         run = f"run{finished}"
         while done.total() < kills:
             # Every stage in turn, so that a few kills already meet all of them.
-            stage = killed(folder, run, overrides, STAGES[done.total() % len(STAGES)], chance)
-            if stage is None:
+            ended = killed(folder, run, overrides, STAGES[done.total() % len(STAGES)], chance)
+            if ended is None:
                 break
+            stage, number = ended
             done[stage] += 1
             half = set((folder / run).glob("checkpoints/.writing-*")) - halves
             halves |= half
             told = f"{reached(folder / run)} steps on disk{' and half a checkpoint' if half else ''}"
-            print(f"{done.total():3d}. killed while {stage}, {told}", flush=True)
+            print(f"{done.total():3d}. killed by {number.name} while {stage}, {told}", flush=True)
         last = Life(folder, run, overrides)
         problem = differs(folder / "undisturbed", folder / run) if last.process.wait() == 0 else last.output.read_text()
         if problem:
@@ -111,11 +114,15 @@ class Life:
         return True
 
 
-def killed(folder: Path, run: str, overrides: Sequence[str], stage: str, chance: random.Random) -> str | None:
+def killed(
+    folder: Path, run: str, overrides: Sequence[str], stage: str, chance: random.Random
+) -> tuple[str, signal.Signals] | None:
     """Starts the run or goes on with it, and kills it at that stage.
 
-    Returns the stage that it was killed at in truth, or None if it came to its end before.
+    Returns the stage that it was killed at in truth, and by what, or None if it came to its end before.
     """
+    mild = stage in ("training", "evaluating") and chance.random() < 0.5
+    number = signal.SIGTERM if mild else signal.SIGKILL
     if stage == "preparing data":
         shutil.rmtree(folder / "cache", ignore_errors=True)
     first = reached(folder / run)
@@ -129,11 +136,11 @@ def killed(folder: Path, run: str, overrides: Sequence[str], stage: str, chance:
     }
     if life.is_at(moments[stage]):
         time.sleep(chance.uniform(0, {"preparing data": 0.2, "training": 0.05}.get(stage, 0.002)))
-    life.process.kill()
+    life.process.send_signal(number)
     if life.process.wait() == 0:
         return None
     prepared = "parameters" in life.output.read_text()  # the header is printed after the data is there
-    return "between data and training" if stage == "preparing data" and prepared else stage
+    return ("between data and training" if stage == "preparing data" and prepared else stage), number
 
 
 def logged(run: Path) -> tuple[int, bool]:

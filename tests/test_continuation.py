@@ -8,10 +8,12 @@ import sys
 from pathlib import Path
 
 import pytest
+from rich.console import Console
 
 from llmmed import continuation, run_folder
 from llmmed.errors import UserError
 from llmmed.files import write_json
+from llmmed.run import _newest_checkpoint
 from tests.training.tiny import run, tiny_config
 
 STARTED = ["experiment=smoke", "data=synthetic", "kernels=pytorch", "model.d_ff=96", "+data@data.sources.more=text"]
@@ -59,6 +61,26 @@ def test_changes_are_told_and_a_misfit_is_refused(tmp_path: Path) -> None:
         "train.max_steps: 2 -> 4", "optimizer.betas: [0.9, 0.95] -> [0.9, 0.99]"]  # fmt: skip
     with pytest.raises(UserError, match=r"is of model\.d_ff=192 \(here 96\), optimizer\.name=adamw \(here muon\)"):
         continuation.changes(tmp_path, tiny_config("model.d_ff=96", "optimizer=muon"))
+
+
+@pytest.mark.parametrize("resume", ["a/run", "auto", "latest"])
+def test_where_there_is_nothing_to_go_on_from(tmp_path: Path, resume: str) -> None:
+    config = tiny_config("train.max_steps=2", f"train.resume={resume}")
+    with (tmp_path / "told").open("w") as file:
+        console = Console(file=file, width=300)
+        assert _newest_checkpoint(config, tmp_path, console) is None
+        run(config, tmp_path)
+        path = _newest_checkpoint(config, tmp_path, console)
+        assert path == tmp_path / "checkpoints" / "step_00000002"
+        (path / "model.safetensors").write_bytes(b"")
+        if resume == "auto":
+            assert _newest_checkpoint(config, tmp_path, console) is None
+        else:
+            with pytest.raises(UserError, match=f"train.resume={resume}: no checkpoint in .* is whole"):
+                _newest_checkpoint(config, tmp_path, console)
+    told = (tmp_path / "told").read_text().splitlines()
+    assert len(told) == (2 if resume == "auto" else 1)
+    assert all(line.startswith("no whole checkpoint in ") and line.endswith("; starts at step 1") for line in told)
 
 
 @pytest.mark.slow

@@ -73,7 +73,7 @@ def train(
     sinks: Sequence[Sink],
     console: Console,
     started: float,
-    resume: bool,
+    resume: Path | None,
     launched: Callable[[set[str]], None] | None = None,
     stop: StopRequest | None = None,
 ) -> Result:
@@ -89,7 +89,7 @@ def train(
         sinks: Take the metrics as well.
         console: For progress.
         started: `time.perf_counter()` at the start of the process.
-        resume: Whether to go on from the newest checkpoint in `folder`, if there is one.
+        resume: The checkpoint to go on from, checked by whoever calls; None starts at step 1.
         launched: On a GPU, told once the names of all kernels that a step launches; what it raises ends the run.
         stop: Entered already. After the first step it waits for the end of a step; without one, there is one for this.
 
@@ -101,13 +101,15 @@ def train(
         for name in ("tokenizer.json", SETTINGS):
             write_atomically(folder / name, dataset.tokenizer_file.with_name(name).read_bytes())
     run = _Run(config, model, dataset, folder, plan, mode, sinks, started, launched)
-    first = run.restore() if resume else 0
+    first = 0 if resume is None else run.restore(checkpoint.load(resume))
     aside = None if first else checkpoint.set_aside(folder / "checkpoints")
     progress = TrainingProgress(console, first, config.train.max_steps)
     if aside is not None:
         progress.note(f"starts at step 1; the checkpoints that were here are in {shown(aside)}")
     if first:
         progress.note(f"going on from the checkpoint of step {first}")
+    if first >= config.train.max_steps:
+        progress.note(f"that is all of train.max_steps={config.train.max_steps}; give a larger one to train on")
     try:
         with StopRequest() if stop is None else contextlib.nullcontext(stop) as request, progress:
             run.loop(first, request, progress)
@@ -167,15 +169,12 @@ class _Run:
         self.last: dict[str, float] = {}
         self.losses: list[Tensor] = []  # of the steps since the last that was logged
         self.best = Best()
-        self.done = 0
+        self.first = self.done = 0  # steps behind it when this process began, and now
         self.owed = False  # what was due after the last step: a stopped run leaves it to the one that goes on
         self.training_seconds = 0.0
 
-    def restore(self) -> int:
-        """Loads the newest valid checkpoint. Returns the number of steps it has behind it, 0 if there is none."""
-        found = checkpoint.load_latest(self.folder / "checkpoints")
-        if found is None:
-            return 0
+    def restore(self, found: checkpoint.Checkpoint) -> int:
+        """Takes over a checkpoint's state. Returns the number of steps it has behind it."""
         if found.state["data"] != self.dataset.fingerprint:
             raise UserError(
                 f"the data is not that of the checkpoint of step {found.step} in {self.folder}: the text or the "
@@ -183,30 +182,34 @@ class _Run:
             )
         self.model.load_state_dict(found.model)
         self.stepper.restore(found.optimizer)
-        self.seconds_before = found.state["training_seconds"]
+        self.seconds_before = self.training_seconds = found.state["training_seconds"]
+        self.first_step_seconds = found.state.get("first_step_seconds", 0.0)  # of the process that made a step last
         self.last = found.state["last_metrics"]
         self.best = Best(**found.state["best"])
         self.owed = found.state["owed"]
         self.losses = [torch.tensor(loss, device=self.device) for loss in found.state["losses"]]
-        self.done = found.step
+        self.first = self.done = found.step
         return found.step
 
     def loop(self, first: int, stop: StopRequest, progress: TrainingProgress) -> None:
         train = self.config.train
-        self.file = JsonLines(self.folder / "metrics.jsonl", from_step=first)
+        self.file = JsonLines(self.folder / "metrics.jsonl", from_step=first, owed=self.owed)
         if train.sample_every and self.dataset.tokenizer_file is None:
             progress.note(f"train.sample_every={train.sample_every}: data={self.dataset.name} has no text to sample")
         elif train.sample_every:
-            self.sampler = Sampler(self.model, self.dataset, self.config, self.folder, from_step=first)
+            self.sampler = Sampler(self.model, self.dataset, self.config, self.folder, from_step=first, owed=self.owed)
         trace = self.trace = StepTrace(
             self.folder / "trace.json.gz", train.profile_steps, first, train.max_steps, self.device
         )
         if self.device.type == "cuda" and (self.launched is not None or train.profile_steps):
             prepare_tracing(self.device)
         if self.owed:
+            stop.waits = True
             self.owed = False
             self._evaluate_and_sample(first, stop, progress)
             self._save(first)
+            if first < train.max_steps or self.owed:
+                stop.wait_no_more()
         begun = interval_begun = time.perf_counter()
         interval_first = first
         with Prefetcher(self.batches, first * self.count, train.max_steps * self.count, self.device) as source:
@@ -315,7 +318,7 @@ class _Run:
             best_step=self.best.step,
             tokens_per_second=speed,
             mfu=self._mfu(speed),
-            peak_memory_gib=self._memory_gib(),
+            peak_memory_gib=self._memory_gib() if self.done > self.first else self.last.get("memory_gib"),
             training_time_seconds=self.training_seconds,
             time_to_first_step_seconds=self.first_step_seconds,
             skipped_steps=int(self.stepper.skipped),
@@ -374,6 +377,7 @@ class _Run:
             "plan": self.plan,
             "data": self.dataset.fingerprint,
             "training_seconds": self.training_seconds,
+            "first_step_seconds": self.first_step_seconds,
             "last_metrics": self.last,
             "best": asdict(self.best),
             "owed": self.owed,

@@ -61,12 +61,16 @@ class SampleSink(Protocol):
 class JsonLines:
     """`metrics.jsonl`, `samples.jsonl`: one line an entry, with its step.
 
-    Lines after `from_step` belong to a run that was cut off and are removed.
+    Lines after `from_step` belong to a run that was cut off and are removed; if its evaluation is still `owed`, so is
+    what came of one that was cut off.
     """
 
-    def __init__(self, path: Path, from_step: int) -> None:
+    def __init__(self, path: Path, from_step: int, *, owed: bool = False) -> None:
         self._path = path
-        kept = [entry for entry in read_metrics(path) if entry["step"] <= from_step]
+        kept = [
+            entry for entry in read_metrics(path)
+            if entry["step"] < from_step or (entry["step"] == from_step and not (owed and "loss" not in entry))
+        ]  # fmt: skip
         write_atomically(path, "".join(json.dumps(entry) + "\n" for entry in kept))
         self._file = path.open("a", encoding="utf-8", buffering=1)
 

@@ -25,14 +25,17 @@ class Sampler:
         model: The one in training. The text is written with PyTorch's kernels, which take any length.
         dataset: Its tokenizer is used; there must be one.
         config: The run's.
-        folder: The run folder. Samples after `from_step` belong to a run that was cut off and are removed.
+        folder: The run folder. Samples after `from_step` belong to a run that was cut off and are removed,
+            and those of it if they are still `owed`.
     """
 
-    def __init__(self, model: Transformer, dataset: Dataset, config: Config, folder: Path, from_step: int) -> None:
+    def __init__(
+        self, model: Transformer, dataset: Dataset, config: Config, folder: Path, from_step: int, *, owed: bool = False
+    ) -> None:
         self._model, self._train, self._seed, self._end = model, config.train, config.seed, dataset.end_token
         self._tokenizer = Tokenizer.from_file(str(dataset.tokenizer_file))
         self._kernels = load_kernels(default_choice())
-        self._file = JsonLines(folder / "samples.jsonl", from_step)
+        self._file = JsonLines(folder / "samples.jsonl", from_step, owed=owed)
 
     def run(self, step: int) -> list[Sample]:
         """One sample a prompt, the same draw at every step, kept in the file."""

@@ -41,7 +41,7 @@ def curve(folder: Path, precision: str, mode: str, kernels: dict[str, str]) -> d
     with (folder / "console.txt").open("w") as file:
         train(
             config, model, data.prepare(config), folder, plan={}, mode=resolve_compile(config), sinks=[],
-            console=Console(file=file), started=0.0, resume=False,
+            console=Console(file=file), started=0.0, resume=None,
         )  # fmt: skip
     entries = [entry for entry in read_metrics(folder / "metrics.jsonl") if "loss" in entry]
     assert len(entries) == STEPS

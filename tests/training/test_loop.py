@@ -21,7 +21,7 @@ from llmmed.data import Batches
 from llmmed.errors import UserError
 from llmmed.signals import Interrupted
 from llmmed.training import checkpoint
-from llmmed.training.metrics import read_metrics
+from llmmed.training.metrics import JsonLines, read_metrics
 from tests.training.tiny import build, pattern, run, run_with, tiny_config
 
 ARGUMENTS = ["experiment=smoke", "data=synthetic", "kernels=pytorch", "model.vocab_size=64", "train.seq_len=16",
@@ -161,6 +161,47 @@ def test_a_stopped_run_goes_on_as_if_nothing_had_happened(tmp_path: Path, stop_a
         entry.pop("tokens_per_second", None)
     assert entries[0] == entries[1]
     assert (found.best_step, found.best_val_loss) == (expected.best_step, expected.best_val_loss)
+
+
+def test_an_owed_evaluation_is_kept_before_a_signal_ends_the_run(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config = tiny_config("train.eval_every=4")
+    with pytest.raises(Interrupted, match="SIGTERM after step 4"):
+        run(config, tmp_path, sinks=[SignalsAt(4)])
+    save = checkpoint.save
+
+    def signal_and_save(*arguments: object) -> Path:
+        os.kill(os.getpid(), signal.SIGTERM)
+        return save(*arguments)  # type: ignore[arg-type]
+
+    with monkeypatch.context() as patched:
+        patched.setattr(checkpoint, "save", signal_and_save)
+        with pytest.raises(Interrupted, match="SIGTERM before the first step"):
+            run(config, tmp_path, resume=True)
+    found = checkpoint.load_latest(tmp_path / "checkpoints")
+    assert found is not None
+    assert (found.step, found.state["owed"]) == (4, False)
+    run(config, tmp_path, resume=True)
+    evaluated = [entry["step"] for entry in read_metrics(tmp_path / "metrics.jsonl") if "val/loss" in entry]
+    assert evaluated == [4, 8, 12]
+
+
+def test_what_is_still_owed_is_not_told_twice(tmp_path: Path) -> None:
+    lines = [{"step": 3, "val/loss": 2.0}, {"step": 4, "loss": 1.0}, {"step": 4, "val/loss": 2.0}, {"step": 5}]
+    for owed, kept in ((False, lines[:3]), (True, lines[:2])):
+        (tmp_path / "metrics.jsonl").write_text("".join(f"{json.dumps(line)}\n" for line in lines))
+        JsonLines(tmp_path / "metrics.jsonl", from_step=4, owed=owed).close()
+        assert read_metrics(tmp_path / "metrics.jsonl") == kept
+
+
+def test_a_finished_run_keeps_its_times(tmp_path: Path) -> None:
+    config = tiny_config()
+    _, first = run(config, tmp_path)
+    _, again = run(config, tmp_path, resume=True)
+    assert first.training_time_seconds > 0
+    assert again == replace(first, tokens_per_second=again.tokens_per_second)
+    assert "that is all of train.max_steps=12" in (tmp_path / "console.txt").read_text()
 
 
 def test_a_signal_before_the_first_step_is_done_does_not_wait_for_it(tmp_path: Path) -> None:

@@ -45,7 +45,7 @@ def weights(folder: Path, mode: str, precision: str, accumulated: int, kernels: 
         sinks=[],
         console=console,
         started=0.0,
-        resume=False,
+        resume=None,
     )
     return [parameter.detach().float() for parameter in model.parameters()]
 

@@ -13,6 +13,7 @@ from llmmed.config import Config
 from llmmed.data import Dataset
 from llmmed.kernels.catalog import default_choice, load_kernels
 from llmmed.model import Transformer
+from llmmed.training import checkpoint
 from llmmed.training.execution import resolve_compile
 from llmmed.training.loop import Result, train
 from llmmed.training.metrics import Sink
@@ -86,5 +87,5 @@ def run_with(
         sinks=sinks,
         console=quiet,
         started=0.0,
-        resume=resume,
+        resume=checkpoint.latest(folder / "checkpoints") if resume else None,
     )
