@@ -35,11 +35,12 @@ def main() -> None:
     early = None
     try:
         compose.register()
-        if _prepare_arguments():
+        put_back = _prepare_arguments()
+        if put_back is not None:
             # From before there is a folder, so that there is never one that does not say what became of its run.
             with StopRequest(give_up=_tell_interrupted) as stop:
                 stop.waits = True
-                _hydra_main(functools.partial(_task, stop=stop))
+                _hydra_main(functools.partial(_task, stop=stop, put_back=put_back))
         else:
             _hydra_main(_job)
     except UserError as error:
@@ -68,20 +69,20 @@ def _hydra_main(task: Callable[[DictConfig], float | None]) -> None:
     hydra.main(version_base="1.3", config_path=str(compose.config_folder()), config_name=compose.CONFIG_NAME)(task)()
 
 
-def _prepare_arguments() -> bool:
+def _prepare_arguments() -> Callable[[], None] | None:
     """Refuses what is mistaken before Hydra makes a folder; sends a resumed run to the folder and overrides it had.
 
-    Returns whether this is a single run, and neither a sweep nor a question to Hydra.
+    Returns what to call if the run fails; None for what is no single run but a sweep or a question to Hydra.
     """
     arguments = get_args_parser().parse_args()
     _add(sweep.plugin_overrides(arguments.overrides), arguments.overrides)
     if arguments.multirun or "hydra.mode=MULTIRUN" in arguments.overrides:
         # Otherwise Hydra writes into the folders of finished jobs, too. Each job's own process writes its `.hydra`.
         _add(["hydra.output_subdir=null"], arguments.overrides)
-        return False
+        return None
     others = ("help", "hydra_help", "cfg", "info", "shell_completion", "config_dir", "config_name")
     if any(getattr(arguments, name, None) for name in others):
-        return False
+        return None
     earlier = run_folder.earlier_overrides(arguments.overrides)
     if earlier:
         place = sys.argv.index(arguments.overrides[0])
@@ -96,7 +97,7 @@ def _prepare_arguments() -> bool:
     used = folder or run_folder.stated(arguments.overrides)
     if used is not None and used.is_dir():
         run_folder.hold(used)  # before Hydra writes there
-    return True
+    return (lambda: None) if folder is None else run_folder.remember(folder)
 
 
 def _add(overrides: Sequence[str], given: Sequence[str]) -> None:
@@ -111,7 +112,7 @@ def _job(composed: DictConfig) -> float | None:
     return sweep.run_job(composed, Path(hydra_config.runtime.output_dir), hydra_config)
 
 
-def _task(composed: DictConfig, stop: StopRequest) -> NoReturn:
+def _task(composed: DictConfig, stop: StopRequest, put_back: Callable[[], None]) -> NoReturn:
     """The run itself."""
     hydra_config = HydraConfig.get()
     folder = Path(hydra_config.runtime.output_dir)
@@ -119,12 +120,15 @@ def _task(composed: DictConfig, stop: StopRequest) -> NoReturn:
     try:
         stop.wait_no_more()
         code = _run(composed, folder, list(hydra_config.overrides.task), stop)
+        if code not in (0, INTERRUPTED):
+            put_back()
     except Interrupted as interruption:  # before `run` took over
         stop.settle()
         _tell_interrupted(str(interruption))
         code = INTERRUPTED
     except UserError as error:
         run_folder.write_status(folder, "failed", reason=str(error))
+        put_back()
         raise
     _leave(code)
 

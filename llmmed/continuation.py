@@ -13,7 +13,7 @@ from llmmed.errors import UserError
 from llmmed.files import read_json
 from llmmed.run_folder import shown
 
-_DECIDES_TENSORS = ("model", "optimizer.name")
+_FIXED = ("model", "optimizer.name", "data.name", "tokenizer")
 _FREE = ("model.name", "model.init_from", "train.resume", "train.micro_batch_size", "train.log_every",
          "train.profile_steps", "train.dry_run", "kernels", "logger", "device")  # fmt: skip
 
@@ -31,17 +31,29 @@ def changes(folder: Path, config: Config) -> list[str]:
     """What the run of a folder goes on with that is not as its checkpoint was written, as `key: before -> now`.
 
     Raises:
-        UserError: the checkpoint's tensors do not fit.
+        UserError: the checkpoint's tensors do not fit, or it is of other data as far as the configuration tells.
     """
-    old, new = _flat(stored_config(folder) or {}), _flat(as_dict(config))
+    stored, wanted = stored_config(folder) or {}, as_dict(config)
+    old, new = _flat(stored), _flat(wanted)
     found = [key for key in old if key in new and old[key] != new[key] and not _under(key, _FREE)]
-    misfit = [key for key in found if _under(key, _DECIDES_TENSORS)]
+    misfit = [f"{key}={old[key]} (here {new[key]})" for key in found if _under(key, _FIXED)]
+    before, now = (", ".join(sorted(values.get("data", {}).get("sources", {}))) for values in (stored, wanted))
+    if stored and before != now:
+        misfit.append(f"data.sources={{{before}}} (here {{{now}}})")
     if misfit:
-        told = ", ".join(f"{key}={old[key]} (here {new[key]})" for key in misfit)
+        told = ", ".join(misfit)
         raise UserError(
             f"the checkpoint in {shown(folder)} is of {told}; give what it was started with, or start a new run"
         )
     return [f"{key}: {old[key]} -> {new[key]}" for key in found]
+
+
+def check_data(checkpoint: Path, fingerprint: str) -> None:
+    """Raises `UserError` if a checkpoint was trained on other tokens than those with that fingerprint."""
+    if read_json(checkpoint / "state.json")["data"] != fingerprint:
+        raise UserError(
+            f"the data is not that of {shown(checkpoint)}: the text or the tokenizer has changed; start a new run"
+        )
 
 
 def _flat(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:

@@ -102,6 +102,8 @@ def _run(config: Config, folder: Path, console: Console, started: float, stop: S
             console.print(f"goes on with another value: {change}", style="dim", markup=False)
     initial = init_from.find(config.model) if newest is None else None  # a resumed run has weights of its own
     dataset = data.prepare(config, report=lambda message: console.print(message, style="dim", markup=False))
+    if newest is not None:
+        continuation.check_data(newest, dataset.fingerprint)
     print_header(config, dataset, mode, folder, console)
 
     if initial is not None:

@@ -10,7 +10,7 @@ import os
 import platform
 import subprocess
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from datetime import UTC, datetime
 from pathlib import Path
@@ -22,7 +22,7 @@ from omegaconf import OmegaConf
 from llmmed.compose import as_dict
 from llmmed.config import Config
 from llmmed.errors import UserError
-from llmmed.files import read_json, write_json
+from llmmed.files import read_json, write_atomically, write_json
 
 logger = logging.getLogger(__name__)
 
@@ -102,6 +102,29 @@ def stated(overrides: Sequence[str]) -> Path | None:
     asked = [override for override in overrides if override.startswith("hydra.run.dir=")]
     value = str(OverridesParser.create().parse_override(asked[-1]).value()) if asked else ""
     return Path(value) if value and "${" not in value else None
+
+
+def remember(folder: Path) -> Callable[[], None]:
+    """How the run in a folder was started; what is returned puts that back unless there is a new checkpoint.
+
+    Hydra writes the overrides of a resume before it is known whether it can go on; one that failed must not decide
+    those after it. A run that was finished is so still.
+    """
+
+    def checkpoints() -> set[str]:
+        return {path.name for path in (folder / "checkpoints").glob("step_*")}
+
+    files = [*(folder / ".hydra").glob("*.yaml")]
+    if read_status(folder).state == "finished":
+        files.append(folder / "status.json")
+    contents, before = {path: path.read_bytes() for path in files}, checkpoints()
+
+    def put_back() -> None:
+        if checkpoints() == before:
+            for path, content in contents.items():
+                write_atomically(path, content)
+
+    return put_back
 
 
 def to_resume(config: Config, outputs: Path) -> Path | None:

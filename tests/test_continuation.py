@@ -14,7 +14,7 @@ from llmmed import continuation, run_folder
 from llmmed.errors import UserError
 from llmmed.files import write_json
 from llmmed.run import _newest_checkpoint
-from tests.training.tiny import run, tiny_config
+from tests.training.tiny import pattern, run, tiny_config
 
 STARTED = ["experiment=smoke", "data=synthetic", "kernels=pytorch", "model.d_ff=96", "+data@data.sources.more=text"]
 
@@ -61,6 +61,37 @@ def test_changes_are_told_and_a_misfit_is_refused(tmp_path: Path) -> None:
         "train.max_steps: 2 -> 4", "optimizer.betas: [0.9, 0.95] -> [0.9, 0.99]"]  # fmt: skip
     with pytest.raises(UserError, match=r"is of model\.d_ff=192 \(here 96\), optimizer\.name=adamw \(here muon\)"):
         continuation.changes(tmp_path, tiny_config("model.d_ff=96", "optimizer=muon"))
+
+
+def test_other_data_is_refused(tmp_path: Path) -> None:
+    config = tiny_config("train.max_steps=2")
+    run(config, tmp_path)
+    path = tmp_path / "checkpoints" / "step_00000002"
+    continuation.check_data(path, pattern().fingerprint)
+    with pytest.raises(UserError, match=r"the data is not that of .*step_00000002: the text or the tokenizer has"):
+        continuation.check_data(path, "another")
+    for override, told in (
+        ("data=biomed", r"data\.name=synthetic \(here biomed\)"),
+        ("tokenizer.vocab_size=500", r"tokenizer\.vocab_size=\d+ \(here 500\)"),
+        ("+data@data.sources.more=text", r"data\.sources=\{\} \(here \{more\}\)"),
+    ):
+        with pytest.raises(UserError, match=told):
+            continuation.changes(tmp_path, tiny_config("train.max_steps=2", "model.vocab_size=2048", override))
+
+
+def test_a_resume_that_fails_does_not_decide_the_next(tmp_path: Path) -> None:
+    folder = stored(tmp_path, STARTED)
+    run_folder.write_status(folder, "finished")
+    for made_progress in (False, True):
+        put_back = run_folder.remember(folder)
+        stored(folder, [*STARTED, "data.path=elsewhere"])
+        run_folder.write_status(folder, "failed", reason="no such text")
+        if made_progress:
+            (folder / "checkpoints" / "step_00000002").mkdir(parents=True)
+        put_back()
+        kept = run_folder.earlier_overrides([f"train.resume='{folder}'"])
+        assert ("data.path=elsewhere" in kept) == made_progress
+        assert run_folder.read_status(folder).state == ("failed" if made_progress else "finished")
 
 
 @pytest.mark.parametrize("resume", ["a/run", "auto", "latest"])

@@ -89,13 +89,14 @@ def train(
         sinks: Take the metrics as well.
         console: For progress.
         started: `time.perf_counter()` at the start of the process.
-        resume: The checkpoint to go on from, checked by whoever calls; None starts at step 1.
+        resume: The checkpoint to go on from; whoever calls knows that it is whole and of this data. None starts at
+            step 1.
         launched: On a GPU, told once the names of all kernels that a step launches; what it raises ends the run.
         stop: Entered already. After the first step it waits for the end of a step; without one, there is one for this.
 
     Raises:
         Interrupted: SIGTERM or SIGINT came; a checkpoint is written if a step was made.
-        UserError: out of memory; the gradients are not finite any more; or the checkpoint is of other data.
+        UserError: out of memory; or the gradients are not finite any more.
     """
     if dataset.tokenizer_file is not None:
         for name in ("tokenizer.json", SETTINGS):
@@ -175,11 +176,6 @@ class _Run:
 
     def restore(self, found: checkpoint.Checkpoint) -> int:
         """Takes over a checkpoint's state. Returns the number of steps it has behind it."""
-        if found.state["data"] != self.dataset.fingerprint:
-            raise UserError(
-                f"the data is not that of the checkpoint of step {found.step} in {self.folder}: the text or the "
-                f"tokenizer has changed; start a new run"
-            )
         self.model.load_state_dict(found.model)
         self.stepper.restore(found.optimizer)
         self.seconds_before = self.training_seconds = found.state["training_seconds"]

@@ -237,18 +237,6 @@ def test_a_start_in_a_used_folder_keeps_its_own_checkpoints(tmp_path: Path) -> N
     assert "checkpoints.before-1" in (tmp_path / "console.txt").read_text().replace("\n", "")
 
 
-def test_other_data_is_refused(tmp_path: Path) -> None:
-    config = tiny_config("train.max_steps=2")
-    run(config, tmp_path)
-    state = next((tmp_path / "checkpoints").iterdir())
-    model = load_file(state / "model.safetensors")
-    optimizer = load_file(state / "optimizer.safetensors")
-    changed = json.loads((state / "state.json").read_text()) | {"data": "another"}
-    checkpoint.save(tmp_path / "checkpoints", 2, model, optimizer, changed, keep=1)
-    with pytest.raises(UserError, match="the data is not that of the checkpoint of step 2"):
-        run(config, tmp_path, resume=True)
-
-
 def test_accumulated_micro_batches_equal_one_batch(tmp_path: Path) -> None:
     whole = tiny_config("train.max_steps=4", "train.micro_batch_size=4")
     parts = tiny_config("train.max_steps=4", "train.micro_batch_size=1", "train.global_batch_tokens=64")
