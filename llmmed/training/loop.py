@@ -177,7 +177,7 @@ class _Run:
     def restore(self, found: checkpoint.Checkpoint) -> int:
         """Takes over a checkpoint's state. Returns the number of steps it has behind it."""
         self.model.load_state_dict(found.model)
-        self.stepper.restore(found.optimizer)
+        self.stepper.restore(found.optimizer, scaled=found.state["config"]["train"]["precision"] == "fp16")
         self.seconds_before = self.training_seconds = found.state["training_seconds"]
         self.first_step_seconds = found.state.get("first_step_seconds", 0.0)  # of the process that made a step last
         self.last = found.state["last_metrics"]

@@ -75,9 +75,11 @@ class Stepper:
         found = {f"{names[id(p)]:04d}.{key}": value for p, state in states for key, value in state.items()}
         return {**found, **{name: getattr(self, name) for name in _OWN}}
 
-    def restore(self, tensors: dict[str, Tensor]) -> None:
-        """Continues where `tensors` was taken, bit for bit."""
+    def restore(self, tensors: dict[str, Tensor], *, scaled: bool) -> None:
+        """Continues where `tensors` was taken, bit for bit. Its loss scale is taken over only if it was `scaled`."""
         for name, tensor in tensors.items():
+            if name in _OF_SCALING and not (scaled and self._scaled):
+                continue
             if name in _OWN:
                 getattr(self, name).copy_(tensor)
                 continue
@@ -87,4 +89,5 @@ class Stepper:
             owner.state[parameter][key] = tensor.to(parameter.device)
 
 
-_OWN = ("scale", "growth_tracker", "skipped", "skipped_in_a_row")
+_OF_SCALING = ("scale", "growth_tracker")
+_OWN = (*_OF_SCALING, "skipped", "skipped_in_a_row")

@@ -114,8 +114,22 @@ def test_state_survives_a_round_trip() -> None:
     copy = build(config)
     copy.load_state_dict(model.state_dict())
     other = stepper_of(copy, config)
-    other.restore({name: tensor.clone() for name, tensor in stepper.tensors().items()})
+    other.restore({name: tensor.clone() for name, tensor in stepper.tensors().items()}, scaled=False)
     for one in (stepper, other):
         one.run(1, [TOKENS], 1)
     for mine, theirs in zip(model.parameters(), copy.parameters(), strict=True):
         assert torch.equal(mine, theirs)
+
+
+@pytest.mark.parametrize(
+    ("before", "now", "scale"),
+    [("fp32", "fp16", 2.0**15), ("fp16", "fp16", 4.0), ("fp16", "fp32", 1.0), ("bf16", "bf16", 1.0)],
+)
+def test_the_loss_scale_goes_on_only_from_fp16_to_fp16(before: str, now: str, scale: float) -> None:
+    first, second = (tiny_config(f"train.precision={precision}") for precision in (before, now))
+    stepper, other = stepper_of(build(first), first), stepper_of(build(second), second)
+    if before == "fp16":
+        stepper.scale.fill_(4.0)
+    stepper.skipped.fill_(3)
+    other.restore(stepper.tensors(), scaled=before == "fp16")
+    assert (float(other.scale), int(other.skipped)) == (scale, 3)
