@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 import os
 import tempfile
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -41,6 +42,15 @@ def write_atomically(path: Path, content: bytes | str) -> None:
 def write_json(path: Path, data: Any) -> None:
     """Writes JSON atomically, indented, in the order given."""
     write_atomically(path, json.dumps(data, indent=2, ensure_ascii=False) + "\n")
+
+
+def finite(data: Any) -> Any:
+    """Plain values with None, JSON's null, in place of infinite floats and NaN, which JSON does not have."""
+    if isinstance(data, float) and not math.isfinite(data):
+        return None
+    if isinstance(data, Mapping):
+        return {key: finite(value) for key, value in data.items()}
+    return [finite(value) for value in data] if isinstance(data, list | tuple) else data
 
 
 def read_json(path: Path) -> Any:

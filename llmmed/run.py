@@ -22,7 +22,7 @@ from llmmed.autotune.workload import Workload, called_ops, record_workload
 from llmmed.compose import as_dict
 from llmmed.config import Config
 from llmmed.errors import UserError
-from llmmed.files import read_json, write_json
+from llmmed.files import finite, read_json, write_json
 from llmmed.init_from import InitialWeights
 from llmmed.kernels.catalog import load_kernels
 from llmmed.model import Transformer
@@ -138,9 +138,11 @@ def _run(config: Config, folder: Path, console: Console, started: float, stop: S
             config, model, dataset, folder, plan=plan.to_json(), mode=mode, sinks=[sink] if sink else [],
             console=console, started=started, resume=newest, stop=stop, launched=launched,
         )  # fmt: skip
-        status_word = "finished"
         summary |= _summary(result, model)
-        write_json(folder / "summary.json", summary)
+        write_json(folder / "summary.json", finite(summary))
+        if result.diverged:
+            raise UserError(_divergence(result, config))
+        status_word = "finished"
     except Interrupted:
         status_word = "interrupted"
         raise
@@ -214,3 +216,12 @@ def _summary(result: Result, model: Transformer) -> dict[str, Any]:
         "skipped_steps": result.skipped_steps,
     }
     return dict(values)
+
+
+def _divergence(result: Result, config: Config) -> str:
+    clipping = ", or set train.grad_clip=1" if config.train.grad_clip == 0 else ""
+    best = f"; the checkpoint of step {result.best_step} is the best" if result.best_step else ""
+    return (
+        f"training diverged: the validation loss of step {result.steps} is not finite; lower "
+        f"optimizer.lr={config.optimizer.lr:g}{clipping}{best}"
+    )

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import logging
+import math
 import statistics
 import sys
 import time
@@ -23,7 +24,7 @@ from llmmed.config import Config
 from llmmed.data import Batches, Dataset
 from llmmed.data.tokenizer import SETTINGS
 from llmmed.errors import UserError
-from llmmed.files import write_atomically
+from llmmed.files import finite, write_atomically
 from llmmed.model import Transformer, flops_per_token
 from llmmed.optim import learning_rate
 from llmmed.run_folder import shown
@@ -46,7 +47,7 @@ _TRACED_STEP = 2  # after the first of this process: compiled and captured, and 
 
 @dataclass(frozen=True)
 class Result:
-    """What a finished run reports. Losses in nats a token; memory as the allocator's peak."""
+    """What a finished run reports. Losses in nats a token, NaN where there is none; memory as the allocator's peak."""
 
     steps: int
     train_loss: float
@@ -60,6 +61,7 @@ class Result:
     training_time_seconds: float
     time_to_first_step_seconds: float
     skipped_steps: int
+    diverged: bool  # the last validation loss is not finite
 
 
 def train(
@@ -180,10 +182,10 @@ class _Run:
         self.stepper.restore(found.optimizer, scaled=found.state["config"]["train"]["precision"] == "fp16")
         self.seconds_before = self.training_seconds = found.state["training_seconds"]
         self.first_step_seconds = found.state.get("first_step_seconds", 0.0)  # of the process that made a step last
-        self.last = found.state["last_metrics"]
+        self.last = {name: _or_nan(value) for name, value in found.state["last_metrics"].items()}
         self.best = Best(**found.state["best"])
         self.owed = found.state["owed"]
-        self.losses = [torch.tensor(loss, device=self.device) for loss in found.state["losses"]]
+        self.losses = [torch.tensor(_or_nan(loss), device=self.device) for loss in found.state["losses"]]
         self.first = self.done = found.step
         return found.step
 
@@ -310,7 +312,7 @@ class _Run:
             train_loss=self.last.get("loss", float("nan")),
             val_loss=self.last.get("val/loss", float("nan")),
             val_accuracy=self.last.get("val/accuracy", float("nan")),
-            best_val_loss=self.best.loss,
+            best_val_loss=self.best.loss if self.best.step else float("nan"),
             best_step=self.best.step,
             tokens_per_second=speed,
             mfu=self._mfu(speed),
@@ -318,6 +320,7 @@ class _Run:
             training_time_seconds=self.training_seconds,
             time_to_first_step_seconds=self.first_step_seconds,
             skipped_steps=int(self.stepper.skipped),
+            diverged=not math.isfinite(self.last.get("val/loss", 0.0)),
         )
 
     def _read(self, norm: Tensor, step: int) -> dict[str, float]:
@@ -374,10 +377,10 @@ class _Run:
             "data": self.dataset.fingerprint,
             "training_seconds": self.training_seconds,
             "first_step_seconds": self.first_step_seconds,
-            "last_metrics": self.last,
+            "last_metrics": finite(self.last),
             "best": asdict(self.best),
             "owed": self.owed,
-            "losses": torch.stack(self.losses).tolist() if self.losses else [],
+            "losses": finite(torch.stack(self.losses).tolist()) if self.losses else [],
         }
         model = self.model.state_dict()
         keep, best = self.config.train.keep_last, self.best.step or None
@@ -392,3 +395,8 @@ class _Run:
     def _synchronize(self) -> None:
         if self.device.type == "cuda":
             torch.cuda.synchronize(self.device)
+
+
+def _or_nan(value: float | None) -> float:
+    """JSON has null where the value was not finite."""
+    return math.nan if value is None else value

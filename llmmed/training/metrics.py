@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -10,7 +11,7 @@ from typing import Protocol, runtime_checkable
 
 import torch
 
-from llmmed.files import write_atomically
+from llmmed.files import finite, write_atomically
 
 # Dense peak in TFLOP/s for bf16 and fp16 products, from the vendors' data sheets, by a part of the GPU's name.
 _PEAK_TFLOPS = {
@@ -75,22 +76,23 @@ class JsonLines:
         self._file = path.open("a", encoding="utf-8", buffering=1)
 
     def write(self, step: int, values: Mapping[str, object]) -> None:
-        self._file.write(json.dumps({"step": step, **values}) + "\n")
+        self._file.write(json.dumps(finite({"step": step, **values})) + "\n")
 
     def close(self) -> None:
         self._file.close()
 
 
 def read_metrics(path: Path) -> list[dict[str, float]]:
-    """All whole lines of a metrics file; none if there is no file."""
+    """All whole lines of a metrics file, values that were not finite as NaN; none if there is no file."""
     if not path.exists():
         return []
     found = []
     for line in path.read_text(encoding="utf-8").splitlines():
         try:
-            found.append(json.loads(line))
+            entry = json.loads(line)
         except ValueError:  # the last line of a run that was killed
             break
+        found.append({k: math.nan if v is None else v for k, v in entry.items()} if isinstance(entry, dict) else entry)
     return found
 
 

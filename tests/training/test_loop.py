@@ -12,6 +12,7 @@ import time
 from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -19,6 +20,9 @@ from safetensors.torch import load_file
 
 from llmmed.data import Batches
 from llmmed.errors import UserError
+from llmmed.model import Transformer
+from llmmed.run import run as run_everything
+from llmmed.run_folder import read_status
 from llmmed.signals import Interrupted
 from llmmed.training import checkpoint
 from llmmed.training.metrics import JsonLines, read_metrics
@@ -260,6 +264,32 @@ def test_a_broken_run_ends_with_one_line_and_its_batch(tmp_path: Path, optimizer
     batches = Batches(pattern().train, 16, 4, config.seed, shuffle=True)
     step = int(last["step"])  # from 0, the one that ended it
     assert torch.equal(tokens, torch.cat([batches.get(2 * step), batches.get(2 * step + 1)]))
+
+
+def test_a_run_that_diverged_is_failed_and_its_files_are_json(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    config = tiny_config("train.max_steps=2", "train.max_skipped_steps=50", "kernels=pytorch")
+    init = Transformer.__init__
+
+    def broken(model: Transformer, *arguments: Any, **options: Any) -> None:
+        init(model, *arguments, **options)
+        with torch.no_grad():
+            model.final_norm.fill_(math.inf)
+
+    monkeypatch.setattr(Transformer, "__init__", broken)
+    assert run_everything(config, tmp_path, started=0.0) == 1
+    assert "training diverged: the validation loss of step 2 is not finite" in str(read_status(tmp_path).reason)
+
+    def strict(text: str) -> Any:
+        return json.loads(text, parse_constant=pytest.fail)
+
+    summary = strict((tmp_path / "summary.json").read_text())
+    assert [summary[key] for key in ("final/train_loss", "final/val_loss", "best/val_loss")] == [None] * 3
+    lines = (tmp_path / "metrics.jsonl").read_text().splitlines()
+    assert strict(lines[-1])["val/loss"] is None
+    state = strict((tmp_path / "checkpoints" / "step_00000002" / "state.json").read_text())
+    assert state["last_metrics"]["val/loss"] is None
+    assert math.isnan(read_metrics(tmp_path / "metrics.jsonl")[-1]["val/loss"])
+    assert run(config, tmp_path, resume=True)[1].diverged
 
 
 @pytest.mark.parametrize("precision", ["bf16", "fp16"])
