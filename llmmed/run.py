@@ -30,7 +30,7 @@ from llmmed.reporting.kernel_table import print_kernel_table
 from llmmed.reporting.terminal import print_closing, print_header
 from llmmed.reporting.wandb_sink import open_wandb
 from llmmed.signals import INTERRUPTED, Interrupted, StopRequest
-from llmmed.training import Result, checkpoint, prepare_backend, resolve_compile, train
+from llmmed.training import Result, checkpoint, memory, prepare_backend, resolve_compile, train
 from llmmed.training.executed import compare
 
 logger = logging.getLogger(__name__)
@@ -127,7 +127,8 @@ def _run(config: Config, folder: Path, console: Console, started: float, stop: S
     def launched(names: set[str]) -> None:
         _confirm_execution(config, plan, names).write(folder / "kernels.json")
 
-    model = build(config, plan, initial)
+    with memory.advised(config.train):
+        model = build(config, plan, initial)
     sink = open_wandb(config, folder, as_dict(config))
     if sink is not None:
         sink.log_plan(plan, folder / "kernels.json")

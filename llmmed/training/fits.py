@@ -19,6 +19,7 @@ from llmmed.config import Config
 from llmmed.kernels.catalog import default_choice, load_kernels
 from llmmed.micro_batch import TOO_LARGE
 from llmmed.model import Transformer
+from llmmed.training import memory
 from llmmed.training.execution import prepare_backend, resolve_compile
 from llmmed.training.micro_step import build_micro_step
 from llmmed.training.step import Stepper
@@ -47,8 +48,10 @@ def fits(config: Config) -> bool:
             batches = [torch.randint(config.model.vocab_size, shape, device=device) for _ in range(count)]
             stepper.run(step, batches, count)
         torch.cuda.synchronize(device)
-    except torch.cuda.OutOfMemoryError:
-        return False
+    except (RuntimeError, MemoryError) as error:
+        if memory.is_out(error):
+            return False
+        raise
     return torch.cuda.max_memory_reserved(device) <= limit
 
 

@@ -103,8 +103,9 @@ def train(
     if dataset.tokenizer_file is not None:
         for name in ("tokenizer.json", SETTINGS):
             write_atomically(folder / name, dataset.tokenizer_file.with_name(name).read_bytes())
-    run = _Run(config, model, dataset, folder, plan, mode, sinks, started, launched)
-    first = 0 if resume is None else run.restore(checkpoint.load(resume))
+    with memory.advised(config.train):
+        run = _Run(config, model, dataset, folder, plan, mode, sinks, started, launched)
+        first = 0 if resume is None else run.restore(checkpoint.load(resume))
     aside = None if first else checkpoint.set_aside(folder / "checkpoints")
     progress = TrainingProgress(console, first, config.train.max_steps)
     if aside is not None:
@@ -114,12 +115,9 @@ def train(
     if first >= config.train.max_steps:
         progress.note(f"that is all of train.max_steps={config.train.max_steps}; give a larger one to train on")
     try:
-        with StopRequest() if stop is None else contextlib.nullcontext(stop) as request, progress:
+        requested = StopRequest() if stop is None else contextlib.nullcontext(stop)
+        with memory.advised(config.train), requested as request, progress:
             run.loop(first, request, progress)
-    except (RuntimeError, MemoryError) as error:
-        if memory.is_out(error):
-            raise UserError(memory.advice(config.train)) from error
-        raise
     finally:
         run.close()
         if stop is not None:

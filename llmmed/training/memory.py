@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
+
 import torch
 
 from llmmed.config import TrainConfig
+from llmmed.errors import UserError
 from llmmed.micro_batch import divisors
 
 # What PyTorch raises as a plain RuntimeError: libraries that cannot get a workspace, graphs that are captured, the CPU.
@@ -14,6 +18,17 @@ _SAID = ("CUBLAS_STATUS_ALLOC_FAILED", "CUDNN_STATUS_ALLOC_FAILED", "CUDA error:
 def is_out(error: Exception) -> bool:
     """Whether an exception means that there is not enough memory."""
     return isinstance(error, (torch.OutOfMemoryError, MemoryError)) or any(said in str(error) for said in _SAID)
+
+
+@contextmanager
+def advised(train: TrainConfig) -> Iterator[None]:
+    """A context from which out of memory comes as `UserError` with what to try."""
+    try:
+        yield
+    except (RuntimeError, MemoryError) as error:
+        if is_out(error):
+            raise UserError(advice(train)) from error
+        raise
 
 
 def advice(train: TrainConfig) -> str:
