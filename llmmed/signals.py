@@ -1,5 +1,5 @@
-"""SIGTERM, SIGINT and SIGUSR2, by which SLURM tells of a job's time limit, end a run soon and in order, whatever it is
-doing. Without torch, to be there from the start.
+"""SIGTERM, SIGINT, SIGHUP, by which a terminal tells that it closes, and SIGUSR2, by which SLURM tells of a job's time
+limit, end a run soon and in order, whatever it is doing. Without torch, to be there from the start.
 """
 
 from __future__ import annotations
@@ -12,7 +12,8 @@ import threading
 from collections.abc import Callable
 from types import FrameType, TracebackType
 
-_NUMBERS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR2)
+_NUMBERS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR2, signal.SIGHUP)
+_OUTPUTS = (1, 2)  # stdout and stderr
 _LOOK_SECONDS = 0.2
 _AGAIN_SECONDS = 3.0  # an exception raised inside a finalizer or a callback is swallowed by the interpreter
 INTERRUPTED = 130  # the exit code, as the shell's after Ctrl-C
@@ -47,9 +48,13 @@ class StopRequest:
         self._before: dict[int, object] = {}
         self._left = threading.Event()
         self._pipe: tuple[int, int] | None = None
+        self._terminals: list[int] = []
 
     def __enter__(self) -> StopRequest:
+        self._terminals = [output for output in _OUTPUTS if os.isatty(output)]
         for number in _NUMBERS:
+            if number == signal.SIGHUP and signal.getsignal(number) == signal.SIG_IGN:  # under nohup
+                continue
             self._before[number] = signal.signal(number, self._handle)
         if self._give_up is not None:
             self._pipe = os.pipe()
@@ -83,11 +88,20 @@ class StopRequest:
         self._settled = True
 
     def _handle(self, number: int, frame: FrameType | None) -> None:
+        if number == signal.SIGHUP:
+            self._leave_terminals()
         again = self.name is not None and number == signal.SIGINT
         self.name = self.name or signal.Signals(number).name
         if (not self.waits or again) and not self.raised and not self._settled:
             self.raised = True  # what follows now is cleaning up, which no further signal may disturb
             raise Interrupted(f"{self.name} twice" if again else f"{self.name} {self.moment}")
+
+    def _leave_terminals(self) -> None:
+        """What is still told has no reader; a write to a terminal that is gone would fail and end the run."""
+        nowhere = os.open(os.devnull, os.O_WRONLY)
+        for output in self._terminals:
+            os.dup2(nowhere, output)
+        os.close(nowhere)
 
     def _watch(self, give_up: Callable[[str], None], pipe: int) -> None:
         """Reads what the operating system's handler writes, which nothing holds off."""

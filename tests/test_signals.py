@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import signal
 import sys
 import uuid
 from collections.abc import Callable
@@ -10,6 +11,7 @@ from pathlib import Path
 
 import pytest
 
+from llmmed import signals
 from llmmed.run_folder import read_status
 from tests.processes import Tagged
 
@@ -74,6 +76,31 @@ def python(code: str, folder: Path) -> Tagged:
     run = Tagged([sys.executable, "-c", begin + code], folder, PYTHONPATH=os.pathsep.join(map(str, sys.path)))
     run.wait_until(lambda: says(run.output, "ready"))
     return run
+
+
+def test_a_terminal_that_closes_ends_it_and_is_not_written_to(monkeypatch: pytest.MonkeyPatch) -> None:
+    master, terminal = os.openpty()
+    monkeypatch.setattr(signals, "_OUTPUTS", (terminal,))
+    with signals.StopRequest() as stop:
+        stop.waits = True
+        os.close(master)
+        with pytest.raises(OSError, match="Input/output error"):
+            os.write(terminal, b"told")
+        os.kill(os.getpid(), signal.SIGHUP)
+        assert os.write(terminal, b"told") == 4
+        with pytest.raises(signals.Interrupted, match="SIGHUP"):
+            stop.wait_no_more()
+    os.close(terminal)
+
+
+def test_nohup_is_respected() -> None:
+    before = signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    try:
+        with signals.StopRequest():
+            os.kill(os.getpid(), signal.SIGHUP)
+            assert signal.getsignal(signal.SIGHUP) == signal.SIG_IGN
+    finally:
+        signal.signal(signal.SIGHUP, before)
 
 
 def test_a_library_that_does_not_listen_is_given_up(tmp_path: Path) -> None:
