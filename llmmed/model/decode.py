@@ -11,6 +11,8 @@ from torch import Tensor
 from llmmed.kernels.base import Kernels
 from llmmed.model.transformer import Block, Transformer
 
+_COLD = 1e-4  # below, another token than the likeliest is only drawn where both are as likely, and logits overflow
+
 
 class Decoder:
     """Logits of the next token, and the state to go on from. For one sequence or several of one length.
@@ -79,7 +81,8 @@ def sample(
 ) -> Iterator[int]:
     """Token after token, until `end` or `max_tokens`; `kernels` is a table to use in place of the model's.
 
-    Temperature 0 takes the likeliest; otherwise the nucleus of `top_p` (Holtzman et al. 2020, arXiv:1904.09751).
+    Temperature 0 takes the likeliest; otherwise the nucleus of `top_p` (Holtzman et al. 2020, arXiv:1904.09751). Raises
+    `FloatingPointError` if the logits are not finite.
     """
     decoder = Decoder(model, kernels)
     generator = torch.Generator().manual_seed(seed)
@@ -94,7 +97,9 @@ def sample(
 
 
 def _pick(logits: Tensor, temperature: float, top_p: float, generator: torch.Generator) -> int:
-    if temperature == 0:
+    if not logits.isfinite().all():
+        raise FloatingPointError("the logits are not finite")
+    if temperature < _COLD:
         return int(logits.argmax())
     probabilities, order = (logits / temperature).softmax(-1).sort(descending=True)
     probabilities[probabilities.cumsum(-1) - probabilities >= top_p] = 0.0  # the first always stays

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from pathlib import Path
 
 import torch
@@ -13,6 +14,8 @@ from llmmed.kernels.catalog import default_choice, load_kernels
 from llmmed.model import Transformer
 from llmmed.model.decode import sample
 from llmmed.training.metrics import JsonLines, Sample
+
+logger = logging.getLogger(__name__)
 
 _TEMPERATURE, _TOP_P = 0.8, 0.95
 _SHOWN = 100  # characters, in the line on the terminal
@@ -39,7 +42,7 @@ class Sampler:
 
     def run(self, step: int) -> list[Sample]:
         """One sample a prompt, the same draw at every step, kept in the file."""
-        samples = [Sample(prompt, self._continue(prompt)) for prompt in self._train.sample_prompts]
+        samples = [Sample(prompt, self._continue(prompt, step)) for prompt in self._train.sample_prompts]
         for found in samples:
             self._file.write(step, {"prompt": found.prompt, "text": found.text})
         return samples
@@ -47,7 +50,8 @@ class Sampler:
     def close(self) -> None:
         self._file.close()
 
-    def _continue(self, prompt: str) -> str:
+    def _continue(self, prompt: str, step: int) -> str:
+        """Nothing where the model cannot write: that is no reason to end its training."""
         room = self._train.seq_len
         # A document begins after the end of another.
         tokens = self._tokenizer.encode(prompt, add_special_tokens=False).ids[: room // 2] or [self._end]
@@ -57,7 +61,11 @@ class Sampler:
                 self._model, tokens, max_tokens=count, temperature=_TEMPERATURE, top_p=_TOP_P, seed=self._seed,
                 end=self._end, kernels=self._kernels,
             )  # fmt: skip
-            return str(self._tokenizer.decode(list(found)))
+            try:
+                return str(self._tokenizer.decode(list(found)))
+            except FloatingPointError as error:
+                logger.warning("step %d: no sample of %r: %s; see the loss and train.precision", step, prompt, error)
+                return ""
 
 
 def one_line(samples: list[Sample]) -> str:

@@ -61,3 +61,16 @@ def test_the_nucleus_leaves_the_tail_out() -> None:
     drawn = {_pick(logits, 1.0, 0.7, generator) for _ in range(200)}
     assert drawn == {0, 1}
     assert {_pick(logits, 1.0, 1.0, generator) for _ in range(400)} == {0, 1, 2, 3}
+
+
+@pytest.mark.parametrize("temperature", [0.0, 1e-40, 1e-6])
+def test_the_coldest_takes_the_likeliest(temperature: float) -> None:
+    logits = torch.tensor([-3.0, 80.0, 79.0])
+    assert _pick(logits, temperature, 1.0, torch.Generator().manual_seed(0)) == 1
+
+
+@pytest.mark.parametrize("temperature", [0.0, 0.8])
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_logits_that_are_not_finite_are_told(temperature: float, value: float) -> None:
+    with pytest.raises(FloatingPointError, match="not finite"):
+        _pick(torch.tensor([0.0, value]), temperature, 1.0, torch.Generator())

@@ -20,6 +20,7 @@ from llmmed.model import Transformer
 from llmmed.model.decode import sample
 from llmmed.training import checkpoint
 from llmmed.training.metrics import Sample
+from llmmed.training.samples import Sampler
 from tests.training.tiny import build, run_with, tiny_config
 
 
@@ -89,6 +90,18 @@ def test_sampling_changes_no_weight_and_resuming_repeats_nothing(
         file.unlink()
     run_with(build(config), config, folder, dataset=dataset, resume=True)
     assert samples_of(folder) == whole
+
+
+def test_a_model_that_cannot_write_trains_on(
+    config: Config, dataset: Dataset, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    model = build(config)
+    with torch.no_grad():
+        model.final_norm.fill_(float("inf"))
+    sampler = Sampler(model, dataset, config, tmp_path, from_step=0)
+    assert sampler.run(3) == [Sample("Bone", ""), Sample("Bone 7 meets", "")]
+    sampler.close()
+    assert "step 3: no sample of 'Bone': the logits are not finite" in caplog.text
 
 
 def test_data_without_text_is_told(tmp_path: Path) -> None:
