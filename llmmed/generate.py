@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 import sys
 from collections.abc import Iterable, Iterator, Sequence
@@ -19,6 +20,8 @@ from llmmed.export import TOKENIZER, best_or_newest
 from llmmed.kernels.catalog import default_choice, load_kernels
 from llmmed.model import Transformer
 from llmmed.model.decode import sample
+
+_MOST_TOKENS = 100_000  # the tables of the positions are made for all of them
 
 
 @dataclass(frozen=True)
@@ -65,8 +68,16 @@ def parse(arguments: Sequence[str]) -> Request:
             request = replace(request, **{key: kind(value)})
         except ValueError:
             raise UserError(f"{argument}: not a number") from None
-    if request.max_tokens < 1 or request.temperature < 0 or not 0 < request.top_p <= 1:
-        raise UserError("max_tokens is 1 or more, temperature 0 or more, top_p above 0 and at most 1")
+    if not 1 <= request.max_tokens <= _MOST_TOKENS:
+        raise UserError(f"max_tokens={request.max_tokens}: from 1 to {_MOST_TOKENS}")
+    if not 0 <= request.temperature < math.inf or not 0 < request.top_p <= 1:
+        raise UserError("temperature is 0 or more, and finite; top_p above 0 and at most 1")
+    if not 0 <= request.seed < 2**63:
+        raise UserError(f"seed={request.seed}: from 0 to 2^63 - 1")
+    try:
+        request.prompt.encode()
+    except UnicodeEncodeError:  # arguments are decoded by the locale
+        raise UserError("the prompt is not valid UTF-8") from None
     return request
 
 
@@ -97,7 +108,10 @@ def generate(request: Request) -> Iterator[str]:
         end=end,
     )
     yield request.prompt
-    yield from _pieces(tokenizer, tokens)
+    try:
+        yield from _pieces(tokenizer, tokens)
+    except FloatingPointError as error:
+        raise UserError(f"step {found.step} of {request.run} cannot write: {error}; its training diverged") from error
 
 
 def _pieces(tokenizer: Tokenizer, tokens: Iterable[int]) -> Iterator[str]:

@@ -111,6 +111,8 @@ def from_hf_config_dict(data: Mapping[str, Any], *, name: str) -> ModelConfig:
     Raises:
         UserError: it is not a Llama, lacks a field, or needs what `Transformer` has not (scaled rotary, biases).
     """
+    if not isinstance(data, Mapping):
+        raise UserError("the Hugging Face config.json is no JSON object; is it that of a Llama model?")
     rope = data.get("rope_parameters") or data.get("rope_scaling") or {}
     fields = {
         "num_key_value_heads": data.get("num_attention_heads"),
@@ -121,6 +123,9 @@ def from_hf_config_dict(data: Mapping[str, Any], *, name: str) -> ModelConfig:
     missing = sorted(set(_FIELDS.values()) - fields.keys())
     if missing:
         raise UserError(f"the Hugging Face config.json lacks {', '.join(missing)}; is it that of a Llama model?")
+    for key in ("hidden_size", "num_attention_heads"):
+        if type(fields[key]) is not int or fields[key] < 1:
+            raise UserError(f"the Hugging Face config.json has {key}={fields[key]!r}; it is an integer above 0")
     d_head = fields["hidden_size"] // fields["num_attention_heads"]
     supported = {
         "model_type": (data.get("model_type"), "llama"),

@@ -115,6 +115,8 @@ def test_the_configuration_survives_both_ways(config: ModelConfig) -> None:
         ({"attention_bias": True}, "attention_bias=True; only False"),
         ({"rope_parameters": {"rope_type": "llama3", "rope_theta": 1e4}}, "rope_type='llama3'; only 'default'"),
         ({"hidden_size": None}, "lacks hidden_size"),
+        ({"num_attention_heads": 0}, "num_attention_heads=0; it is an integer above 0"),
+        ({"hidden_size": "64"}, "hidden_size='64'; it is an integer above 0"),
     ],
 )
 def test_a_configuration_that_the_model_cannot_follow_is_refused(
@@ -122,6 +124,11 @@ def test_a_configuration_that_the_model_cannot_follow_is_refused(
 ) -> None:
     with pytest.raises(UserError, match=message):
         from_hf_config_dict({**hf_config_dict(tiny, max_seq_len=SEQ), **change}, name="tiny")
+
+
+def test_json_that_is_no_object_is_refused() -> None:
+    with pytest.raises(UserError, match=r"config\.json is no JSON object"):
+        from_hf_config_dict([], name="tiny")  # type: ignore[arg-type]
 
 
 def test_weights_that_do_not_fit_are_refused(tiny: ModelConfig) -> None:
