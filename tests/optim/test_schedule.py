@@ -42,6 +42,12 @@ def test_wsd_that_is_all_decay_begins_after_the_warm_up() -> None:
     assert learning_rate(99, config, 100) == pytest.approx(0.1)
 
 
+@pytest.mark.parametrize("schedule", ["cosine", "linear", "wsd"])
+@pytest.mark.parametrize("steps", [11, 12, 30])
+def test_the_last_step_is_the_floor_however_few_there_are(schedule: str, steps: int) -> None:
+    assert rates(schedule, steps)[-1] == pytest.approx(0.1)
+
+
 def test_shapes() -> None:
     cosine, linear = rates("cosine"), rates("linear")
     middle = 10 + 30
