@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -100,8 +101,14 @@ def peak_tflops(device: torch.device, precision: str) -> float | None:
     """The GPU's dense peak for the precision, or None where it is not known or not the precision of the table."""
     if device.type != "cuda" or precision == "fp32":
         return None
-    name = torch.cuda.get_device_name(device)
-    return next((peak for part, peak in _PEAK_TFLOPS.items() if part in name), None)
+    return _peak_of(torch.cuda.get_device_name(device))
+
+
+def _peak_of(name: str) -> float | None:
+    """Whole words only: an RTX A4000 is no A40, and a laptop's GPU is another than the card of that number."""
+    if "Laptop" in name:
+        return None
+    return next((peak for part, peak in _PEAK_TFLOPS.items() if re.search(rf"\b{part}\b", name)), None)
 
 
 def draw_loss(metrics: list[dict[str, float]], path: Path) -> None:
