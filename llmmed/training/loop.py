@@ -112,6 +112,11 @@ def train(
         progress.note(f"starts at step 1; the checkpoints that were here are in {shown(aside)}")
     if first:
         progress.note(f"going on from the checkpoint of step {first}")
+    if config.optimizer.warmup_steps > config.train.max_steps:
+        progress.note(
+            f"optimizer.warmup_steps={config.optimizer.warmup_steps} is more than train.max_steps="
+            f"{config.train.max_steps}: the rate does not reach optimizer.lr; give fewer"
+        )
     if first >= config.train.max_steps:
         progress.note(f"that is all of train.max_steps={config.train.max_steps}; give a larger one to train on")
     try:

@@ -292,6 +292,12 @@ def test_a_run_that_diverged_is_failed_and_its_files_are_json(tmp_path: Path, mo
     assert run(config, tmp_path, resume=True)[1].diverged
 
 
+def test_a_warm_up_that_is_longer_than_the_run_is_told(tmp_path: Path) -> None:
+    run(tiny_config("train.max_steps=1", "optimizer.warmup_steps=3"), tmp_path)
+    told = " ".join((tmp_path / "console.txt").read_text().split())
+    assert "optimizer.warmup_steps=3 is more than train.max_steps=1: the rate does not reach optimizer.lr" in told
+
+
 @pytest.mark.parametrize("precision", ["bf16", "fp16"])
 def test_low_precision_learns_too(tmp_path: Path, precision: str) -> None:
     config = tiny_config(f"train.precision={precision}", "train.max_steps=40", "optimizer.lr=1e-2")
