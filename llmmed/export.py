@@ -14,7 +14,7 @@ from safetensors.torch import save_file
 from llmmed.config import ModelConfig
 from llmmed.data.tokenizer import end_of, write_settings
 from llmmed.errors import UserError
-from llmmed.files import write_json
+from llmmed.files import read_json, write_json
 from llmmed.model import hf_config_dict, to_hf_state_dict
 from llmmed.training import checkpoint
 
@@ -62,10 +62,13 @@ def export_hf(run: Path, target: Path) -> int:
 
 def best_or_newest(run: Path) -> checkpoint.Checkpoint:
     """The checkpoint with the best validation loss, or else the newest whole one. Raises `UserError` without one."""
-    newest = checkpoint.load_latest(run / "checkpoints")
+    return checkpoint.load(find_best_or_newest(run))
+
+
+def find_best_or_newest(run: Path) -> Path:
+    """Where that checkpoint is; reads no tensors but for their checksums. Raises `UserError` without one."""
+    newest = checkpoint.latest(run / "checkpoints")
     if newest is None:
         raise UserError(f"{run} has no whole checkpoint; give the folder of a run that wrote one")
-    best = run / "checkpoints" / checkpoint.folder_name(newest.state["best"]["step"])
-    if best.exists() and checkpoint.damage(best) is None:
-        return checkpoint.load(best)
-    return newest
+    best = run / "checkpoints" / checkpoint.folder_name(read_json(newest / "state.json")["best"]["step"])
+    return best if best != newest and best.exists() and checkpoint.damage(best) is None else newest

@@ -19,7 +19,7 @@ from torch import Tensor
 from llmmed.config import ModelConfig
 from llmmed.data import network
 from llmmed.errors import UserError
-from llmmed.export import TOKENIZER, best_or_newest
+from llmmed.export import TOKENIZER, find_best_or_newest
 from llmmed.files import read_json
 from llmmed.model import from_hf_config_dict, from_hf_state_dict
 from llmmed.training import checkpoint
@@ -98,7 +98,7 @@ def _locate(name: str) -> InitialWeights:
             raise UserError(f"model.init_from={name}: the checkpoint is damaged: {problem}")
         return _ours(name, folder)
     if (folder / "checkpoints").is_dir():
-        return _ours(name, folder / "checkpoints" / checkpoint.folder_name(best_or_newest(folder).step))
+        return _ours(name, find_best_or_newest(folder))
     raise UserError(
         f"model.init_from={name}: that is neither a Hugging Face folder with a config.json, nor a run, nor a checkpoint"
     )

@@ -98,6 +98,20 @@ def test_export_and_back(tmp_path: Path) -> None:
             assert torch.equal(tensor, model.state_dict()[key]), (name, key)
 
 
+def test_finding_a_run_s_checkpoint_loads_no_tensors(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    config = tiny_config("train.max_steps=4", "train.checkpoint_every=2")
+    run(config, tmp_path)
+
+    def loads(*_: object) -> None:
+        pytest.fail("tensors are loaded")
+
+    monkeypatch.setattr(checkpoint, "load_file", loads)
+    found = init_from.find(tiny_config(f"model.init_from='{tmp_path}'").model)
+    assert found is not None
+    assert found.folder == tmp_path / "checkpoints" / "step_00000004"
+    assert found.is_checkpoint
+
+
 def test_another_architecture_is_told_with_the_overrides_that_fit(smol: Path) -> None:
     with pytest.raises(UserError, match=r"n_layers 3 \(here 2\)") as caught:
         init_from.find(tiny_config(f"model.init_from='{smol}'").model)
