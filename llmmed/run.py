@@ -53,7 +53,7 @@ def run(config: Config, folder: Path, *, started: float, stop: StopRequest | Non
     with StopRequest() if stop is None else contextlib.nullcontext(stop) as request:
         try:
             run_folder.write_status(folder, "running")
-            write_json(folder / "env.json", run_folder.describe_environment())
+            run_folder.write_environment(folder)
             _run(config, folder, console, started, request)
         except BaseException as error:  # noqa: BLE001 - whatever ends a run, its folder must say so
             request.settle()

@@ -168,6 +168,17 @@ def earlier_overrides(overrides: Sequence[str]) -> list[str]:
     return [override for override in map(str, OmegaConf.load(file)) if _key(override) not in given]
 
 
+def write_environment(folder: Path) -> None:
+    """`env.json` of this start; that of an earlier one becomes `env.<n>.json`."""
+    path = folder / "env.json"
+    if path.exists():
+        number = 1
+        while (earlier := folder / f"env.{number}.json").exists():
+            number += 1
+        path.rename(earlier)
+    write_json(path, describe_environment())
+
+
 def describe_environment() -> dict[str, Any]:
     """What `env.json` holds: the command, versions, the source's commit. The hardware stands in `kernels.json`."""
     packages = ("torch", "triton", "hydra-core", "omegaconf", "wandb", "datasets", "tokenizers", "llmmed")

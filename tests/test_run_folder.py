@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import fcntl
 import os
+import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import replace
@@ -16,7 +17,7 @@ from omegaconf import OmegaConf
 from llmmed import run_folder, sweep
 from llmmed.compose import as_dict
 from llmmed.errors import UserError
-from llmmed.files import write_json
+from llmmed.files import read_json, write_json
 from tests.training.tiny import tiny_config
 
 
@@ -68,6 +69,14 @@ def test_latest_passes_over_a_run_that_is_in_training(tmp_path: Path) -> None:
 )
 def test_the_folder_that_is_stated(overrides: list[str], expected: Path | None) -> None:
     assert run_folder.stated(overrides) == expected
+
+
+def test_the_environment_of_every_start_is_kept(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for start in ("first", "second", "third"):
+        monkeypatch.setattr(sys, "argv", ["train.py", start])
+        run_folder.write_environment(tmp_path)
+    commands = {path.name: read_json(path)["command"][-1] for path in tmp_path.iterdir()}
+    assert commands == {"env.1.json": "first", "env.2.json": "second", "env.json": "third"}
 
 
 def test_a_job_that_an_earlier_sweep_left_running_is_skipped(
