@@ -76,13 +76,23 @@ def _prepare_arguments() -> Callable[[], None] | None:
     """
     arguments = get_args_parser().parse_args()
     _add(sweep.plugin_overrides(arguments.overrides), arguments.overrides)
+    if arguments.config_dir is not None:  # as an override it reaches what composes here, and the jobs of a sweep
+        place = f"file://{Path(arguments.config_dir).absolute()}"
+        searched = [f"hydra.searchpath=[{sweep.quoted(place)}]"]
+        _add(searched, arguments.overrides)
+        arguments.overrides += searched
     if arguments.multirun or "hydra.mode=MULTIRUN" in arguments.overrides:
         # Otherwise Hydra writes into the folders of finished jobs, too. Each job's own process writes its `.hydra`.
         _add(["hydra.output_subdir=null"], arguments.overrides)
         return None
-    others = ("help", "hydra_help", "cfg", "info", "shell_completion", "config_dir", "config_name")
+    others = ("help", "hydra_help", "cfg", "info", "shell_completion")
     if any(getattr(arguments, name, None) for name in others):
         return None
+    if arguments.config_name not in (None, compose.CONFIG_NAME):
+        raise UserError(
+            f"--config-name={arguments.config_name}: the configuration is {compose.CONFIG_NAME}; write what differs "
+            f"into <folder>/experiment/<name>.yaml and give --config-dir=<folder> experiment=<name>"
+        )
     earlier = run_folder.earlier_overrides(arguments.overrides)
     if earlier:
         place = sys.argv.index(arguments.overrides[0])

@@ -160,7 +160,7 @@ def tell(folder: Path) -> list[str]:
     return [f"{job.job} {job.status}: {job.reason or 'no reason is known'}" for job in jobs if job.status != "finished"]
 
 
-def quoted(folder: Path) -> str:
+def quoted(folder: Path | str) -> str:
     """A path as a value of Hydra's override grammar, whatever characters are in it."""
     escaped = str(folder).replace("\\", "\\\\").replace("'", "\\'")
     return f"'{escaped}'"
