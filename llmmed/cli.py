@@ -77,8 +77,8 @@ def _prepare_arguments() -> Callable[[], None] | None:
     arguments = get_args_parser().parse_args()
     _add(sweep.plugin_overrides(arguments.overrides), arguments.overrides)
     if arguments.config_dir is not None:  # as an override it reaches what composes here, and the jobs of a sweep
-        place = f"file://{Path(arguments.config_dir).absolute()}"
-        searched = [f"hydra.searchpath=[{sweep.quoted(place)}]"]
+        address = f"file://{Path(arguments.config_dir).absolute()}"
+        searched = [f"hydra.searchpath=[{sweep.quoted(address)}]"]
         _add(searched, arguments.overrides)
         arguments.overrides += searched
     if arguments.multirun or "hydra.mode=MULTIRUN" in arguments.overrides:
