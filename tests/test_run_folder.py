@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import fcntl
 import os
 import sys
@@ -43,6 +44,19 @@ def test_a_folder_is_held_by_one_process(tmp_path: Path) -> None:
     assert (tmp_path / ".lock").read_text().startswith(f"process {os.getpid()} on ")
     with (tmp_path / ".lock").open() as file, pytest.raises(BlockingIOError):
         fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+
+
+def test_where_nothing_can_be_locked_a_line_says_so(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    def no_locks(*_: object) -> None:
+        raise OSError(errno.ENOLCK, "No locks available")
+
+    monkeypatch.setattr(fcntl, "flock", no_locks)
+    run_folder.hold(tmp_path)
+    assert run_folder.holder(tmp_path) is None
+    assert "cannot be locked (No locks available)" in caplog.text
+    assert len(caplog.records) == 1
 
 
 def test_latest_passes_over_a_run_that_is_in_training(tmp_path: Path) -> None:

@@ -22,6 +22,7 @@ from llmmed.files import read_json, sha256_of_file, write_json
 
 logger = logging.getLogger(__name__)
 
+_FILES = ("model.safetensors", "optimizer.safetensors", "state.json")
 _WRITING, _REPLACED = ".writing-", ".replaced-"
 
 
@@ -63,11 +64,10 @@ def save(
             temporary / "optimizer.safetensors",
         )
         write_json(temporary / "state.json", {"step": step, **state})
-        names = ("model.safetensors", "optimizer.safetensors", "state.json")
-        for name in names:
+        for name in _FILES:
             os.chmod(temporary / name, temporary.stat().st_mode & 0o666)  # the user's umask; safetensors writes 0600
             _flush(temporary / name)
-        write_json(temporary / "manifest.json", {name: sha256_of_file(temporary / name) for name in names})
+        write_json(temporary / "manifest.json", {name: sha256_of_file(temporary / name) for name in _FILES})
         if target.exists():
             os.replace(target, replaced)  # at every moment there is one of the two
         os.replace(temporary, target)
@@ -141,8 +141,8 @@ def damage(path: Path) -> str | None:
     """What is wrong with a checkpoint's files, or None."""
     try:
         manifest = read_json(path / "manifest.json")
-        for name, expected in manifest.items():
-            if sha256_of_file(path / name) != expected:
+        for name in _FILES:
+            if sha256_of_file(path / name) != manifest.get(name):
                 return f"{name} does not match its checksum"
     except (OSError, ValueError, AttributeError) as error:
         return str(error)

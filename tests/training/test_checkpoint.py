@@ -49,6 +49,13 @@ def test_a_damaged_one_is_named_and_the_one_before_is_used(
     assert "step_00000020" in caplog.text
 
 
+@pytest.mark.parametrize("manifest", ["{}", "[]", '{"state.json": null}'])
+def test_a_manifest_that_does_not_name_every_file_is_damage(tmp_path: Path, manifest: str) -> None:
+    path = write(tmp_path, 10)
+    (path / "manifest.json").write_text(manifest)
+    assert checkpoint.damage(path) is not None
+
+
 def test_a_failed_write_leaves_nothing_and_keeps_what_was_there(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
