@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import csv
 import io
 import json
+import math
 import re
 import shlex
 import shutil
@@ -28,7 +30,7 @@ from llmmed import compose
 from llmmed.autotune.journal import Task
 from llmmed.autotune.measure import Measurement
 from llmmed.autotune.plan import Ceilings, Hardware
-from llmmed.benchmark import manual, ops, step, tables
+from llmmed.benchmark import manual, ops, step, step_worker, tables
 from llmmed.benchmark.breakdown import group_events, in_range
 from llmmed.benchmark.cli import run
 from llmmed.benchmark.contestants import CONTESTANTS, build
@@ -36,7 +38,7 @@ from llmmed.benchmark.page import write_page
 from llmmed.benchmark.results import OpRow, OpsResult, Origin, Result, StepResult, StepRow, StepShape, write
 from llmmed.benchmark.settings import OpsSettings, as_lists, compose_benchmark
 from llmmed.benchmark.step import _compared
-from llmmed.benchmark.step_worker import StepFound
+from llmmed.benchmark.step_worker import StepFound, StepJob
 from llmmed.errors import UserError
 from llmmed.kernels import catalog
 from llmmed.reporting.benchmark_plots import GROUPS, draw
@@ -312,15 +314,105 @@ def test_on_a_gpu_there_are_ceilings_memory_and_device_times(tmp_path: Path) -> 
         assert {"products", "optimizer"} <= {group for group, ms in each.device_ms.items() if ms > 0}
 
 
-def test_who_computes_something_else_is_out_of_the_comparison() -> None:
-    def row(name: str, norm: float) -> StepRow:
-        return StepRow(contestant=name, title=name, size="base", status="verified", tokens_per_second=1e9,
-                       first_loss=10.8, first_gradient_norm=norm)  # fmt: skip
+def trained(name: str, norm: float = 1.0, last: float = 10.8) -> StepRow:
+    return StepRow(contestant=name, title=f"the {name}", size="base", status="verified", tokens_per_second=1e9,
+                   first_loss=10.8, first_gradient_norm=norm, last_loss=last)  # fmt: skip
 
-    rows = _compared([row("ours_auto", 1.0), row("plain_eager", 1.001), row("hf_eager", 1.1)])
+
+def test_who_computes_something_else_is_out_of_the_comparison() -> None:
+    rows = _compared([trained("ours_auto"), trained("plain_eager", 1.001), trained("hf_eager", 1.1)])
     assert [each.status for each in rows] == ["verified", "verified", "wrong"]
-    assert "gradient norm of the first step 1.1" in rows[2].reason
+    assert rows[2].reason == "gradient norm of the first step 1.1; that of the plain_eager is 1.001"
     assert rows[2].tokens_per_second is None
+    rows = _compared([trained("ours_auto", last=9.0), trained("plain_eager"), trained("hf_eager")])
+    assert [each.status for each in rows] == ["wrong", "verified", "verified"]
+    assert "loss of the last warm-up step 9" in rows[0].reason
+
+
+def test_of_two_the_rival_stays_and_of_several_the_majority() -> None:
+    for norm in (1.03, 1.06):
+        rows = _compared([trained("ours_auto", norm), trained("hf_eager")])
+        assert [each.status for each in rows] == ["wrong", "verified"]
+        assert rows[0].reason.startswith("differs from the hf_eager: gradient norm")
+        assert "either may be wrong" in rows[0].reason
+    rows = _compared([trained("plain_graphs", 5.0), trained("ours_auto"), trained("plain_eager")])
+    assert [each.status for each in rows] == ["wrong", "verified", "verified"]
+    assert [each.status for each in _compared([trained("ours_auto"), trained("ours_eager", 2.0)])].count("wrong") == 1
+
+
+class Pretender:
+    """Trains nothing: its losses and gradient norms are given, the last ones for good."""
+
+    excluded_seconds = 0.0
+    plan = None
+
+    def __init__(self, losses: Sequence[float] = (5.0,), norms: Sequence[float] = (1.0,)) -> None:
+        self.losses, self.norms, self.indices = list(losses), list(norms), list[int]()
+
+    def step(self, index: int, micro_batches: list[torch.Tensor]) -> tuple[torch.Tensor, torch.Tensor]:
+        made = len(self.indices)
+        self.indices.append(index)
+        return tuple(torch.tensor(values[min(made, len(values) - 1)]) for values in (self.losses, self.norms))
+
+    def annotated(self) -> contextlib.AbstractContextManager[None]:
+        return contextlib.nullcontext()
+
+
+def competed(pretender: Pretender, folder: Path, monkeypatch: pytest.MonkeyPatch, *more: str) -> StepFound:
+    """What the process of a contestant leaves on disk."""
+    monkeypatch.setattr(step_worker, "build", lambda contestant, config: pretender)
+    monkeypatch.setattr(step_worker, "end_with_parent", lambda: None)
+    monkeypatch.setattr(step_worker.os, "_exit", lambda code: None)
+    job = StepJob(contestant="plain_eager", overrides=[*TINY, *STEP, *more], started=time.time(),
+                  result=folder / "result.json", plan=folder / "plan.json")  # fmt: skip
+    job.write(folder / "job.json")
+    monkeypatch.setattr(sys, "argv", ["step_worker", str(folder / "job.json")])
+    step_worker.main()
+    return StepFound.read(folder / "result.json")
+
+
+@pytest.mark.parametrize(
+    ("losses", "norms", "reason"),
+    [
+        ([float("nan")], [1.0], "first loss is nan, last loss is nan"),
+        ([5.0], [float("inf")], "first gradient norm is inf"),
+        ([5.0, 5.0, float("nan")], [1.0], "last loss is nan"),
+    ],
+)
+def test_a_loss_that_is_not_finite_is_wrong(
+    losses: list[float], norms: list[float], reason: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    found = competed(Pretender(losses, norms), tmp_path, monkeypatch)
+    assert (found.status, found.reason, found.samples) == ("wrong", reason, [])
+    odd = StepFound(status="verified", first_loss=float("nan"))
+    assert math.isnan(StepFound.model_validate_json(odd.model_dump_json()).first_loss or 0.0)
+
+
+def test_times_outlive_a_profiler_that_fails_or_hangs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    on_disk: list[StepFound] = []
+
+    def broken(*_: object) -> dict[str, float]:
+        on_disk.append(StepFound.read(tmp_path / "result.json"))
+        raise RuntimeError("CUPTI_ERROR_INSUFFICIENT_PRIVILEGES")
+
+    monkeypatch.setattr(step_worker, "measure_breakdown", broken)
+    found = competed(Pretender(), tmp_path, monkeypatch)
+    assert found.reason == "not profiled: RuntimeError: CUPTI_ERROR_INSUFFICIENT_PRIVILEGES"
+    assert on_disk[0].reason == "not profiled: the profiler did not end"  # what is left if the process is stopped now
+    for each in (found, on_disk[0]):
+        assert (each.status, len(each.samples), each.first_loss) == ("verified", 3, 5.0)
+    entry = step._Entry(CONTESTANTS[0], None, compose_benchmark([*TINY, *STEP])[1], [found])
+    assert entry.row().reason == found.reason
+    assert entry.row().tokens_per_second is not None
+
+
+def test_in_fp16_the_first_step_is_made_again_while_its_scale_is_too_large(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pretender = Pretender(norms=[float("inf"), float("inf"), 1.0])
+    found = competed(pretender, tmp_path, monkeypatch, "train.precision=fp16")
+    assert (found.status, found.first_gradient_norm) == ("verified", 1.0)
+    assert pretender.indices[:4] == [0, 0, 0, 1]
 
 
 def test_backward_counts_where_forward_stood() -> None:
