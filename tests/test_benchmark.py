@@ -36,7 +36,7 @@ from llmmed.benchmark.cli import run
 from llmmed.benchmark.contestants import CONTESTANTS, build
 from llmmed.benchmark.page import write_page
 from llmmed.benchmark.results import OpRow, OpsResult, Origin, Result, StepResult, StepRow, StepShape, write
-from llmmed.benchmark.settings import OpsSettings, as_lists, compose_benchmark
+from llmmed.benchmark.settings import OpsSettings, StepSettings, as_lists, compose_benchmark
 from llmmed.benchmark.step import _compared
 from llmmed.benchmark.step_worker import StepFound, StepJob
 from llmmed.errors import UserError
@@ -250,6 +250,36 @@ def test_what_matters_runs_first_at_every_size_and_a_benchmark_that_is_cut_off_s
     assert [row.contestant for row in rows if row.status == "verified"] == ["ours_auto", "plain_compiled", "ours_auto"]
     assert {row.reason for row in rows if row.status == "not_tried"} == {"the benchmark ended before it"}
     assert "not tried: the benchmark ended before it" in (tmp_path / "page.md").read_text()
+
+
+def spied(monkeypatch: pytest.MonkeyPatch, found: StepFound) -> list[StepJob]:
+    """The jobs of `benchmark=step`, whose processes are not started: each leaves `found`."""
+    jobs: list[StepJob] = []
+
+    @contextlib.contextmanager
+    def process(module: str, arguments: list[str], *_: object) -> Iterator[subprocess.Popen[bytes]]:
+        jobs.append(StepJob.model_validate_json(Path(arguments[0]).read_text()))
+        jobs[-1].result.write_text(found.model_dump_json())
+        yield subprocess.Popen([sys.executable, "-c", ""])
+
+    monkeypatch.setattr(step, "started_process", process)
+    return jobs
+
+
+def test_ours_is_tuned_as_in_training(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    found = StepFound(status="verified", samples=[1000.0], first_loss=5.0, first_gradient_norm=1.0)
+    jobs = spied(monkeypatch, found)
+    benchmark(tmp_path, *TINY, *STEP, "contestants=ours_auto", "kernels.budget_seconds=33")
+    assert compose_benchmark(jobs[0].overrides)[1].kernels.budget_seconds == 33
+    settings, config = compose_benchmark([*TINY, *STEP, "contestant_seconds=100"])
+    default = config.kernels
+    assert default == compose.compose(TINY).kernels
+    assert isinstance(settings, StepSettings)
+    limits = {
+        name: step._Entry(each, None, compose_benchmark([*TINY, *each.overrides])[1])._most_seconds(settings)
+        for each in CONTESTANTS if (name := each.name) in ("ours_auto", "ours_eager", "plain_eager")
+    }  # fmt: skip
+    assert limits == {"ours_auto": 100 + default.budget_seconds, "ours_eager": 100, "plain_eager": 100}
 
 
 @pytest.mark.parametrize("width", [80, 140])

@@ -37,6 +37,7 @@ _COMPARED = (
     ("first_gradient_norm", "gradient norm of the first step", 0.02),
     ("last_loss", "loss of the last warm-up step", 0.02),
 )
+_AS_RIVALS_TRAIN = ("optimizer.schedule=constant", "optimizer.warmup_steps=0")
 
 
 def run_step(
@@ -100,7 +101,7 @@ class _Entry:
             if not self.found:
                 self.failure = StepFound(status="not_tried", reason=f"seconds={settings.seconds:g} was used up")
             return
-        limit = min(left, settings.contestant_seconds)
+        limit = min(left, self._most_seconds(settings))
         begun = time.perf_counter()
         found = self._process(settings, overrides, folder, caches, number, limit)
         self.seconds = time.perf_counter() - begun
@@ -109,14 +110,19 @@ class _Entry:
         elif found.status != "timed_out" or not self.found:
             self.failure = found
 
+    def _most_seconds(self, settings: StepSettings) -> float:
+        """Of one process. Tuning comes on top: it has the budget that it has in training."""
+        kernels = self.config.kernels
+        tunes = self.contestant.family == "ours" and kernels.policy == "auto"
+        return settings.contestant_seconds + (kernels.budget_seconds if tunes else 0.0)
+
     def _process(
         self, settings: StepSettings, overrides: Sequence[str], folder: Path, caches: Path, number: int, limit: float
     ) -> StepFound:
         name = f"{self.config.model.name}_{self.contestant.name}"
         log, result = folder / f"{name}_{number + 1}.log", caches / f"{name}_{number}.json"
         own = [*(o for o in overrides if not o.startswith("sizes=")), *([f"model={self.size}"] if self.size else [])]
-        own += [*self.contestant.overrides, f"kernels.budget_seconds={settings.contestant_seconds / 2:g}"]
-        own += ["optimizer.schedule=constant", "optimizer.warmup_steps=0"]  # as the rivals train
+        own += [*self.contestant.overrides, *_AS_RIVALS_TRAIN]
         variables = {
             "TORCHINDUCTOR_CACHE_DIR": str(caches / name / "inductor"),
             "TRITON_CACHE_DIR": str(caches / name / "triton"),
@@ -135,7 +141,7 @@ class _Entry:
         if result.exists():
             return StepFound.read(result)
         if ended is None:
-            key = "contestant_seconds" if limit == settings.contestant_seconds else "seconds"
+            key = "contestant_seconds" if limit == self._most_seconds(settings) else "seconds"
             return StepFound(status="timed_out", reason=f"{key}={getattr(settings, key):g} was used up")
         words = last_line(log)
         return StepFound(status="crashed", reason=f"the process {how_it_ended(ended)}{f': {words}' if words else ''}")
