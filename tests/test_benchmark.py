@@ -45,7 +45,7 @@ from llmmed.reporting.benchmark_plots import GROUPS, draw
 
 PAGE = (Path(__file__).parent.parent / "docs" / "coming-from-the-script.md").read_text(encoding="utf-8")
 TINY = ["device=cpu", "model=tiny", "tokenizer.vocab_size=300", "train.seq_len=16", "train.micro_batch_size=2"]
-STEP = ["benchmark=step", "rounds=1", "blocks=3", "block_steps=1", "warm_up_steps=1"]
+STEP = ["benchmark=step", "rounds=1", "blocks=3", "block_steps=1", "warm_up_steps=1", "warm_up_seconds=0"]
 
 
 def benchmark(folder: Path, *overrides: str) -> tuple[Result, str]:
@@ -282,6 +282,29 @@ def test_ours_is_tuned_as_in_training(tmp_path: Path, monkeypatch: pytest.Monkey
     assert limits == {"ours_auto": 100 + default.budget_seconds, "ours_eager": 100, "plain_eager": 100}
 
 
+def test_no_process_is_started_that_has_no_time(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    found = StepFound(status="verified", samples=[1000.0], first_loss=5.0, first_gradient_norm=1.0,
+                      first_step_seconds=100.0)  # fmt: skip
+    jobs = spied(monkeypatch, found)
+    settings, config = compose_benchmark([*TINY, *STEP])
+    assert isinstance(settings, StepSettings)
+
+    def started(entry: step._Entry, left: float) -> bool:
+        before = len(jobs)
+        entry.run(settings, [], tmp_path, tmp_path, 0, time.perf_counter() + left)
+        return len(jobs) > before
+
+    late = step._Entry(CONTESTANTS[1], None, config)
+    assert not started(late, 29.0)
+    assert (late.row().status, late.row().reason) == ("not_tried", "seconds=600 was used up")
+    again = step._Entry(CONTESTANTS[1], None, config)
+    assert started(again, 31.0)
+    again.seconds = 120.0  # as if it had compiled for 100 of them
+    assert not started(again, 34.0)
+    assert started(again, 36.0)
+    assert again.row().rounds == 2
+
+
 @pytest.mark.parametrize("width", [80, 140])
 def test_the_tables_fit_on_a_terminal_with_every_number_of_a_gpu(width: int) -> None:
     for result in (ops_result([*NAMES, "triton_recompute"], ["linear_cross_entropy"]), step_result()):
@@ -434,6 +457,15 @@ def test_times_outlive_a_profiler_that_fails_or_hangs(tmp_path: Path, monkeypatc
     entry = step._Entry(CONTESTANTS[0], None, compose_benchmark([*TINY, *STEP])[1], [found])
     assert entry.row().reason == found.reason
     assert entry.row().tokens_per_second is not None
+
+
+def test_all_contestants_warm_up_for_the_same_time(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    clock = iter(range(1000))  # reading it takes a second
+    monkeypatch.setattr(step_worker.time, "perf_counter", lambda: float(next(clock)))
+    pretender = Pretender()
+    competed(pretender, tmp_path, monkeypatch, "warm_up_seconds=9", "profile_steps=0")
+    first, warm, timed = 1, 1, 3
+    assert len(pretender.indices) == first + warm + 8 + timed
 
 
 def test_in_fp16_the_first_step_is_made_again_while_its_scale_is_too_large(

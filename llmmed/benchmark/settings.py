@@ -13,7 +13,7 @@ from pydantic import ConfigDict, Field, TypeAdapter, ValidationError
 from pydantic.dataclasses import dataclass
 
 from llmmed import compose
-from llmmed.config import Config, NonNegative, Positive, PositiveFloat
+from llmmed.config import Config, NonNegative, NonNegativeFloat, Positive, PositiveFloat
 from llmmed.errors import UserError
 from llmmed.kernels import catalog
 
@@ -62,6 +62,7 @@ class StepSettings(Common):
     blocks: Positive
     block_steps: Positive
     warm_up_steps: NonNegative
+    warm_up_seconds: NonNegativeFloat
     profile_steps: NonNegative
     contestant_seconds: PositiveFloat
 

@@ -37,6 +37,8 @@ _COMPARED = (
     ("first_gradient_norm", "gradient norm of the first step", 0.02),
     ("last_loss", "loss of the last warm-up step", 0.02),
 )
+_FIRST_PROCESS_SECONDS = 30.0  # at least, on a GPU; none is started to be stopped before it has compiled
+_WARM_FIRST_STEP_SECONDS = 15.0
 _AS_RIVALS_TRAIN = ("optimizer.schedule=constant", "optimizer.warmup_steps=0")
 
 
@@ -97,7 +99,7 @@ class _Entry:
             self.failure = StepFound(status="unavailable", reason=reason)
             return
         left = deadline - time.perf_counter()
-        if left <= self.seconds:
+        if left < self._least_seconds(settings):
             if not self.found:
                 self.failure = StepFound(status="not_tried", reason=f"seconds={settings.seconds:g} was used up")
             return
@@ -109,6 +111,13 @@ class _Entry:
             self.found.append(found)
         elif found.status != "timed_out" or not self.found:
             self.failure = found
+
+    def _least_seconds(self, settings: StepSettings) -> float:
+        """What must be left to start a process. Its first step finds the compilers' caches filled in a later round."""
+        if not self.found:
+            return min(_FIRST_PROCESS_SECONDS, settings.seconds / 2)
+        cold = self.found[-1].first_step_seconds or 0.0
+        return self.seconds - cold + min(cold, _WARM_FIRST_STEP_SECONDS)
 
     def _most_seconds(self, settings: StepSettings) -> float:
         """Of one process. Tuning comes on top: it has the budget that it has in training."""

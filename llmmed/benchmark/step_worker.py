@@ -107,6 +107,9 @@ def compete(contestant: Contestant, settings: StepSettings, config: Config, job:
     last_loss = loss.item()
     if reason := _not_finite({"first loss": first_loss, "first gradient norm": first_norm, "last loss": last_loss}):
         return StepFound(status="wrong", reason=reason)
+    settling = time.perf_counter()
+    while time.perf_counter() - settling < settings.warm_up_seconds:
+        steps.run(settings.block_steps)
     samples = []
     for _ in range(settings.blocks):
         begun = time.perf_counter()
