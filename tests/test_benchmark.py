@@ -33,7 +33,7 @@ from llmmed.autotune.plan import Ceilings, Hardware
 from llmmed.benchmark import manual, ops, step, step_worker, tables
 from llmmed.benchmark.breakdown import group_events, in_range
 from llmmed.benchmark.cli import run
-from llmmed.benchmark.contestants import CONTESTANTS, build
+from llmmed.benchmark.contestants import CONTESTANTS, Contestant, build
 from llmmed.benchmark.page import write_page
 from llmmed.benchmark.results import OpRow, OpsResult, Origin, Result, StepResult, StepRow, StepShape, write
 from llmmed.benchmark.settings import OpsSettings, StepSettings, as_lists, compose_benchmark
@@ -81,6 +81,35 @@ def test_lists_need_no_brackets_and_a_mistake_is_one_line() -> None:
     everything, _ = compose_benchmark()
     assert isinstance(everything, OpsSettings)
     assert everything.op_names == catalog.op_names()
+
+
+@pytest.mark.parametrize(
+    ("override", "instead"),
+    [
+        ("train.precision=fp16", "dtypes=float16"),
+        ("train.compile=graphs", "modes=eager,graphs"),
+        ("benchmark=step kernels=triton", "contestants=ours_auto,ours_graphs"),
+        ("benchmark=step kernels.policy=triton", "contestants=ours_auto,ours_graphs"),
+        ("benchmark=step train.compile=eager", "contestants=ours_eager,plain_eager"),
+        ("benchmark=step optimizer.schedule=wsd", "leave it out"),
+        ("benchmark=step optimizer.warmup_steps=3", "leave it out"),
+        ("benchmark=step train.activation_checkpointing=block", "contestants=ours_auto"),
+        ("benchmark=step contestants=ours_auto,nope", "there are ours_auto, plain_graphs"),
+        ("benchmark=step contestants=ours_auto,ours_auto", "ours_auto is there twice"),
+    ],
+)
+def test_what_would_be_ignored_or_cannot_be_is_refused(override: str, instead: str) -> None:
+    told = refused(*override.split())
+    assert told.startswith(override.split()[-1].partition("=")[0])
+    assert instead in told
+    assert "\n" not in told
+
+
+def test_what_counts_is_not_refused() -> None:
+    ours = "contestants=ours_auto,ours_eager"
+    _, config = compose_benchmark(["benchmark=step", ours, "train.activation_checkpointing=block"])
+    assert config.train.activation_checkpointing == "block"
+    assert compose_benchmark(["benchmark=step", "train.precision=fp16"])[1].train.precision == "fp16"
 
 
 def test_the_script_refuses_in_one_line_and_leaves_no_folder(tmp_path: Path, repository: Path) -> None:
@@ -238,16 +267,21 @@ def test_what_matters_runs_first_at_every_size_and_a_benchmark_that_is_cut_off_s
         return StepFound(status="verified", samples=[1000.0, 1010.0], first_loss=5.0, first_gradient_norm=1.0)
 
     monkeypatch.setattr(step._Entry, "_process", process)
+    monkeypatch.setattr(Contestant, "why_not", lambda self, device: None)
     sizes = [*(o for o in TINY if not o.startswith("model=")), "sizes=tiny,small"]
     with pytest.raises(KeyboardInterrupt):
         benchmark(tmp_path, *STEP, *sizes)
-    assert started == ["tiny ours_auto", "small ours_auto", "tiny plain_compiled"]
-    assert [contestant.name for contestant in CONTESTANTS[:2]] == ["ours_auto", "plain_compiled"]
+    assert started == ["tiny ours_auto", "small ours_auto", "tiny plain_graphs"]
+    settings, _ = compose_benchmark(["benchmark=step"])
+    assert isinstance(settings, StepSettings)
+    names = settings.contestants
+    assert names == [contestant.name for contestant in CONTESTANTS[: len(names)]]
+    assert settings.rounds == 1
 
     write_page([tmp_path], tmp_path / "page.md")  # what lies there is whole, and says what is missing
     rows = StepResult.model_validate(json.loads((tmp_path / "step.json").read_text())).rows
-    assert [row.size for row in rows] == ["tiny"] * len(CONTESTANTS) + ["small"] * len(CONTESTANTS)
-    assert [row.contestant for row in rows if row.status == "verified"] == ["ours_auto", "plain_compiled", "ours_auto"]
+    assert [row.size for row in rows] == ["tiny"] * len(names) + ["small"] * len(names)
+    assert [row.contestant for row in rows if row.status == "verified"] == ["ours_auto", "plain_graphs", "ours_auto"]
     assert {row.reason for row in rows if row.status == "not_tried"} == {"the benchmark ended before it"}
     assert "not tried: the benchmark ended before it" in (tmp_path / "page.md").read_text()
 
@@ -270,13 +304,13 @@ def test_ours_is_tuned_as_in_training(tmp_path: Path, monkeypatch: pytest.Monkey
     found = StepFound(status="verified", samples=[1000.0], first_loss=5.0, first_gradient_norm=1.0)
     jobs = spied(monkeypatch, found)
     benchmark(tmp_path, *TINY, *STEP, "contestants=ours_auto", "kernels.budget_seconds=33")
-    assert compose_benchmark(jobs[0].overrides)[1].kernels.budget_seconds == 33
+    assert compose_benchmark(own=jobs[0].overrides)[1].kernels.budget_seconds == 33
     settings, config = compose_benchmark([*TINY, *STEP, "contestant_seconds=100"])
     default = config.kernels
     assert default == compose.compose(TINY).kernels
     assert isinstance(settings, StepSettings)
     limits = {
-        name: step._Entry(each, None, compose_benchmark([*TINY, *each.overrides])[1])._most_seconds(settings)
+        name: step._Entry(each, None, compose_benchmark(TINY, each.overrides)[1])._most_seconds(settings)
         for each in CONTESTANTS if (name := each.name) in ("ours_auto", "ours_eager", "plain_eager")
     }  # fmt: skip
     assert limits == {"ours_auto": 100 + default.budget_seconds, "ours_eager": 100, "plain_eager": 100}
@@ -294,10 +328,10 @@ def test_no_process_is_started_that_has_no_time(tmp_path: Path, monkeypatch: pyt
         entry.run(settings, [], tmp_path, tmp_path, 0, time.perf_counter() + left)
         return len(jobs) > before
 
-    late = step._Entry(CONTESTANTS[1], None, config)
+    late = step._Entry(CONTESTANTS[0], None, config)
     assert not started(late, 29.0)
     assert (late.row().status, late.row().reason) == ("not_tried", "seconds=600 was used up")
-    again = step._Entry(CONTESTANTS[1], None, config)
+    again = step._Entry(CONTESTANTS[0], None, config)
     assert started(again, 31.0)
     again.seconds = 120.0  # as if it had compiled for 100 of them
     assert not started(again, 34.0)
@@ -332,7 +366,7 @@ def test_all_contestants_train_the_same(optimizer: str) -> None:
         if contestant.why_not("cpu"):
             continue  # transformers is not installed, or torch is too old
         contestant = replace(contestant, mode="eager")  # what is compiled computes the same, later
-        _, config = compose_benchmark([*wanted, *contestant.overrides])
+        _, config = compose_benchmark(own=[*wanted, *contestant.overrides])
         trainee = build(contestant, config)
         found[contestant.name] = [tuple(x.item() for x in trainee.step(i, list(tokens))) for i in range(2)]
     first, second = ([found[name][step] for name in found] for step in (0, 1))

@@ -86,24 +86,24 @@ def _ours(mode: Mode) -> tuple[str, ...]:
 # The order in which they run, every size of one before the next: what is cut off by `seconds` stands last.
 CONTESTANTS = (
     Contestant("ours_auto", "llmmed, kernels=auto", ("kernels=auto",)),
+    Contestant("plain_graphs", "plain PyTorch, torch.compile with CUDA graphs", mode="graphs"),
     Contestant("plain_compiled", "plain PyTorch, torch.compile", mode="compiled"),
     Contestant("hf_liger", "Hugging Face + Liger, eager", mode="eager", liger=True),
-    Contestant("plain_eager", "plain PyTorch, eager", mode="eager"),
-    Contestant("hf_eager", "Hugging Face, eager", mode="eager"),
-    Contestant("plain_graphs", "plain PyTorch, torch.compile with CUDA graphs", mode="graphs"),
     Contestant("ours_graphs", "llmmed, kernels=pytorch, graphs", _ours("graphs"), "graphs"),
     Contestant("hf_compiled", "Hugging Face, torch.compile", mode="compiled"),
-    Contestant("plain_liger", "plain PyTorch + Liger's fused loss, eager", mode="eager", liger=True),
-    Contestant(
-        "plain_fp16", "plain PyTorch, eager, fp16 + GradScaler", ("train.precision=fp16",), "eager", gpu_only=True
-    ),
-    Contestant("ours_eager", "llmmed, kernels=pytorch, eager", _ours("eager"), "eager"),
-    Contestant("ours_compiled", "llmmed, kernels=pytorch, compiled", _ours("compiled"), "compiled"),
     Contestant(
         "plain_compiled_liger", "plain PyTorch + Liger's fused loss, torch.compile", mode="compiled", liger=True
     ),
+    Contestant("plain_eager", "plain PyTorch, eager", mode="eager"),
+    Contestant("hf_eager", "Hugging Face, eager", mode="eager"),
     Contestant(
         "plain_compiled_torch", "plain PyTorch, F.linear_cross_entropy, torch.compile", mode="compiled", torch_loss=True
+    ),
+    Contestant("plain_liger", "plain PyTorch + Liger's fused loss, eager", mode="eager", liger=True),
+    Contestant("ours_compiled", "llmmed, kernels=pytorch, compiled", _ours("compiled"), "compiled"),
+    Contestant("ours_eager", "llmmed, kernels=pytorch, eager", _ours("eager"), "eager"),
+    Contestant(
+        "plain_fp16", "plain PyTorch, eager, fp16 + GradScaler", ("train.precision=fp16",), "eager", gpu_only=True
     ),
 )
 

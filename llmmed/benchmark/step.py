@@ -23,7 +23,6 @@ from llmmed.benchmark.results import StepRow, StepShape
 from llmmed.benchmark.settings import ALL, StepSettings, config_of
 from llmmed.benchmark.step_worker import StepFound, StepJob
 from llmmed.config import Config
-from llmmed.errors import UserError
 from llmmed.model import flops_per_token, parameter_count
 
 if TYPE_CHECKING:
@@ -52,7 +51,7 @@ def run_step(
     deadline = time.perf_counter() + settings.seconds
     sizes: list[str | None] = [*settings.sizes] or [None]
     entries = [
-        _Entry(contestant, size, config_of(size, None, [*overrides, *contestant.overrides]))
+        _Entry(contestant, size, config_of(size, None, overrides, contestant.overrides))
         for contestant in _chosen(settings)
         for size in sizes
     ]
@@ -69,12 +68,8 @@ def run_step(
 
 
 def _chosen(settings: StepSettings) -> list[Contestant]:
-    names = [contestant.name for contestant in CONTESTANTS]
     if ALL in settings.contestants:
         return list(CONTESTANTS)
-    for name in settings.contestants:
-        if name not in names:
-            raise UserError(f"contestants={name}: there is no such contestant; there are {', '.join(names)}, or all")
     return [next(each for each in CONTESTANTS if each.name == name) for name in settings.contestants]
 
 

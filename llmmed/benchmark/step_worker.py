@@ -76,7 +76,7 @@ def main() -> None:
     compose.register()
     contestant = next(each for each in CONTESTANTS if each.name == job.contestant)
     try:
-        settings, config = compose_benchmark(job.overrides)
+        settings, config = compose_benchmark(own=job.overrides)
         assert isinstance(settings, StepSettings)
         found = compete(contestant, settings, config, job)
     except UserError as error:
