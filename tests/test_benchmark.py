@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import csv
+import inspect
 import io
 import json
 import math
@@ -13,6 +14,7 @@ import shutil
 import subprocess
 import sys
 import time
+import types
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -30,7 +32,7 @@ from llmmed import compose
 from llmmed.autotune.journal import Task
 from llmmed.autotune.measure import Measurement
 from llmmed.autotune.plan import Ceilings, Hardware
-from llmmed.benchmark import manual, ops, step, step_worker, tables
+from llmmed.benchmark import manual, ops, plain_llama, step, step_worker, tables
 from llmmed.benchmark.breakdown import group_events, in_range
 from llmmed.benchmark.cli import run
 from llmmed.benchmark.contestants import CONTESTANTS, Contestant, build
@@ -376,6 +378,28 @@ def test_all_contestants_train_the_same(optimizer: str) -> None:
     for values in second:
         assert values == pytest.approx(second[0], rel=1e-4 if optimizer == "adamw" else 0.02)
     assert second[0][0] < first[0][0]
+
+
+def test_liger_sums_the_heads_gradient_in_float32(monkeypatch: pytest.MonkeyPatch) -> None:
+    given: list[Any] = []
+
+    class LigerFusedLinearCrossEntropyFunction:
+        @staticmethod
+        def forward(ctx, _input, weight, target, bias=None, ce_weight=None, ignore_index=-100, lse_square_scale=0.0,
+                    label_smoothing=0.0, reduction="mean", softcap=None, return_z_loss=False, accum_dtype=None):
+            """As liger-kernel 0.8.5 has it."""
+
+        @classmethod
+        def apply(cls, *arguments: Any) -> tuple[torch.Tensor]:
+            given.append(inspect.signature(cls.forward).bind(None, *arguments).arguments)
+            return (torch.zeros(()),)
+
+    module = types.ModuleType("fused")
+    module.LigerFusedLinearCrossEntropyFunction = LigerFusedLinearCrossEntropyFunction  # type: ignore[attr-defined]
+    monkeypatch.setitem(sys.modules, "liger_kernel.ops.fused_linear_cross_entropy", module)
+    plain_llama._liger_loss(torch.nn.Linear(4, 8, bias=False), torch.zeros(3, 4), torch.zeros(3, dtype=torch.int64))
+    assert given[0]["accum_dtype"] == torch.float32
+    assert (given[0]["ignore_index"], given[0]["reduction"]) == (-100, "mean")
 
 
 @pytest.mark.gpu
