@@ -380,13 +380,48 @@ def test_all_contestants_train_the_same(optimizer: str) -> None:
     assert second[0][0] < first[0][0]
 
 
+def test_hugging_face_is_causal_without_a_mask() -> None:
+    masks = pytest.importorskip("transformers.masking_utils").ALL_MASK_ATTENTION_FUNCTIONS
+    before = masks["sdpa"]
+    contestant = next(each for each in CONTESTANTS if each.name == "hf_compiled")
+    _, config = compose_benchmark([*TINY, "model.n_layers=1", "benchmark=step"])
+    found: list[dict[str, Any]] = []
+
+    def backend(graph: torch.fx.GraphModule, _: list[torch.Tensor]) -> Callable[..., Any]:
+        found.extend(node.kwargs for node in graph.graph.nodes if "scaled_dot_product" in str(node.target))
+        return graph.forward
+
+    try:
+        trainee = build(contestant, config)
+        tokens = torch.randint(300, (2, 16), generator=torch.Generator().manual_seed(0))
+        model = trainee._model  # type: ignore[attr-defined]
+        loss = torch.compile(model, backend=backend)(tokens, tokens)
+    finally:
+        masks["sdpa"] = before
+    assert [(kwargs["is_causal"], kwargs["attn_mask"]) for kwargs in found] == [(True, None)]
+    assert loss.item() == pytest.approx(model(tokens, tokens).item(), rel=1e-6)  # as transformers masks by itself
+
+
 def test_liger_sums_the_heads_gradient_in_float32(monkeypatch: pytest.MonkeyPatch) -> None:
     given: list[Any] = []
 
     class LigerFusedLinearCrossEntropyFunction:
         @staticmethod
-        def forward(ctx, _input, weight, target, bias=None, ce_weight=None, ignore_index=-100, lse_square_scale=0.0,
-                    label_smoothing=0.0, reduction="mean", softcap=None, return_z_loss=False, accum_dtype=None):
+        def forward(
+            ctx,
+            _input,
+            weight,
+            target,
+            bias=None,
+            ce_weight=None,
+            ignore_index=-100,
+            lse_square_scale=0.0,
+            label_smoothing=0.0,
+            reduction="mean",
+            softcap=None,
+            return_z_loss=False,
+            accum_dtype=None,
+        ):
             """As liger-kernel 0.8.5 has it."""
 
         @classmethod

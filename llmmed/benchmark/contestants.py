@@ -258,10 +258,24 @@ def _hugging_face(weights: Transformer, contestant: Contestant, config: Config) 
         apply_liger_kernel_to_llama()
     from transformers import LlamaConfig, LlamaForCausalLM
 
+    _leave_causality_to_attention()
     fields = hf_config_dict(config.model, max_seq_len=config.train.seq_len, attn_implementation="sdpa", use_cache=False)
     model: nn.Module = LlamaForCausalLM(LlamaConfig(**fields))
     model.load_state_dict(to_hf_state_dict(weights, config.model), strict=not config.model.tie_embeddings)
     return _LossOnly(model.to(config.device))
+
+
+def _leave_causality_to_attention() -> None:
+    """Gives attention no mask, since batches are never padded: it is then causal by itself.
+
+    In a compiled step transformers makes a dense mask otherwise, which no flash or cuDNN kernel takes.
+    """
+    try:
+        from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
+    except ImportError:
+        print("this transformers is older than 4.53: compiled, it makes a dense mask; pip install -U transformers")
+    else:
+        ALL_MASK_ATTENTION_FUNCTIONS["sdpa"] = lambda *args, **kwargs: None
 
 
 class _LossOnly(nn.Module):
