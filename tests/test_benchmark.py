@@ -33,16 +33,18 @@ from llmmed.autotune.journal import Task
 from llmmed.autotune.measure import Measurement
 from llmmed.autotune.plan import Ceilings, Hardware
 from llmmed.benchmark import manual, ops, plain_llama, step, step_worker, tables
-from llmmed.benchmark.breakdown import group_events, in_range
 from llmmed.benchmark.cli import run
-from llmmed.benchmark.contestants import CONTESTANTS, Contestant, build
+from llmmed.benchmark.contestants import CONTESTANTS, Contestant, _Ours, build
 from llmmed.benchmark.page import write_page
+from llmmed.benchmark.profiled_groups import group_events, in_range
 from llmmed.benchmark.results import OpRow, OpsResult, Origin, Result, StepResult, StepRow, StepShape, write
 from llmmed.benchmark.settings import OpsSettings, StepSettings, as_lists, compose_benchmark
 from llmmed.benchmark.step import _compared
 from llmmed.benchmark.step_worker import StepFound, StepJob
 from llmmed.errors import UserError
 from llmmed.kernels import catalog
+from llmmed.kernels.base import Kernels
+from llmmed.kernels.catalog import default_choice, load_kernels
 from llmmed.reporting.benchmark_plots import GROUPS, draw
 
 PAGE = (Path(__file__).parent.parent / "docs" / "coming-from-the-script.md").read_text(encoding="utf-8")
@@ -378,6 +380,24 @@ def test_all_contestants_train_the_same(optimizer: str) -> None:
     for values in second:
         assert values == pytest.approx(second[0], rel=1e-4 if optimizer == "adamw" else 0.02)
     assert second[0][0] < first[0][0]
+
+
+def test_ours_gets_its_kernels_back_from_a_profiler_that_fails() -> None:
+    kernels = load_kernels(default_choice())
+    set_to: list[Kernels] = []
+    ours = object.__new__(_Ours)
+    ours._mode, ours._model = "eager", types.SimpleNamespace(kernels=kernels, set_kernels=set_to.append)  # type: ignore[assignment]
+    with pytest.raises(RuntimeError), ours.annotated():
+        raise RuntimeError
+    assert len(set_to) == 2
+    assert set_to[-1] is kernels
+
+
+def test_the_label_of_a_size_is_no_contestants_own(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(step._Entry, "_process", lambda *_: StepFound(status="crashed"))
+    result, _ = benchmark(tmp_path, *TINY, *STEP, "contestants=plain_fp16,plain_eager")
+    assert isinstance(result, StepResult)
+    assert [shape.precision for shape in result.shapes] == ["fp32"]
 
 
 def test_hugging_face_is_causal_without_a_mask() -> None:

@@ -1,7 +1,12 @@
 """Who takes part in `benchmark=step`, and how each trains: same weights, batches, optimizer, clipping and precision.
 
 Ours keeps parameters in float32 and casts explicitly; the rivals do what their users do: float32 parameters under
-autocast, fused AdamW or `torch.optim.Muon`, `clip_grad_norm_`, gradients set to None.
+autocast, fused AdamW or `torch.optim.Muon`, `clip_grad_norm_`, gradients set to None. Three things are not the same:
+
+* under autocast Hugging Face's residual stream, norms and rotary positions stay in float32, as its own code has it;
+* Hugging Face gets no attention mask, since batches are never padded, so that attention takes causal kernels;
+* with Muon the plain model's fused projections (query, key and value; gate and up) are one matrix each, so that their
+  updates are orthogonalised together, where the others' are apart.
 """
 
 from __future__ import annotations
@@ -23,7 +28,7 @@ from llmmed.autotune.plan import KernelPlan, Mode
 from llmmed.autotune.tuner import tune
 from llmmed.autotune.workload import record_workload
 from llmmed.benchmark import plain_llama
-from llmmed.benchmark.breakdown import annotated, in_range
+from llmmed.benchmark.profiled_groups import annotated, in_range
 from llmmed.compose import accumulation_steps
 from llmmed.config import Config
 from llmmed.kernels.base import Kernels, Unavailable
@@ -160,8 +165,10 @@ class _Ours:
             return
         kernels = self._model.kernels
         self._model.set_kernels(_marked(kernels))
-        yield
-        self._model.set_kernels(kernels)
+        try:
+            yield
+        finally:
+            self._model.set_kernels(kernels)
 
 
 _PARTS = {

@@ -55,7 +55,7 @@ def run_step(
         for contestant in _chosen(settings)
         for size in sizes
     ]
-    shapes = [_shape(entry.config) for entry in entries[: len(sizes)]]
+    shapes = [_shape(config_of(size, None, overrides)) for size in sizes]
     by_size = sorted(entries, key=lambda entry: sizes.index(entry.size))
     with tempfile.TemporaryDirectory(prefix="llmmed-step-") as caches:
         for number in range(settings.rounds):

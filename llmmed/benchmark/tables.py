@@ -86,7 +86,8 @@ OPS_NOTE = (
 STEP_NOTE = (
     "Every contestant in a process of its own, from the same weights, on the same batches. Speed: the median of all "
     "timed blocks with its 95 % interval (±: half of it). First step: seconds from the start of the process with empty "
-    "compiler caches; in brackets in a later round."
+    "compiler caches; in brackets in a later round. Hugging Face's model gets no mask, since batches are never padded; "
+    "its residual stream, norms and rotary positions stay in float32 under autocast."
 )
 
 

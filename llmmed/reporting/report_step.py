@@ -8,8 +8,8 @@ from pathlib import Path
 
 from llmmed.autotune.plan import KernelPlan, StepEvidence, StepTimes, StepTrial
 from llmmed.errors import UserError
-from llmmed.reporting import breakdown
-from llmmed.reporting.breakdown import Breakdown
+from llmmed.reporting import plan_shares
+from llmmed.reporting.plan_shares import Breakdown
 from llmmed.reporting.report_html import bars, decimals, digits, swatch, table
 
 _ABSENT = "\N{EN DASH}"
@@ -21,7 +21,7 @@ def step_section(folder: Path) -> str:
         plan = KernelPlan.read(folder / "kernels.json")
     except UserError:
         return "<p>No kernels were chosen yet.</p>"
-    chosen, default = breakdown.of_chosen(plan), breakdown.of_default(plan)
+    chosen, default = plan_shares.of_chosen(plan), plan_shares.of_default(plan)
     if not chosen.parts and plan.step is None:
         return (
             "<p>Not measured: nothing was timed, because nothing was left to choose "
@@ -46,13 +46,13 @@ def _bars(chosen: Breakdown, default: Breakdown, *, same: bool) -> str:
         times = {part.op: part.ms for part in found.parts}
         values[title] = [(place[name], name, times[name]) for name in names if name in times]
         if found.rest_ms is not None:
-            values[title].append((None, breakdown.REST, found.rest_ms))
+            values[title].append((None, plan_shares.REST, found.rest_ms))
     rows = []
-    for name in [*names, breakdown.REST]:
+    for name in [*names, plan_shares.REST]:
         cells = [f'<td class="part">{swatch(place.get(name))}{escape(name)}</td>']
         for found in shown.values():
             part = next((part for part in found.parts if part.op == name), None)
-            ms = found.rest_ms if name == breakdown.REST else part.ms if part else None
+            ms = found.rest_ms if name == plan_shares.REST else part.ms if part else None
             used = part.implementation if part else ""
             cells.append(f'<td class="number">{_fixed(ms, places)}</td><td>{escape(used)}</td>')
         rows.append(f"<tr>{''.join(cells)}</tr>")

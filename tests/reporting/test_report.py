@@ -14,8 +14,8 @@ from rich.console import Console
 from llmmed.autotune.plan import StepTrial
 from llmmed.errors import UserError
 from llmmed.reporting import report, report_html
-from tests.reporting.test_breakdown import OPS, plan_with
 from tests.reporting.test_kernel_table import make_plan
+from tests.reporting.test_plan_shares import OPS, plan_with
 from tests.reporting.test_sweep_summary import make_job, make_sweep, write
 
 VOID = {"meta", "img", "br", "path", "polyline", "circle"}
