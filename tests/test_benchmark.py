@@ -29,9 +29,13 @@ from torch.profiler import ProfilerActivity, profile
 
 import llmmed
 from llmmed import compose
-from llmmed.autotune.journal import Task
+from llmmed.autotune import warm, worker
+from llmmed.autotune.child import Findings
+from llmmed.autotune.journal import Job, JournalWriter, Task
 from llmmed.autotune.measure import Measurement
-from llmmed.autotune.plan import Ceilings, Hardware
+from llmmed.autotune.plan import Candidate, Ceilings, Hardware
+from llmmed.autotune.verify import Verdict
+from llmmed.autotune.workload import record_workload
 from llmmed.benchmark import manual, ops, plain_llama, step, step_worker, tables
 from llmmed.benchmark.cli import run
 from llmmed.benchmark.contestants import CONTESTANTS, Contestant, _Ours, build
@@ -188,17 +192,81 @@ def test_every_candidate_has_its_numbers_or_its_reason(
     assert "x 2x16x384 float32" in found["rms_norm", "small", "pytorch"].shapes
     assert "(at size tiny)" in found["rms_norm", "small", "wrong"].reason
 
-    # Once verified in a dtype, never again.
     first, second = ({task.op: task for task in tasks} for tasks in passes)
     assert "pytorch" in first["rms_norm"].verify
-    assert second["rms_norm"].verify == []
-    assert set(second["rms_norm"].verified) == {"pytorch", "right"}
+    assert set(second["rms_norm"].verify) == set(second["rms_norm"].at_own_calls) == {"pytorch", "right"}
+    assert norm.relative_error != found["rms_norm", "tiny", "pytorch"].relative_error
 
     assert "SIGSEGV" in shown
     assert OpsResult.model_validate(json.loads((folder / "ops.json").read_text())) == result
     with (folder / "ops.csv").open() as file:
         assert [row["implementation"] for row in csv.DictReader(file)] == [row.implementation for row in result.rows]
     assert (folder / "ops_time_float32_eager.png").read_bytes().startswith(b"\x89PNG")
+
+
+@pytest.fixture
+def tuned(monkeypatch: pytest.MonkeyPatch) -> list[Task]:
+    """The tasks of `benchmark=ops`, whose processes are not started: what they verify is right and timed."""
+    tasks: list[Task] = []
+
+    def child(given: list[Task], **_: object) -> Findings:
+        tasks.extend(given)
+        error = 1e-3 * len(tasks)
+        timed = {"total_ms": 1.0, "total_ms_low": 0.9, "total_ms_high": 1.1}
+        ops = {
+            task.op: {
+                name: known.model_copy(update=timed)
+                for name, known in (
+                    task.verified
+                    | {name: Candidate(status="verified", relative_error=error) for name in task.verify}
+                ).items()
+            }
+            for task in given
+        }  # fmt: skip
+        return Findings(ops=ops, measured={task.op for task in given}, finished=True)
+
+    monkeypatch.setattr(ops, "tune_in_child", child)
+    return tasks
+
+
+SIZES_OF = ["device=cpu", "train.seq_len=16", "train.micro_batch_size=2", "tokenizer.vocab_size=300", "peers=false"]
+
+
+def test_nothing_is_timed_at_a_size_at_which_it_was_not_verified(tmp_path: Path, tuned: list[Task]) -> None:
+    result, _ = benchmark(tmp_path, *SIZES_OF, "sizes=tiny,small", "ops=rms_norm", "modes=eager,compiled")
+    assert isinstance(result, OpsResult)
+    tiny, tiny_again, small, small_again = tuned
+    assert "pytorch" in tiny.verify
+    assert tiny.at_own_calls == []
+    assert small.verify == small.at_own_calls == tiny.verify
+    for again, before in ((tiny_again, tiny), (small_again, small)):
+        assert again.verify == []
+        assert set(again.verified) <= set(before.verify)
+    errors = {(row.size, row.mode): row.relative_error for row in result.rows if row.implementation == "pytorch"}
+    assert errors == {
+        ("tiny", "eager"): 1e-3, ("tiny", "compiled"): 1e-3, ("small", "eager"): 3e-3, ("small", "compiled"): 3e-3
+    }  # fmt: skip
+
+
+def test_the_cases_are_left_out_for_what_has_passed_them(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    _, config = compose_benchmark([*TINY, "model.n_layers=1"])
+    calls = record_workload(config).by_op()["rms_norm"]
+    given: dict[str, Any] = {}
+
+    def judged(op: Any, implementation: Any, *_: object, **named: Any) -> Verdict:
+        given[implementation.name] = named["cases"]
+        return Verdict("verified", "", 0.0, 0.0, 1)
+
+    monkeypatch.setattr(worker, "verify", judged)
+    task = Task.of("rms_norm", calls, ["pytorch", "compiled"], measure=False)
+    task = task.model_copy(update={"at_own_calls": ["compiled"]})
+    job = Job(journal=tmp_path / "journal", device="cpu", mode="eager", deterministic=False, matmul_precision="highest",
+              tasks=[task], seconds=10.0)  # fmt: skip
+    with JournalWriter(job.journal) as journal:
+        worker.Worker(job, journal).run()
+    assert given == {"pytorch": None, "compiled": ()}
+    ahead = {(unit.name, unit.call) for unit in warm._units([task], "eager", torch.device("cpu"))}
+    assert {call for name, call in ahead if name == "compiled"} == set(calls)
 
 
 def test_without_time_everything_is_in_the_table_as_not_tried(tmp_path: Path) -> None:

@@ -1,4 +1,6 @@
-"""Times every implementation of every op: verified once for each compute dtype, then measured at every size and mode.
+"""Times every implementation of every op at every size and mode, once it is verified there.
+
+The op's cases are gone through once for each compute dtype, a size's own calls before they are timed.
 
 A pass is one size, dtype and mode, all ops after another, in a process of its own: the autotuner's, so that a candidate
 that crashes or hangs costs that candidate alone.
@@ -93,25 +95,35 @@ class _Pass:
 
 @dataclass
 class _Verdicts:
-    """What is known of candidates without their times: by op and dtype, and of failures under the clock by mode too."""
+    """What is known of candidates without their times: by op and dtype, and of failures under the clock by mode too.
+
+    `at_size` are those that passed at a size's own calls, with their error there.
+    """
 
     gate: dict[tuple[str, str], dict[str, Candidate]] = field(default_factory=dict)
+    at_size: dict[tuple[str, str, str], dict[str, Candidate]] = field(default_factory=dict)
     clock: dict[tuple[str, str, Mode], dict[str, Candidate]] = field(default_factory=dict)
 
     def learn(self, each: _Pass, op: str, name: str, found: Candidate) -> None:
         gate = self.gate.setdefault((op, each.dtype), {})
         verified = found.relative_error is not None and found.status != "wrong"
         if verified:
-            gate[name] = Candidate(
-                status="verified", relative_error=found.relative_error, worst_ratio=found.worst_ratio
-            )
+            passed = Candidate(status="verified", relative_error=found.relative_error, worst_ratio=found.worst_ratio)
+            gate[name] = self.at_size.setdefault((op, each.dtype, each.size), {})[name] = passed
         if found.status in _CARRIED:
             where = f" (at size {each.size})" if found.status != "unavailable" else ""
             bad = found.model_copy(update={"reason": found.reason + where})
             (self.clock.setdefault((op, each.dtype, each.mode), {}) if verified else gate)[name] = bad
 
     def of(self, each: _Pass, op: str) -> dict[str, Candidate]:
-        return self.gate.get((op, each.dtype), {}) | self.clock.get((op, each.dtype, each.mode), {})
+        """Of those whose verdict is known at this size."""
+        bad = {name: c for name, c in self.gate.get((op, each.dtype), {}).items() if c.status != "verified"}
+        passed = self.at_size.get((op, each.dtype, each.size), {})
+        return passed | bad | self.clock.get((op, each.dtype, each.mode), {})
+
+    def passed_elsewhere(self, each: _Pass, op: str) -> set[str]:
+        """Of those that have passed the op's cases, and perhaps not this size's calls."""
+        return {name for name, c in self.gate.get((op, each.dtype), {}).items() if c.status == "verified"}
 
 
 def _passes(settings: OpsSettings, overrides: Sequence[str]) -> list[_Pass]:
@@ -157,7 +169,9 @@ def _run(
         verified = {name: candidate for name, candidate in known.items() if candidate.status == "verified"}
         fresh = [name for name in names if name not in known and name not in settled[op]]
         task = Task.of(op, calls, fresh, measure=True)
-        tasks.append(task.model_copy(update={"verified": verified}))
+        passed = verdicts.passed_elsewhere(each, op)
+        known_part = {"verified": verified, "at_own_calls": [name for name in fresh if name in passed]}
+        tasks.append(task.model_copy(update=known_part))
     findings = tune_in_child(
         tasks,
         device=each.config.device,
