@@ -248,6 +248,20 @@ def test_nothing_is_timed_at_a_size_at_which_it_was_not_verified(tmp_path: Path,
     }  # fmt: skip
 
 
+def test_sizes_with_the_same_calls_have_a_row_each(tmp_path: Path, tuned: list[Task]) -> None:
+    size = ["sizes=tiny,small", "model.d_model=64", "model.n_heads=4", "model.d_ff=192"]
+    result, shown = benchmark(tmp_path, *SIZES_OF, *size, "ops=rms_norm", "dtypes=float32,bfloat16")
+    assert isinstance(result, OpsResult)
+    assert len(tuned) == 2  # one for each dtype
+    rows = {(row.size, row.dtype): row for row in result.rows if row.implementation == "pytorch"}
+    assert set(rows) == {(s, d) for s in ("tiny", "small") for d in ("float32", "bfloat16")}
+    assert {row.total_ms for row in rows.values()} == {1.0}
+    assert rows["tiny", "float32"].reason == ""
+    assert rows["small", "bfloat16"].reason == "the same calls as tiny in bfloat16, measured there"
+    assert rows["small", "bfloat16"].relative_error == rows["tiny", "bfloat16"].relative_error
+    assert "the same calls as tiny in float32" in shown
+
+
 def test_the_cases_are_left_out_for_what_has_passed_them(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     _, config = compose_benchmark([*TINY, "model.n_layers=1"])
     calls = record_workload(config).by_op()["rms_norm"]

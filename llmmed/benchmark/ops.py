@@ -74,6 +74,7 @@ def run_ops(
         tell(index / len(passes), each.title)
         found, measured = _run(each, settings, verdicts, deadline, report, keep_op)
         rows += found
+        rows += list(_copies(each, rows))
         if measured is not None:
             ceilings[each.title] = measured
         tell((index + 1) / len(passes), each.title)
@@ -87,6 +88,7 @@ class _Pass:
     mode: Mode
     config: Config
     calls: dict[str, dict[Call, int]]  # by op; every distinct call once
+    measured_before: dict[str, tuple[str, DtypeName]]  # ops whose calls are those of another size or dtype
 
     @property
     def title(self) -> str:
@@ -127,9 +129,9 @@ class _Verdicts:
 
 
 def _passes(settings: OpsSettings, overrides: Sequence[str]) -> list[_Pass]:
-    """By dtype, then size, then mode. An op whose calls do not depend on the dtype is not measured in a second one."""
+    """By dtype, then size, then mode. An op whose calls do not depend on the one or the other is not measured again."""
     passes: list[_Pass] = []
-    seen: set[tuple[Mode, tuple[Call, ...]]] = set()
+    seen: dict[tuple[Mode, tuple[Call, ...]], tuple[str, DtypeName]] = {}
     sizes: list[str | None] = [*settings.sizes] or [None]
     for dtype in settings.dtypes:
         for size in sizes:
@@ -140,11 +142,20 @@ def _passes(settings: OpsSettings, overrides: Sequence[str]) -> list[_Pass]:
                     raise UserError(f"ops={op}: a step with optimizer={config.optimizer.name} does not call it")
             calls = {op: dict.fromkeys(workload[op], 1) for op in settings.op_names if op in workload}
             for mode in settings.modes:
-                fresh = {op: found for op, found in calls.items() if (mode, tuple(found)) not in seen}
-                seen.update((mode, tuple(found)) for found in calls.values())
-                if fresh:
-                    passes.append(_Pass(config.model.name, dtype, mode, config, fresh))
+                before = {op: seen[mode, tuple(found)] for op, found in calls.items() if (mode, tuple(found)) in seen}
+                fresh = {op: found for op, found in calls.items() if op not in before}
+                seen.update({(mode, tuple(found)): (config.model.name, dtype) for found in fresh.values()})
+                passes.append(_Pass(config.model.name, dtype, mode, config, fresh, before))
     return passes
+
+
+def _copies(each: _Pass, rows: Sequence[OpRow]) -> Iterator[OpRow]:
+    """What was measured at another size or in another dtype, with the very calls of this one."""
+    for op, (size, dtype) in each.measured_before.items():
+        for row in [row for row in rows if (row.op, row.size, row.dtype, row.mode) == (op, size, dtype, each.mode)]:
+            note = f"the same calls as {size} in {dtype}, measured there"
+            told = "; ".join(filter(None, (row.reason, note if row.total_ms is not None else "")))
+            yield row.model_copy(update={"size": each.size, "dtype": each.dtype, "reason": told})
 
 
 def _run(
