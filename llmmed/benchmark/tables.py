@@ -2,33 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
-from typing import Generic, TypeVar
+from collections.abc import Sequence
+from typing import TypeVar
 
 from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
 from llmmed.benchmark.results import OpRow, OpsResult, Origin, StepResult, StepRow
+from llmmed.reporting.numbers import ABSENT, Column, digits, number, words
 
-_ABSENT = "\N{EN DASH}"
 _GOOD, _IDLE = "green", "dim"
 _LONGEST_NAME = 18  # of an implementation, with its indent; a contestant's is folded
 _R = TypeVar("_R", OpRow, StepRow)
-
-
-@dataclass(frozen=True)
-class Column(Generic[_R]):
-    """A number of every row; its header has the unit, in two lines. Empty text if absent."""
-
-    header: str
-    value: Callable[[_R], str]
-
-    @property
-    def title(self) -> str:
-        """The header in one line."""
-        return self.header.replace("-\n", "").replace("\n", " ")
 
 
 def header(origin: Origin) -> str:
@@ -71,8 +57,8 @@ def markdown(rows: Sequence[OpRow] | Sequence[StepRow]) -> str:
         ["---", "---", *("---:" for _ in used)],
     ]
     for row in rows:
-        cells = [column.value(row) or _ABSENT for column in used]  # type: ignore[arg-type]
-        verdict = _words(row.status) + (f": {row.reason}" if row.reason else "")
+        cells = [column.value(row) or ABSENT for column in used]  # type: ignore[arg-type]
+        verdict = words(row.status) + (f": {row.reason}" if row.reason else "")
         lines.append([_name(row), verdict, *cells])
     return "".join(f"| {' | '.join(cell.replace('|', chr(92) + '|') for cell in line)} |\n" for line in lines)
 
@@ -109,13 +95,13 @@ def _group(title: str, told: str, rows: Sequence[_R], columns: Sequence[Column[_
     for column in used:
         table.add_column(column.header, justify="right", no_wrap=True)
     for row in timed:
-        table.add_row(f"  {_name(row)}", *(column.value(row) or Text(_ABSENT, _IDLE) for column in used))
+        table.add_row(f"  {_name(row)}", *(column.value(row) or Text(ABSENT, _IDLE) for column in used))
     if timed:
         console.print(table)
     for row in rows:
         if not _is_timed(row):
             reason = f": {row.reason}" if row.reason else ""
-            console.print(Text.assemble(f"  {_name(row)}: ", (_words(row.status), _colour(row.status)), reason))
+            console.print(Text.assemble(f"  {_name(row)}: ", (words(row.status), _colour(row.status)), reason))
         elif row.reason:
             console.print(Text(f"  {_name(row)}: {row.reason}"))
 
@@ -128,24 +114,13 @@ def _name(row: OpRow | StepRow) -> str:
     return row.implementation if isinstance(row, OpRow) else row.title
 
 
-def _number(value: float | None, form: str) -> str:
-    return "" if value is None else format(value, form)
-
-
-def milliseconds(value: float | None) -> str:
-    """Three significant digits without an exponent."""
-    if value is None:
-        return ""
-    return f"{value:,.0f}" if value >= 100 else f"{value:.4f}" if value < 0.1 else f"{value:#.3g}"
-
-
 def _spread(middle: float | None, low: float | None, high: float | None) -> str:
     """Half the interval, in per cent of the median."""
     return "" if not middle or low is None or high is None else f"{50 * (high - low) / middle:.1f}"
 
 
 def _device_ms(row: OpRow) -> str:
-    return milliseconds(row.device_ms) if row.host_ms is not None else ""  # on a CPU it says the same as the total
+    return digits(row.device_ms) if row.host_ms is not None else ""  # on a CPU it says the same as the total
 
 
 def _first_step(row: StepRow) -> str:
@@ -159,32 +134,28 @@ def _speed_interval(row: StepRow) -> str:
 
 
 _OPS: tuple[Column[OpRow], ...] = (
-    Column("relative\nerror", lambda row: _number(row.relative_error, ".1e")),
+    Column("relative\nerror", lambda row: number(row.relative_error, ".1e")),
     Column("device\nms", _device_ms),
-    Column("host\nms", lambda row: milliseconds(row.host_ms)),
-    Column("fwd+bwd\nms", lambda row: milliseconds(row.total_ms)),
+    Column("host\nms", lambda row: digits(row.host_ms)),
+    Column("fwd+bwd\nms", lambda row: digits(row.total_ms)),
     Column("\u00b1\n%", lambda row: _spread(row.total_ms, row.total_ms_low, row.total_ms_high)),
-    Column("ceil-\ning", lambda row: _number(row.share_of_ceiling, ".2f")),
-    Column("memory\nMiB", lambda row: _number(row.peak_memory_mib, ",.0f")),
-    Column("speed-\nup", lambda row: _number(row.speedup, ".2f")),
+    Column("ceil-\ning", lambda row: number(row.share_of_ceiling, ".2f")),
+    Column("memory\nMiB", lambda row: number(row.peak_memory_mib, ",.0f")),
+    Column("speed-\nup", lambda row: number(row.speedup, ".2f")),
 )
 _INTERVAL = Column("95 %\ninterval", _speed_interval)
 _SPREAD = Column[StepRow](
     "\u00b1\n%", lambda row: _spread(row.tokens_per_second, row.tokens_per_second_low, row.tokens_per_second_high)
 )
 _STEP: tuple[Column[StepRow], ...] = (
-    Column("speed\ntokens/s", lambda row: _number(row.tokens_per_second, ",.0f")),
+    Column("speed\ntokens/s", lambda row: number(row.tokens_per_second, ",.0f")),
     _INTERVAL,
     _SPREAD,
-    Column("step\nms", lambda row: milliseconds(row.step_ms)),
+    Column("step\nms", lambda row: digits(row.step_ms)),
     Column("MFU\n%", lambda row: "" if row.mfu is None else f"{100 * row.mfu:.1f}"),
-    Column("memory\nGiB", lambda row: _number(row.peak_memory_gib, ".2f")),
+    Column("memory\nGiB", lambda row: number(row.peak_memory_gib, ".2f")),
     Column("first\nstep, s", _first_step),
 )
-
-
-def _words(status: str) -> str:
-    return status.replace("_", " ")
 
 
 def _colour(status: str) -> str:

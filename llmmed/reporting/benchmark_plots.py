@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING
 
 from llmmed.benchmark.results import OpRow, OpsResult, StepResult, StepRow
 from llmmed.files import write_atomically
+from llmmed.reporting.numbers import digits
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -229,7 +230,7 @@ def _bars(
             if low is not None and high is not None:
                 axis.plot([low, high], [place, place], "|-", color="black", linewidth=1.2, markersize=7)
                 end = high
-        axis.text(end + 0.02 * top, place, _short(value), va="center", fontsize=8)
+        axis.text(end + 0.02 * top, place, digits(value), va="center", fontsize=8)
     axis.set_xlim(0, 1.22 * top)
     axis.set_ylim(len(rows) - 0.5, -0.5)
     axis.set_xlabel(label)
@@ -259,7 +260,7 @@ def _breakdown_figure(result: StepResult, rows: Sequence[StepRow]) -> Figure:
                 width = (row.device_ms or {}).get(group, 0.0)
                 axis.barh(place, width, 0.72, left=left, color=colour, hatch=hatch, edgecolor="white", linewidth=0.5)
                 left += width
-            axis.text(left, place, f" {_short(left)}", va="center", fontsize=8)
+            axis.text(left, place, f" {digits(left)}", va="center", fontsize=8)
         axis.set_yticks(range(len(here)), [_folded(row.title) for row in here])
         axis.set_ylim(len(here) - 0.5, -0.5)
         axis.margins(x=0.08)
@@ -316,10 +317,6 @@ def _plain_log_ticks(axis: object) -> None:
     axis.set_major_locator(LogLocator(subs=subs, numticks=15))
     axis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:,.10g}"))
     axis.set_minor_formatter(NullFormatter())
-
-
-def _short(value: float) -> str:
-    return f"{value:,.0f}" if value >= 100 else f"{value:#.3g}"
 
 
 def _thousand(value: float | None) -> float | None:

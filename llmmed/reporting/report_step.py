@@ -9,10 +9,9 @@ from pathlib import Path
 from llmmed.autotune.plan import KernelPlan, StepEvidence, StepTimes, StepTrial
 from llmmed.errors import UserError
 from llmmed.reporting import plan_shares
+from llmmed.reporting.numbers import ABSENT, digits
 from llmmed.reporting.plan_shares import Breakdown
-from llmmed.reporting.report_html import bars, decimals, digits, swatch, table
-
-_ABSENT = "\N{EN DASH}"
+from llmmed.reporting.report_html import bars, decimals, swatch, table
 
 
 def step_section(folder: Path) -> str:
@@ -105,7 +104,7 @@ def _evidence(step: StepEvidence) -> str:
 
 
 def _times(name: str, times: StepTimes, places: int) -> str:
-    memory = _ABSENT if times.peak_memory_gib is None else f"{times.peak_memory_gib:.2f}"
+    memory = ABSENT if times.peak_memory_gib is None else f"{times.peak_memory_gib:.2f}"
     return _row([name], [_fixed(times.ms, places), _interval(times.ms_low, times.ms_high, places), memory])
 
 
@@ -124,9 +123,9 @@ def _row(texts: Sequence[str], numbers: Sequence[str], end: str = "") -> str:
 
 
 def _interval(low: float | None, high: float | None, places: int, sign: str = "") -> str:
-    return _ABSENT if low is None or high is None else f"{_fixed(low, places, sign)} to {_fixed(high, places, sign)}"
+    return ABSENT if low is None or high is None else f"{_fixed(low, places, sign)} to {_fixed(high, places, sign)}"
 
 
 def _fixed(value: float | None, places: int, sign: str = "") -> str:
     """With `places` digits after the point, so that a column stands in line; `sign` may be `+`."""
-    return _ABSENT if value is None else f"{value:{sign},.{places}f}"
+    return ABSENT if value is None else f"{value:{sign},.{places}f}"
