@@ -39,7 +39,7 @@ from llmmed.autotune.workload import record_workload
 from llmmed.benchmark import manual, ops, plain_llama, step, step_worker, tables
 from llmmed.benchmark.cli import run
 from llmmed.benchmark.contestants import CONTESTANTS, Contestant, _Ours, build
-from llmmed.benchmark.page import write_page
+from llmmed.benchmark.page import _origin, write_page
 from llmmed.benchmark.profiled_groups import group_events, in_range
 from llmmed.benchmark.results import OpRow, OpsResult, Origin, Result, StepResult, StepRow, StepShape, write
 from llmmed.benchmark.settings import OpsSettings, StepSettings, as_lists, compose_benchmark
@@ -440,6 +440,46 @@ def test_the_tables_fit_on_a_terminal_with_every_number_of_a_gpu(width: int) -> 
         assert "broken: crashed: it | crashed" in told or "unavailable: not installed" in told
 
 
+def shown(result: Result, width: int) -> list[str]:
+    console = Console(width=width, file=io.StringIO(), record=True)
+    tables.show(result, console)
+    return console.export_text().splitlines()
+
+
+def test_whole_steps_come_by_speed_beside_compiled_plain_pytorch() -> None:
+    whole = step_result()
+    speeds = {"ours_auto": 300.0, "plain_graphs": 250.0, "plain_compiled": 200.0, "hf_liger": 500.0}
+    rows = [row.model_copy(update={"tokens_per_second": speeds[row.contestant]})
+            for row in whole.rows if row.contestant in speeds]  # fmt: skip
+    result = whole.model_copy(update={"rows": rows})
+    lines = shown(result, 80)
+    names = [line.split("  ")[1] for line in lines if re.match(r"  \S+ \S+.* \d", line)]
+    assert [name.split(",")[0] for name in names][:2] == ["Hugging Face + Liger", "llmmed"]
+    assert all(line.startswith("  with CUDA graphs") for line in lines if "with CUDA graphs" in line)
+    ratios = ["2.00", "1.20", "1.00", "0.80"]
+    assert re.findall(r" (\d\.\d\d) +65\.5", "\n".join(lines)) == ratios
+    assert re.findall(r"\| (\d\.\d\d) \| 65\.5", tables.markdown(rows)) == ratios
+
+
+def test_equal_reasons_are_one_line() -> None:
+    one = ops_result(["pytorch"], ["rotary"])
+    gone = [one.rows[-1].model_copy(update={"implementation": name, "status": "unavailable", "reason": "no GPU"})
+            for name in ("flash", "liger")]  # fmt: skip
+    lines = shown(one.model_copy(update={"rows": [one.rows[0], *gone]}), 80)
+    assert [line.strip() for line in lines if "no GPU" in line] == ["flash, liger: unavailable: no GPU"]
+
+
+def test_notes_say_what_is_so() -> None:
+    gpu = ops_result(["pytorch", "liger"], ["rotary", "rms_norm"])
+    assert "cold cache" in tables.note(gpu)
+    assert "they are given in: rotary. They get copies" in tables.note(gpu)
+    cpu = gpu.model_copy(update={"rows": [
+        row.model_copy(update={"host_ms": None}) for row in gpu.rows if row.implementation == "pytorch"
+    ]})  # fmt: skip
+    assert "cold cache" not in tables.note(cpu)
+    assert "Liger" not in tables.note(cpu)
+
+
 @pytest.mark.parametrize("optimizer", ["adamw", "muon"])
 def test_all_contestants_train_the_same(optimizer: str) -> None:
     wanted = [*TINY, f"optimizer={optimizer}", "model.n_kv_heads=2", "optimizer.schedule=constant",
@@ -704,6 +744,11 @@ def origin() -> Origin:
                   changed_files=0, hardware=hardware, packages={"liger-kernel": None}, config={})  # fmt: skip
 
 
+def origin_on_cpu() -> Origin:
+    gpu = origin()
+    return gpu.model_copy(update={"hardware": gpu.hardware.model_copy(update={"device": "A CPU", "cuda": None})})
+
+
 NAMES = ("pytorch", "compiled", "liger", "triton", "cudnn", "flash", "efficient", "mine")
 
 
@@ -755,11 +800,15 @@ def test_the_page_and_the_plots_come_from_the_json_alone(tmp_path: Path) -> None
     }  # fmt: skip
 
     # The same again from what lies beside the page.
-    command = re.search(r"report=(\S+?)`", text)
+    command = re.search(r"report=(\S+) page=(\S+)`", text)
     assert command is not None
+    assert command[2] == str(page)
+    assert "Python 3.11, A CPU" in text
+    assert "; took 34 s" in text
     write_page([Path(folder) for folder in command[1].split(",")], page)
     assert page.read_text() == text
 
+    assert "".join(_origin(origin_on_cpu(), 1.0)).count("A CPU") == 1
     (tmp_path / "a" / "ops.json").write_text("{}")
     with pytest.raises(UserError, match="is not the result of a benchmark"):
         write_page([tmp_path / "a"], page)
