@@ -49,6 +49,7 @@ from llmmed.errors import UserError
 from llmmed.kernels import catalog
 from llmmed.kernels.base import Kernels
 from llmmed.kernels.catalog import default_choice, load_kernels
+from llmmed.reporting import benchmark_plots
 from llmmed.reporting.benchmark_plots import GROUPS, draw
 
 PAGE = (Path(__file__).parent.parent / "docs" / "coming-from-the-script.md").read_text(encoding="utf-8")
@@ -821,6 +822,35 @@ def test_pictures_are_of_a_size_that_a_page_can_show(tmp_path: Path) -> None:
         height, width, _ = matplotlib.image.imread(path).shape
         assert 400 < width < 2000
         assert 300 < height < 2400
+
+
+def test_every_implementation_has_a_colour_and_a_marker_of_its_own() -> None:
+    names = sorted({name for op in catalog.op_names() for name in catalog.implementation_names(op)} | {"mine", "yours"})
+    styles = benchmark_plots._styles(ops_result(names, ["attention"]).rows[:-1])
+    assert len(set(styles.values())) == len(names)
+    assert len({marker for _, marker in styles.values()}) == len(names)
+    okabe_and_ito = {"#000000", "#E69F00", "#56B4E9", "#009E73", "#0072B2", "#D55E00", "#CC79A7"}
+    assert {colour for colour, _ in styles.values()} <= {*okabe_and_ito, "#999999"}
+
+
+def test_pictures_of_three_sizes_have_all_of_their_text() -> None:
+    names = sorted({name for op in catalog.op_names() for name in catalog.implementation_names(op)})
+    two = ops_result(names, ["rotary", "swiglu"])
+    large = [row.model_copy(update={"size": "large"}) for row in two.rows if row.size == "base"]
+    figures = benchmark_plots._ops_figures(two.model_copy(update={"rows": [*two.rows, *large]}))
+    for name, figure in figures.items():
+        figure.canvas.draw()
+        legend, page = figure.legends[0].get_window_extent(), figure.bbox
+        assert page.x0 <= legend.x0, name
+        assert legend.x1 <= page.x1, name
+        if not name.startswith("ops_time"):
+            small, base, last, nothing = figure.axes
+            for axis in (base, last):
+                assert axis.get_xlabel()
+                assert any(label.get_visible() and label.get_text() for label in axis.get_xticklabels())
+            assert not small.get_xlabel()
+            assert not nothing.get_xlabel()
+        benchmark_plots._close(figure)
 
 
 # At a Python prompt

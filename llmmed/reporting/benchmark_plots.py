@@ -25,8 +25,12 @@ if TYPE_CHECKING:
 _BLACK, _ORANGE, _SKY, _GREEN, _YELLOW, _BLUE, _RED, _PURPLE = (
     "#000000", "#E69F00", "#56B4E9", "#009E73", "#F0E442", "#0072B2", "#D55E00", "#CC79A7",
 )  # fmt: skip
+_GREY = "#999999"
 _KNOWN = {"pytorch": (_BLACK, "o"), "compiled": (_BLUE, "s"), "triton": (_RED, "^"), "liger": (_GREEN, "D")}
-_OTHERS = ((_ORANGE, "v"), (_PURPLE, "X"), (_SKY, "P"), (_BLACK, "*"), (_GREEN, "<"), (_BLUE, ">"))
+_OTHERS = (
+    (_ORANGE, "v"), (_PURPLE, "X"), (_SKY, "P"), (_BLACK, "*"), (_GREEN, "<"), (_BLUE, ">"), (_GREY, "p"),
+    (_ORANGE, "h"), (_PURPLE, "8"), (_SKY, "H"), (_RED, "d"), (_GREY, "."),
+)  # fmt: skip
 _FAMILIES = {"ours": (_BLUE, ""), "plain": (_ORANGE, "//"), "hf": (_GREEN, "..")}
 GROUPS = {  # of a step's device time -> colour and hatch
     "products": (_BLUE, ""),
@@ -36,7 +40,7 @@ GROUPS = {  # of a step's device time -> colour and hatch
     "swiglu": (_YELLOW, "\\\\"),
     "loss": (_RED, "--"),
     "optimizer": (_SKY, "++"),
-    "other": ("#999999", ""),
+    "other": (_GREY, ""),
 }
 _DPI = 120
 
@@ -74,7 +78,10 @@ def _ops_figures(result: OpsResult) -> dict[str, Figure]:
 
 
 def _time_figure(rows: Sequence[OpRow], title: str) -> Figure:
-    """A panel an op: device time of every implementation against the size, and the least time possible."""
+    """A panel an op: device time of every implementation against the size, and the least time possible.
+
+    That is what the least traffic takes at the speed of a copy, or the least products at theirs.
+    """
     from matplotlib import pyplot
     from matplotlib.lines import Line2D
 
@@ -108,8 +115,7 @@ def _time_figure(rows: Sequence[OpRow], title: str) -> Figure:
         axis.grid(axis="y", alpha=0.3)
     handles = [Line2D([], [], color=c, marker=m, linewidth=1, label=n) for n, (c, m) in styles.items()]
     if any(row.least_ms for row in rows):
-        label = "ceiling: least traffic at the speed of a copy, or least products"
-        handles.append(Line2D([], [], color="0.35", linestyle="--", label=label))
+        handles.append(Line2D([], [], color="0.35", linestyle="--", label="ceiling: least time"))
     _finish(figure, title, handles, columns=4 if columns > 1 else 2)
     return figure
 
@@ -168,8 +174,9 @@ def _dots_figure(rows: Sequence[OpRow], title: str, dots: _Dots) -> Figure:
         axis.set_yticks(range(len(ops)), ops)
         axis.set_ylim(len(ops) - 0.5, -0.5)
         axis.grid(axis="x", alpha=0.3)
-    for axis in panels[-1]:
+    for axis in panels.flat[max(0, len(sizes) - columns) : len(sizes)]:  # with nothing below
         axis.set_xlabel(dots.label)
+        axis.tick_params(axis="x", which="both", labelbottom=True)
     handles = [Line2D([], [], color=c, marker=m, linestyle="", label=n) for n, (c, m) in styles.items()]
     _finish(figure, title, handles, columns=4)
     return figure
