@@ -239,7 +239,7 @@ def _picture(jobs: Sequence[JobSummary]) -> bytes:
 
     matplotlib.use("Agg")
     from matplotlib import pyplot
-    from matplotlib.ticker import FuncFormatter
+    from matplotlib.ticker import FuncFormatter, ScalarFormatter
 
     panels = [
         ("throughput (tokens/s)", [job.tokens_per_second for job in jobs], True, ",.0f"),
@@ -264,14 +264,16 @@ def _picture(jobs: Sequence[JobSummary]) -> bytes:
             else:
                 axis.plot([value], [row], "o" if hatch is None else "x", color=colour, markersize=7)
                 axis.annotate(f"{value:{form}}", (value, row), (0, 7), textcoords="offset points", ha="center", size=8)
+        axis.locator_params(axis="x", nbins=4)
+        finite = [value for value in values if value is not None and math.isfinite(value)]
         if bars:
             axis.set_xlim(0, 1.25 * highest)
-        else:
-            axis.margins(x=0.25)
+            axis.xaxis.set_major_formatter(FuncFormatter(lambda place, _: f"{place:,.6g}"))
+        elif finite:
+            axis.set_xlim(*sweep_curves.widened(min(finite), max(finite), 0.25))
+            axis.xaxis.set_major_formatter(ScalarFormatter(useOffset=False))
         axis.set_xlabel(title)
         axis.grid(axis="x", alpha=0.3)
-        axis.locator_params(axis="x", nbins=4)
-        axis.xaxis.set_major_formatter(FuncFormatter(lambda place, _: f"{place:,.6g}"))
         axis.set_axisbelow(True)
         axis.spines[["top", "right"]].set_visible(False)
     axes[0][0].set_yticks(range(len(jobs)), labels)
