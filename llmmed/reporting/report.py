@@ -88,7 +88,11 @@ def run_page(folder: Path) -> str:
     }
     badge = f'<span class="badge {run.status.replace(" ", "-")}">{run.status}</span>'
     subtitle = f'{badge} {escape(run.job)}</p><p class="where">{escape(_where(folder))}'
-    return page(f"Run {folder.resolve().name}", subtitle, sections)
+    sweep = _sweep_of(folder)
+    title = (
+        f"Run {folder.resolve().name}" if sweep is None else f"A job of sweep {sweep.name}"
+    )  # named by its overrides
+    return page(title, subtitle, sections)
 
 
 def sweep_page(folder: Path, jobs: Sequence[JobSummary]) -> str:
@@ -113,6 +117,11 @@ def sweep_page(folder: Path, jobs: Sequence[JobSummary]) -> str:
     }
     done = sum(job.status == "finished" for job in jobs)
     return page(f"Sweep {folder.resolve().name}", f"{done} of {len(jobs)} jobs finished", sections)
+
+
+def _sweep_of(folder: Path) -> Path | None:
+    """The folder of the sweep that a run was part of, however deep a job's name made its own."""
+    return next((parent for parent in folder.resolve().parents[:3] if (parent / "multirun.yaml").exists()), None)
 
 
 def _picture(title: str, path: Path) -> str:
@@ -263,7 +272,7 @@ def _reproduce(folder: Path) -> str:
     if changed:
         text += f"<p>The source was not that of the commit: {len(changed)} files had changes.</p>"
         text += pre("\n".join(map(str, changed)))
-    if isinstance(given := environment.get("command"), list):
+    if isinstance(given := environment.get("command"), list) and _sweep_of(folder) is None:
         where = escape(str(environment.get("working_folder")))
         text += f"<p>What was typed, in <code>{where}</code>:</p>" + pre(shlex.join(map(str, given)))
     return text

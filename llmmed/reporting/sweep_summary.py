@@ -166,11 +166,11 @@ def table(jobs: Sequence[JobSummary]) -> Table:
     """For the terminal. A column that no job has a value for is left out."""
     shown = columns(jobs)
     found = Table(box=None, padding=(0, 1, 0, 0), pad_edge=False, header_style="bold")
-    found.add_column("job", overflow="fold", min_width=14)
+    found.add_column("job", overflow="fold", min_width=12)
     found.add_column("status", no_wrap=True)
     for column in shown:
         found.add_column(column.header, justify="right", no_wrap=True)
-    found.add_column("kernels other than pytorch", overflow="fold", min_width=12)
+    found.add_column("kernels other than pytorch", overflow="fold", min_width=10)
     for job in jobs:
         colour = {"finished": "green", "failed": "bold red"}.get(job.status, "yellow")
         cells = [Text(column.value(job) or ABSENT) for column in shown]
@@ -215,6 +215,7 @@ def losses_of(folder: Path) -> list[tuple[float, float]]:
 
 _COLUMNS: tuple[Column[JobSummary], ...] = (
     Column("speed\ntokens/s", lambda job: number(job.tokens_per_second, ",.0f")),
+    Column("MFU\n%", lambda job: "" if job.mfu is None else f"{100 * job.mfu:.1f}"),
     Column("memory\nGiB", lambda job: number(job.peak_memory_gib, ".2f")),
     Column("train\nloss", lambda job: number(job.train_loss, ".4f")),
     Column("val\nloss", lambda job: number(job.val_loss, ".4f")),
