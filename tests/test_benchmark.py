@@ -478,6 +478,10 @@ def test_notes_say_what_is_so() -> None:
         row.model_copy(update={"host_ms": None}) for row in gpu.rows if row.implementation == "pytorch"
     ]})  # fmt: skip
     assert "cold cache" not in tables.note(cpu)
+    whole = step_result()
+    alone = [row for row in whole.rows if not row.contestant.startswith("hf_")]
+    assert "gets no mask" in tables.note(whole)
+    assert "gets no mask" not in tables.note(whole.model_copy(update={"rows": alone}))
     assert "Liger" not in tables.note(cpu)
 
 

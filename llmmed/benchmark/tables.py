@@ -74,7 +74,8 @@ def by_speed(rows: Sequence[StepRow]) -> list[StepRow]:
 def note(result: OpsResult | StepResult) -> str:
     """What the columns mean, and what must be known to compare the rows."""
     if isinstance(result, StepResult):
-        return _STEP_NOTE
+        ran = {row.contestant.partition("_")[0] for row in result.rows if row.tokens_per_second}
+        return _STEP_NOTE + (_HUGGING_FACE_NOTE if "hf" in ran else "")
     timed = [row for row in result.rows if row.total_ms is not None]
     copied = sorted({row.op for row in timed if row.implementation == "liger" and row.op in _COPIED_FOR_LIGER})
     told = _OPS_NOTE if any(row.host_ms is not None for row in timed) else _OPS_NOTE_CPU
@@ -100,8 +101,11 @@ _STEP_NOTE = (
     "Every contestant in a process of its own, from the same weights, on the same batches. Speed: the median of all "
     "timed blocks with its 95 % interval (±: half of it); x plain compiled: over the fastest compiled step of plain "
     "PyTorch. First step: seconds from the start of the process with empty compiler caches; in brackets in a later "
-    "round. Hugging Face's model gets no mask, since batches are never padded; its residual stream, norms and rotary "
-    "positions stay in float32 under autocast."
+    "round."
+)
+_HUGGING_FACE_NOTE = (
+    " Hugging Face's model gets no mask, since batches are never padded; its residual stream, norms and rotary positions "
+    "stay in float32 under autocast."
 )
 
 
