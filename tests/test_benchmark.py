@@ -837,6 +837,18 @@ def test_every_implementation_has_a_colour_and_a_marker_of_its_own() -> None:
     assert {colour for colour, _ in styles.values()} <= {*okabe_and_ito, "#999999"}
 
 
+@pytest.mark.filterwarnings("error")
+def test_a_wide_interval_stays_in_its_panel() -> None:
+    whole = step_result()
+    wild = whole.rows[0].model_copy(update={"tokens_per_second_high": 500_000.0})
+    figure = benchmark_plots._step_figure(whole, [wild, whole.rows[1]])
+    figure.canvas.draw()
+    speed = figure.axes[0]
+    assert speed.get_xlim()[1] > 500
+    assert all(text.get_position()[0] < speed.get_xlim()[1] for text in speed.texts)
+    benchmark_plots._close(figure)
+
+
 def test_pictures_of_three_sizes_have_all_of_their_text() -> None:
     names = sorted({name for op in catalog.op_names() for name in catalog.implementation_names(op)})
     two = ops_result(names, ["rotary", "swiglu"])

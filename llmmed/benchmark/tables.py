@@ -104,8 +104,8 @@ _STEP_NOTE = (
     "round."
 )
 _HUGGING_FACE_NOTE = (
-    " Hugging Face's model gets no mask, since batches are never padded; its residual stream, norms and rotary positions "
-    "stay in float32 under autocast."
+    " Hugging Face's model gets no mask, since batches are never padded; its residual stream, norms and rotary "
+    "positions stay in float32 under autocast."
 )
 
 

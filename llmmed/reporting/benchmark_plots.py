@@ -224,7 +224,8 @@ def _bars(
     axis: Axes, label: str, rows: Sequence[StepRow], values: Sequence[float | None],
     intervals: Sequence[tuple[float | None, float | None]] | None = None,
 ) -> None:  # fmt: skip
-    top = max((value for value in values if value is not None), default=1.0)
+    ends = [*values, *(high for _, high in intervals or ())]
+    top = max((value for value in ends if value is not None), default=1.0)
     for place, (row, value) in enumerate(zip(rows, values, strict=True)):
         if value is None:
             axis.text(0.02, place, "not measured", transform=axis.get_yaxis_transform(), va="center", color="0.4")
