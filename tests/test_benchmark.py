@@ -620,6 +620,8 @@ def test_who_computes_something_else_is_out_of_the_comparison() -> None:
     rows = _compared([trained("ours_auto", last=9.0), trained("plain_eager"), trained("hf_eager")])
     assert [each.status for each in rows] == ["wrong", "verified", "verified"]
     assert "loss of the last warm-up step 9" in rows[0].reason
+    apart = [trained("ours_auto", last=10.4), trained("plain_eager"), trained("hf_eager", last=10.4)]
+    assert [[each.status for each in _compared(apart, name)].count("wrong") for name in ("adamw", "muon")] == [1, 0]
 
 
 def test_of_two_the_rival_stays_and_of_several_the_majority() -> None:

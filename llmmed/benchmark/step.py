@@ -36,6 +36,7 @@ _COMPARED = (
     ("first_gradient_norm", "gradient norm of the first step", 0.02),
     ("last_loss", "loss of the last warm-up step", 0.02),
 )
+_LAST_LOSS_WITH_MUON = 0.06  # plain's fused matrices are one matrix to it each: 1 % after six steps
 _FIRST_PROCESS_SECONDS = 30.0  # at least, on a GPU; none is started to be stopped before it has compiled
 _WARM_FIRST_STEP_SECONDS = 15.0
 _AS_RIVALS_TRAIN = ("optimizer.schedule=constant", "optimizer.warmup_steps=0")
@@ -63,7 +64,7 @@ def run_step(
                 done, who = number + index / len(entries), f"{entry.config.model.name}: {entry.contestant.title}"
                 tell(done / settings.rounds, f"round {number + 1} of {settings.rounds}, {who}")
                 entry.run(settings, overrides, folder, Path(caches), number, deadline)
-                yield shapes, _compared([each.row() for each in by_size])
+                yield shapes, _compared([each.row() for each in by_size], entry.config.optimizer.name)
     tell(1.0, "done")
 
 
@@ -180,12 +181,12 @@ class _Entry:
         return row.model_copy(update=update | {name: getattr(first, name) for name in copied})
 
 
-def _compared(rows: list[StepRow]) -> list[StepRow]:
+def _compared(rows: list[StepRow], optimizer: str = "adamw") -> list[StepRow]:
     """Whoever does not compute what the others compute has no place in the comparison."""
     checked = []
     for row in rows:
         ran = [each for each in rows if each.size == row.size and each.first_loss is not None]
-        problem = _problem(row, ran) if row.first_loss is not None else None
+        problem = _problem(row, ran, optimizer) if row.first_loss is not None else None
         if problem is None:
             checked.append(row)
         else:
@@ -194,23 +195,24 @@ def _compared(rows: list[StepRow]) -> list[StepRow]:
     return checked
 
 
-def _problem(row: StepRow, ran: Sequence[StepRow]) -> str | None:
+def _problem(row: StepRow, ran: Sequence[StepRow], optimizer: str) -> str | None:
     """How far a contestant's losses lie from those of the reference, if that is too far."""
-    reference = _reference(ran)
-    difference = _difference(row, reference)
+    reference = _reference(ran, optimizer)
+    difference = _difference(row, reference, optimizer)
     if difference is None or len(ran) >= 3:
         return difference
     return f"differs from {reference.title}: {difference}; of two, either may be wrong"
 
 
-def _reference(ran: Sequence[StepRow]) -> StepRow:
+def _reference(ran: Sequence[StepRow], optimizer: str) -> StepRow:
     """Whom the others are held against: of those that do not come from here, the first with whom most agree."""
     rivals = [row for row in ran if not row.contestant.startswith("ours_")] or ran
-    return max(rivals, key=lambda rival: sum(_difference(row, rival) is None for row in ran))
+    return max(rivals, key=lambda rival: sum(_difference(row, rival, optimizer) is None for row in ran))
 
 
-def _difference(row: StepRow, reference: StepRow) -> str | None:
-    for name, what, tolerance in _COMPARED:
+def _difference(row: StepRow, reference: StepRow, optimizer: str) -> str | None:
+    for name, what, usual in _COMPARED:
+        tolerance = _LAST_LOSS_WITH_MUON if name == "last_loss" and optimizer == "muon" else usual
         own, other = getattr(row, name), getattr(reference, name)
         if own is not None and other is not None and not abs(own - other) <= tolerance * abs(other):
             return f"{what} {own:.5g}; that of {reference.title} is {other:.5g}"
