@@ -29,6 +29,7 @@ class _Frozen(BaseModel):
 class Task(_Frozen):
     """What to do for one op. `verify` is still to be judged; `verified` has passed and waits to be measured.
 
+    Those of `verify` that are in `at_own_calls` have passed the op's cases before: they are judged at the calls alone.
     `launches` are those of somebody's plan, by implementation, to be checked where others are searched; `launched` the
     implementations for which either is done.
     """
@@ -40,6 +41,7 @@ class Task(_Frozen):
     measure: bool
     launches: dict[str, list[KernelLaunch]] = Field(default_factory=dict)
     launched: list[str] = Field(default_factory=list)
+    at_own_calls: list[str] = Field(default_factory=list)
 
     @classmethod
     def of(
@@ -52,6 +54,10 @@ class Task(_Frozen):
         launches: dict[str, list[KernelLaunch]] | None = None,
     ) -> Task:
         return cls(op=op, calls=call_counts(calls), verify=verify, measure=measure, launches=launches or {})
+
+    def cases(self, name: str) -> tuple[()] | None:
+        """The op's cases that an implementation is judged at: none of them, or None for all."""
+        return () if name in self.at_own_calls else None
 
     def counts(self) -> dict[Call, int]:
         """The calls and how often a micro-batch makes each."""

@@ -15,7 +15,7 @@ import signal
 import sys
 import threading
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -100,7 +100,7 @@ class Worker:
             op, calls = get_op(task.op), task.counts()
             passed = dict(task.verified)
             for name in task.verify:
-                candidate = self._verify(op, name, calls)
+                candidate = self._verify(op, name, calls, task.cases(name))
                 if candidate.status == "verified":
                     passed[name] = candidate
             forget()
@@ -118,7 +118,7 @@ class Worker:
         self._journal.write(CeilingsFound(ceilings=ceilings))
         return ceilings
 
-    def _verify(self, op: Op, name: str, calls: Mapping[Call, int]) -> Candidate:
+    def _verify(self, op: Op, name: str, calls: Mapping[Call, int], cases: Collection[str] | None) -> Candidate:
         self._journal.write(Begun(stage="verify", op=op.name, name=name))
         try:
             implementation = get_implementation(op.name, name)
@@ -128,7 +128,9 @@ class Worker:
         except Exception as error:  # noqa: BLE001 - whatever a candidate raises rejects that candidate alone
             candidate = Candidate(status="crashed", reason=f"raised while it was loaded: {one_line(error)}")
         else:
-            verdict = verify(op, implementation, function, calls, self._device, deterministic=self._deterministic)
+            verdict = verify(
+                op, implementation, function, calls, self._device, deterministic=self._deterministic, cases=cases
+            )
             candidate = _as_candidate(verdict)
         self._conclude(op.name, name, candidate)
         return candidate
