@@ -16,10 +16,19 @@ from pathlib import Path
 from typing import Any, Literal
 
 import torch
-from pydantic import BaseModel, ConfigDict, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from llmmed.autotune.hardware import UNKNOWN_GPU
-from llmmed.autotune.plan import Candidate, Ceilings, Hardware, KernelLaunch, Mode, StepEvidence, first_problem
+from llmmed.autotune.plan import (
+    Candidate,
+    Ceilings,
+    Hardware,
+    KernelLaunch,
+    Mode,
+    StepEvidence,
+    StepTrial,
+    first_problem,
+)
 from llmmed.autotune.workload import Workload
 from llmmed.files import cache_folder, sha256_of, write_json
 from llmmed.kernels import base, catalog, operator, tunable
@@ -29,13 +38,20 @@ logger = logging.getLogger(__name__)
 
 
 class Evidence(BaseModel):
-    """What a tuning process found: per op and implementation, the ceilings if it measured any, the step's answer."""
+    """What a tuning process found: per op and implementation, the ceilings if it measured any, the step's answer.
+
+    `trials` are those in the step, whether or not it came to an answer. Without one, `step_reason` says why, and
+    `default_runs` is false where that is because the default plan does not run.
+    """
 
     model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
 
     ops: dict[str, dict[str, Candidate]]
     ceilings: Ceilings | None = None
     step: StepEvidence | None = None
+    trials: list[StepTrial] = Field(default_factory=list)
+    step_reason: str = ""
+    default_runs: bool = True
 
 
 class _Entry(BaseModel):

@@ -18,6 +18,7 @@ Objective = Literal["time", "memory"]
 
 _HOPELESS = 1.15  # alone, times what it would replace: beyond, the step is not asked
 _REVISITED = 0.01  # of the step: a flip that matters less is looked at again once the plan around it has changed
+_NOT_AS_A_WHOLE = "the plan that was left does not run as a whole"
 _EQUAL_MEMORY = 0.01  # of the step's: below, two plans take the same
 
 
@@ -134,6 +135,8 @@ def confirm(
     told: Callable[[StepTrial], None],
     time_is_up: Callable[[], bool],
     time_for_second_looks: Callable[[], bool] = lambda: True,
+    answered: Callable[[StepEvidence], None] = lambda evidence: None,
+    last_match_died: str = "",
 ) -> StepEvidence:
     """Starts from a plan, tries flips, and holds what is left against that plan once more.
 
@@ -148,8 +151,10 @@ def confirm(
         memory_budget_gib: What a plan may take, None for any.
         before: Trials of a process that died.
         told: Hears of every trial at once.
-        time_is_up: Asked before each trial.
+        time_is_up: Asked before each trial, and before each mode.
         time_for_second_looks: Asked before each flip that is tried once more; without it, the contest is complete.
+        answered: Hears of the answer once there is one, and again with each mode: what comes after may not end well.
+        last_match_died: What became of a process before this one in the last match, which then is not held again.
 
     Raises:
         Failed: not even the default plan runs.
@@ -161,35 +166,54 @@ def confirm(
         base, flips, arena, terms,
         before=before, told=told, time_is_up=time_is_up, time_for_second_looks=time_for_second_looks,
     )  # fmt: skip
-    if left == dict(base):
-        default, chosen, keeps, reason = start, start, True, "no other implementation makes the step better"
-    else:
-        match = arena.whole(base, left)
-        default, chosen = match.first, match.second
-        keeps, reason = _keeps_its_seat(match, terms, margin)
-    if keeps:
-        chosen = default
-    modes, best, gain = {mode: chosen.ms}, mode, margin * chosen.ms
-    for other in other_modes if not time_is_up() else ():
-        try:
-            match = arena.whole(chosen.choice, chosen.choice, other)
-        except Failed:
-            continue
-        modes[other] = match.second.ms
-        if match.gain_ms > gain and match.gain_ms_low > 0:
-            best, gain = other, match.gain_ms
-    return StepEvidence(
+    default, chosen, reason = start, start, "no other implementation makes the step better"
+    if not trials:
+        reason = "no other implementation was tried: kernels.budget_seconds was used up"
+    elif last_match_died and left != dict(base):
+        reason = f"{_NOT_AS_A_WHOLE}: {last_match_died}"
+    elif left != dict(base):
+        default, chosen, reason = _last_match(arena, base, left, start, terms, margin)
+    evidence = StepEvidence(
         trial_depth=arena.trial_depth,
         depths=arena.depths,
         trials=trials,
         default=default,
         chosen=chosen,
         reason=reason,
-        mode=best,
-        modes=modes,
+        mode=mode,
+        modes={mode: chosen.ms},
         memory_budget_gib=memory_budget_gib,
         finished=finished,
     )
+    answered(evidence)
+    least = margin * chosen.ms
+    for other in other_modes:
+        if time_is_up():
+            evidence = evidence.model_copy(update={"finished": False})
+            answered(evidence)
+            break
+        try:
+            match = arena.whole(chosen.choice, chosen.choice, other)
+        except Failed:
+            continue
+        found: dict[str, object] = {"modes": evidence.modes | {other: match.second.ms}}
+        if match.gain_ms > least and match.gain_ms_low > 0:
+            least, found["mode"] = match.gain_ms, other
+        evidence = evidence.model_copy(update=found)
+        answered(evidence)
+    return evidence
+
+
+def _last_match(
+    arena: Arena, base: Choice, left: Choice, start: StepTimes, terms: Terms, margin: float
+) -> tuple[StepTimes, StepTimes, str]:
+    """The plan that was left against the default: the default's times, those of the one that stays, and why."""
+    try:
+        match = arena.whole(base, left)
+    except Failed as failure:
+        return start, start, f"{_NOT_AS_A_WHOLE}: {failure}"
+    keeps, reason = _keeps_its_seat(match, terms, margin)
+    return match.first, match.first if keeps else match.second, reason
 
 
 def contest(

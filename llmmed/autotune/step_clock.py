@@ -123,7 +123,10 @@ class StepClock:
         memory: list[tuple[float | None, float | None]] = []
         for depth in dict.fromkeys(self.depths):
             first, second = self._subject(choice, depth), self._subject(other, depth, mode)
-            pairs.append(self._pairs(first.run, second.run))
+            try:
+                pairs.append(self._pairs(first.run, second.run))
+            except Exception as error:
+                raise Failed(_failure(error)) from error
             memory.append((first.memory_mib, second.memory_mib))
         updates = [self._update_ms(each) for each in (choice, other)]
         first_times, second_times = (

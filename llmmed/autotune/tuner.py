@@ -19,7 +19,7 @@ from llmmed.autotune.child import Limits, Progress, tune_in_child
 from llmmed.autotune.choose import Decision, choose, confirmed, force
 from llmmed.autotune.hardware import describe_hardware
 from llmmed.autotune.journal import StepTask, Task, call_counts
-from llmmed.autotune.plan import Candidate, Hardware, KernelLaunch, KernelPlan, Mode, OpPlan, StepTrial
+from llmmed.autotune.plan import Candidate, Hardware, KernelLaunch, KernelPlan, Mode, OpPlan
 from llmmed.autotune.workload import Workload
 from llmmed.compose import as_dict
 from llmmed.config import Config, KernelsConfig
@@ -54,14 +54,21 @@ def tune(
     tasks = _tasks(calls, orders, known, mode)
     hardware = describe_hardware(config.device)
     found_out = _find_evidence(config, workload, tasks, orders, known, mode, hardware, report, started)
-    evidence, trials = found_out.evidence, found_out.trials
+    evidence = found_out.evidence
     ops = {}
     for op in calls:
         found = known[op] | evidence.ops.get(op, {})
         ordered = {name: found[name] for name in _names(op, found)}
         decision = _decide(op, orders[op], ordered, config.kernels)
         if orders[op] is None:
-            decision = confirmed(op, decision, evidence.step, [trial for trial in trials if trial.op == op])
+            decision = confirmed(
+                op,
+                decision,
+                evidence.step,
+                [trial for trial in evidence.trials if trial.op == op],
+                unanswered=evidence.step_reason,
+                default_runs=evidence.default_runs,
+            )
         if decision.warning:
             logger.warning("%s", decision.warning)
         _warn_of_refused_launches(op, orders[op], decision)
@@ -195,10 +202,9 @@ def _tasks(
 
 @dataclass(frozen=True)
 class _FoundOut:
-    """What tuning gave: evidence, trials in the step (also where that came to no end), seconds by stage."""
+    """What tuning gave: evidence, and seconds by stage."""
 
     evidence: cache.Evidence
-    trials: list[StepTrial] = field(default_factory=list)
     seconds: dict[str, float] = field(default_factory=dict)
     cached: bool = False
 
@@ -235,7 +241,7 @@ def _find_evidence(
     if kept and kernels.cache == "use":
         evidence = cache.load(key)
         if evidence is not None:
-            return _FoundOut(evidence, evidence.step.trials if evidence.step else [], cached=True)
+            return _FoundOut(evidence, cached=True)
     findings = tune_in_child(
         tasks,
         device=config.device,
@@ -245,12 +251,20 @@ def _find_evidence(
         limits=Limits(kernels.candidate_seconds, kernels.budget_seconds, started + kernels.budget_seconds),
         report=report,
     )
+    evidence = cache.Evidence(
+        ops=findings.ops,
+        ceilings=findings.ceilings,
+        step=findings.step,
+        trials=findings.trials,
+        step_reason=(findings.step_reason or findings.cut_short) if step is not None else "",
+        default_runs=findings.default_runs,
+    )
     if step is not None and findings.step is None:
-        logger.info("not confirmed in the step: %s", findings.step_reason or "tuning was cut short")
-    evidence = cache.Evidence(ops=findings.ops, ceilings=findings.ceilings, step=findings.step)
-    if kept and findings.finished and (findings.step is None or findings.step.finished):
+        level = logging.INFO if findings.default_runs else logging.WARNING
+        logger.log(level, "not confirmed in the step: %s", evidence.step_reason)
+    if kept and not findings.cut_short and (findings.step is None or findings.step.finished):
         cache.store(key, evidence)
-    return _FoundOut(evidence, findings.trials, findings.seconds)
+    return _FoundOut(evidence, findings.seconds)
 
 
 def _step_task(

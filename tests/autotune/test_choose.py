@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import pytest
 
-from llmmed.autotune.choose import choose, force
-from llmmed.autotune.plan import Candidate, Status
+from llmmed.autotune.choose import choose, confirmed, force
+from llmmed.autotune.plan import Candidate, Status, StepTrial
 from llmmed.errors import UserError
 
 
@@ -59,6 +59,35 @@ def test_with_nothing_tried_the_default_is_used_without_a_warning() -> None:
     decision = choose("op", candidates, margin=0.02)
     assert (decision.chosen, decision.warning) == ("pytorch", None)
     assert decision.reason == "the default; not tried: no time"
+
+
+def trial(name: str, status: str) -> StepTrial:
+    return StepTrial(op="op", name=name, against="pytorch", status=status, reason=f"{status} there")  # type: ignore[arg-type]
+
+
+def test_without_the_steps_answer_the_default_stays() -> None:
+    alone = choose("op", {"pytorch": timed(1.05), "triton": timed(1)}, margin=0.02)
+    assert alone.chosen == "triton"
+    decision = confirmed("op", alone, None, [], unanswered="no time")
+    assert (decision.chosen, decision.reason) == ("pytorch", "the default: the step was not asked: no time")
+    assert decision.candidates["triton"].reason == "faster alone (1.05x); the step was not asked: no time"
+    accepted = confirmed("op", alone, None, [trial("triton", "accepted")], unanswered="no time")
+    assert accepted.chosen == "pytorch"  # nothing has held the whole plan against it
+    assert accepted.reason == "the default: the step gave no answer: no time"
+
+
+@pytest.mark.parametrize("status", ["rejected", "failed"])
+def test_what_the_step_has_refused_takes_nobodys_place(status: str) -> None:
+    rivals = {"liger": timed(2), "triton": timed(1)}
+    alone = choose("op", {"pytorch": timed(3)} | rivals, margin=0.02)
+    assert confirmed("op", alone, None, [], default_runs=False).chosen == "triton"
+    decision = confirmed("op", alone, None, [trial("triton", status)], default_runs=False)
+    assert decision.chosen == "liger"
+    assert decision.candidates["triton"].reason == f"{status} there"
+    unproved = choose("op", {"pytorch": Candidate(status="wrong")} | rivals, margin=0.02)
+    assert confirmed("op", unproved, None, []).chosen == "triton"
+    both = [trial("triton", status), trial("liger", status)]
+    assert confirmed("op", unproved, None, both).chosen == "pytorch"
 
 
 def test_forced_and_verified_is_used_although_slower() -> None:

@@ -24,6 +24,8 @@ class Known:
     fails: tuple[tuple[str, str], ...] = ()
     modes: Mapping[str, float] = field(default_factory=dict)
     asked: list[tuple[str, str]] = field(default_factory=list)
+    as_a_whole: bool = True  # whether a plan that is not the default's runs as a whole
+    whole_modes: list[Mode | None] = field(default_factory=list)
     trial_depth: int = 2
     depths: tuple[int, int] = (1, 2)
 
@@ -50,6 +52,9 @@ class Known:
         return Duel(gain, gain - self.noise, gain + self.noise, self.mib(champion) - self.mib(challenger))
 
     def whole(self, choice: Choice, other: Choice, mode: Mode | None = None) -> Match:
+        self.whole_modes.append(mode)
+        if not self.as_a_whole and other != BASE:
+            raise Failed("out of memory in the step")
         if mode is not None and mode not in self.modes:
             raise Failed("failed to compile in the step: no")
         a, b = (
@@ -215,6 +220,45 @@ def test_the_mode_is_chosen_with_the_plan() -> None:
     assert step.modes == pytest.approx({"graphs": 9.0, "compiled": 8.1, "eager": 18.0})
     arena.modes = {"compiled": 0.995}
     assert decide(arena, ("rotary", "triton"), other_modes=("compiled", "eager")).mode == "graphs"
+
+
+def test_a_plan_that_does_not_run_as_a_whole_gives_way_to_the_default() -> None:
+    arena = Known({(("rotary", "triton"),): -1.0}, as_a_whole=False)
+    step = decide(arena, ("rotary", "triton"))
+    assert step.chosen == step.default
+    assert step.chosen.choice == BASE
+    assert step.reason == "the plan that was left does not run as a whole: out of memory in the step"
+
+
+def test_the_match_that_a_process_died_in_is_not_held_again() -> None:
+    arena = Known({(("rotary", "triton"),): -1.0})
+    step = decide(arena, ("rotary", "triton"), last_match_died="the process was killed by SIGSEGV")
+    assert len(arena.whole_modes) == 1  # the default against itself
+    assert step.chosen.choice == BASE
+    assert step.reason == "the plan that was left does not run as a whole: the process was killed by SIGSEGV"
+
+
+def test_the_answer_is_told_before_what_comes_after_it() -> None:
+    arena = Known({(("rotary", "triton"),): -1.0}, modes={"compiled": 0.9, "eager": 0.5})
+    told: list[StepEvidence] = []
+    answers = iter([False, False, True])  # before the trial, before the first mode, before the second
+    step = decide(
+        arena, ("rotary", "triton"), other_modes=("compiled", "eager"), answered=told.append,
+        time_is_up=lambda: next(answers),
+    )  # fmt: skip
+    assert arena.whole_modes == [None, None, "compiled"]
+    assert [(e.mode, set(e.modes), e.finished) for e in told] == [
+        ("graphs", {"graphs"}, True),
+        ("compiled", {"graphs", "compiled"}, True),
+        ("compiled", {"graphs", "compiled"}, False),
+    ]
+    assert told[-1] == step
+    assert {e.chosen.choice["rotary"] for e in told} == {"triton"}
+
+
+def test_that_nothing_was_tried_is_said() -> None:
+    step = decide(Known(), ("rotary", "triton"), time_is_up=lambda: True)
+    assert step.reason == "no other implementation was tried: kernels.budget_seconds was used up"
 
 
 def test_a_default_that_cannot_run_is_said() -> None:

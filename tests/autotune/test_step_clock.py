@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import random
 from dataclasses import replace
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -86,6 +87,18 @@ def test_another_result_in_the_step_is_a_failure(clock: StepClock, monkeypatch: 
     monkeypatch.setattr("llmmed.autotune.step_clock.load_kernels", wrong)
     with pytest.raises(Failed, match=r"in the step the gradient of .* differs by .* from PyTorch's"):
         clock.duel(base, "swiglu", "compiled")
+
+
+def test_a_plan_that_raises_while_it_is_timed_as_a_whole_has_failed(
+    clock: StepClock, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def out(first: object, second: object) -> None:
+        raise MemoryError
+
+    monkeypatch.setattr(clock, "_subject", lambda *key: SimpleNamespace(run=None, memory_mib=None))
+    monkeypatch.setattr(clock, "_pairs", out)
+    with pytest.raises(Failed, match="out of memory"):
+        clock.whole(default_choice(), default_choice())
 
 
 def test_a_whole_step_takes_no_less_than_a_shallow_one(clock: StepClock) -> None:

@@ -24,7 +24,7 @@ import pytest
 from llmmed.autotune import child, tuner
 from llmmed.autotune.child import Progress
 from llmmed.autotune.journal import Event, Job, JournalReader, Task
-from llmmed.autotune.plan import Candidate, KernelPlan
+from llmmed.autotune.plan import Candidate, KernelPlan, StepTrial
 from llmmed.autotune.tuner import tune
 from llmmed.autotune.workload import Workload, record_workload
 from llmmed.config import Config
@@ -160,6 +160,24 @@ def test_a_real_workload_is_tuned_once_and_then_read_from_the_cache(
         second = tune(config, workload, mode="eager")
     assert second.cached
     assert (second.ops, second.choice) == (first.ops, first.choice)
+
+
+def test_what_the_step_refused_stays_refused_in_the_cache(
+    tiny: Config, norms: Workload, plant: Plant, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    plant("right", "slow")
+
+    def timed(ms: float) -> Candidate:
+        return Candidate(status="verified", total_ms=ms, total_ms_low=ms, total_ms_high=ms)
+
+    ops = {"rms_norm": {"pytorch": timed(3), "compiled": timed(4), "right": timed(1), "slow": timed(2)}}
+    refused = StepTrial(op="rms_norm", name="right", against="pytorch", status="failed", reason="another gradient")
+    found = child.Findings(ops=ops, trials=[refused], step_reason="it does not run", default_runs=False)
+    monkeypatch.setattr(tuner, "tune_in_child", lambda *args, **kwargs: found)
+    plans = [tune(with_kernels(tiny, cache="use"), norms, mode="eager") for _ in range(2)]
+    assert [plan.cached for plan in plans] == [False, True]
+    assert [plan.choice["rms_norm"] for plan in plans] == ["slow", "slow"]
+    assert [verdicts(plan)["right"][1] for plan in plans] == ["another gradient"] * 2
 
 
 def test_launches_are_searched_recorded_and_taken_from_a_plan(
