@@ -20,6 +20,7 @@ from llmmed.autotune.choose import Decision, choose, confirmed, force
 from llmmed.autotune.hardware import describe_hardware
 from llmmed.autotune.journal import StepTask, Task, call_counts
 from llmmed.autotune.plan import Candidate, Hardware, KernelLaunch, KernelPlan, Mode, OpPlan
+from llmmed.autotune.sources import source_hash
 from llmmed.autotune.workload import Workload
 from llmmed.compose import as_dict
 from llmmed.config import Config, KernelsConfig
@@ -77,7 +78,7 @@ def tune(
             reason=decision.reason,
             calls=call_counts(calls[op]),
             candidates=decision.candidates,
-            source_sha256=cache.source_hash(op),
+            source_sha256=source_hash(op),
         )
     return KernelPlan(
         policy=config.kernels.policy,
