@@ -197,7 +197,7 @@ def confirm(
         except Failed:
             continue
         found: dict[str, object] = {"modes": evidence.modes | {other: match.second.ms}}
-        if match.gain_ms > least and match.gain_ms_low > 0:
+        if match.gain_ms > least and match.gain_ms_low > 0 and _takes_no_more(match, terms):
             least, found["mode"] = match.gain_ms, other
         evidence = evidence.model_copy(update=found)
         answered(evidence)
@@ -256,7 +256,8 @@ def contest(
     for op, name in state.to_revisit(base):
         if not time_for_second_looks():
             break
-        state.attempt(op, name)
+        if state.champion[op] != name:
+            state.attempt(op, name)
     return state.champion, state.trials, True
 
 
@@ -330,19 +331,22 @@ class _State:
 
     def to_revisit(self, base: Choice) -> list[tuple[str, str]]:
         """Close decisions that were made against another plan than the one that is left, the closest first."""
-        found: dict[str, tuple[str, str]] = {}
-        closeness: dict[str, float] = {}
+        last = {(trial.op, trial.name): index for index, trial in enumerate(self.trials)}
         last_change = max((i for i, t in enumerate(self.trials) if t.status == "accepted"), default=-1)
-        for index, trial in enumerate(self.trials):
+        found: dict[tuple[str, str], float] = {}
+        for (op, name), index in last.items():
+            trial = self.trials[index]
             close = trial.gain_ms is not None and abs(trial.gain_ms) < _REVISITED * self._terms.step_ms
-            if index >= last_change or not close:
+            if index >= last_change or not close or trial.status == "failed":
                 continue
-            closeness[trial.op] = abs(trial.gain_ms or 0.0)
-            if trial.status == "rejected":
-                found[trial.op] = (trial.op, trial.name)
-            elif self.champion[trial.op] == trial.name:
-                found[trial.op] = (trial.op, base[trial.op])
-        return sorted(found.values(), key=lambda flip: closeness[flip[0]])
+            if trial.status == "accepted" and self.champion[op] != name:
+                continue
+            rival = (op, name if trial.status == "rejected" else base[op])
+            looked_at = last.get(rival, -1)
+            settled = looked_at > last_change or (looked_at >= 0 and self.trials[looked_at].status == "failed")
+            if rival[1] != self.champion[op] and not settled:
+                found.setdefault(rival, abs(trial.gain_ms or 0.0))
+        return sorted(found, key=lambda flip: found[flip])
 
 
 def _keeps_its_seat(match: Match, terms: Terms, margin: float) -> tuple[bool, str]:
@@ -353,14 +357,26 @@ def _keeps_its_seat(match: Match, terms: Terms, margin: float) -> tuple[bool, st
     time = f"the step is {abs(share):.1%} {'faster' if share >= 0 else 'slower'} than PyTorch's"
     if before is not None and after is not None:
         memory = f"takes {after / 1024:.2f} GiB instead of {before / 1024:.2f}"
-        if terms.budget_mib is not None and before > terms.budget_mib:
+        if terms.budget_mib is not None and max(before, after) > terms.budget_mib:
             limit = f"{terms.budget_mib / 1024:.2f} GiB"
-            return False, f"PyTorch's plan does not fit {limit}; this one {memory}, and {time}"
-        if terms.objective == "memory":
-            return after >= before * (1 - _EQUAL_MEMORY), f"{memory}; {time}"
+            if before <= terms.budget_mib:
+                return True, f"the plan that was left needs more than {limit}: {memory}, and {time}"
+            return after >= before, f"PyTorch's plan does not fit {limit}; this one {memory}, and {time}"
+        if terms.objective == "memory" and abs(after - before) > _EQUAL_MEMORY * before:
+            return after > before, f"{memory}; {time}"
     if share > margin and match.gain_ms_low > 0:
         return False, time
     return True, f"gains no more than kernels.margin={margin:g} or the noise: {time}"
+
+
+def _takes_no_more(match: Match, terms: Terms) -> bool:
+    """Whether the memory of the second, the first in another mode, is within the terms."""
+    before, after = _mib(match.first.peak_memory_gib), _mib(match.second.peak_memory_gib)
+    if before is None or after is None:
+        return True
+    if terms.budget_mib is not None and after > max(before, terms.budget_mib):
+        return False
+    return terms.objective == "time" or after <= before * (1 + _EQUAL_MEMORY)
 
 
 def _mib(gib: float | None) -> float | None:
