@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import logging
+import os
 import shutil
 import sys
 from collections.abc import Collection, Mapping
@@ -15,43 +16,19 @@ from pathlib import Path
 from typing import Any, Literal
 
 import torch
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, ConfigDict, ValidationError
 
+from llmmed.autotune.evidence import Evidence
 from llmmed.autotune.hardware import UNKNOWN_GPU
-from llmmed.autotune.plan import (
-    Candidate,
-    Ceilings,
-    Hardware,
-    KernelLaunch,
-    Mode,
-    StepEvidence,
-    StepTrial,
-    first_problem,
-)
-from llmmed.autotune.sources import all_found, hash_files, source_hash
+from llmmed.autotune.plan import Hardware, KernelLaunch, Mode, first_problem
+from llmmed.autotune.sources import all_found, project_hash, source_hash
 from llmmed.autotune.workload import Workload
 from llmmed.files import cache_folder, sha256_of, write_json
-from llmmed.kernels import base, catalog, operator, tunable
-from llmmed.model import transformer
+from llmmed.kernels import catalog, operator
 
 logger = logging.getLogger(__name__)
 
-
-class Evidence(BaseModel):
-    """What a tuning process found: per op and implementation, the ceilings if it measured any, the step's answer.
-
-    `trials` are those in the step, whether or not it came to an answer. Without one, `step_reason` says why, and
-    `default_runs` is false where that is because the default plan does not run.
-    """
-
-    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
-
-    ops: dict[str, dict[str, Candidate]]
-    ceilings: Ceilings | None = None
-    step: StepEvidence | None = None
-    trials: list[StepTrial] = Field(default_factory=list)
-    step_reason: str = ""
-    default_runs: bool = True
+_VARIABLES = ("NVIDIA_TF32_OVERRIDE", "PYTORCH_CUDA_ALLOC_CONF", "PYTORCH_ALLOC_CONF")
 
 
 class _Entry(BaseModel):
@@ -96,9 +73,8 @@ def fingerprint(
         "candidate_seconds": candidate_seconds,
         "launches": {op: {n: [[x.site, x.chosen] for x in xs] for n, xs in by.items()} for op, by in launches.items()},
         "step": step,
-        "judges": hash_files(sorted(Path(__file__).parent.glob("*.py"))),
-        "model": hash_files(sorted(Path(transformer.__file__).parent.glob("*.py"))) if step else None,
-        "contract": hash_files(map(Path, (base.__file__, operator.__file__, tunable.__file__, catalog.__file__))),
+        "environment": _environment(),
+        "project": project_hash(),
         "sources": {op: source_hash(op) for op in catalog.op_names()},  # all: one op's code may use another's
     }
     return sha256_of([json.dumps(facts, sort_keys=True)])
@@ -140,6 +116,15 @@ def store(key: str, evidence: Evidence) -> None:
 
 def _path(key: str) -> Path:
     return cache_folder("plans") / f"{key}.json"
+
+
+def _environment() -> dict[str, str]:
+    """The variables that change what is compiled or how it computes; where caches lie changes nothing."""
+    return {
+        name: value
+        for name, value in sorted(os.environ.items())
+        if name in _VARIABLES or (name.startswith(("TORCHINDUCTOR_", "TRITON_")) and not name.endswith("_DIR"))
+    }
 
 
 def _installed() -> list[str]:

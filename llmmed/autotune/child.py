@@ -153,13 +153,17 @@ def tune_in_child(
     limits: Limits,
     report: Callable[[Progress], None],
     timed: Callable[[Findings], None] | None = None,
+    findings: Findings | None = None,
 ) -> Findings:
     """Tries every candidate of every task, in order, then, if asked to, the best of them in the step.
 
     Each candidate gets a verdict, the last resort being `not_tried`. What a task names as verified is measured with the
-    rest, and not verified again. `timed` is told what is known whenever an op's times have come.
+    rest, and not verified again. `timed` is told what is known whenever an op's times have come. `findings` is what is
+    known already, and grows: whatever ends this, it has what was found until then.
     """
-    findings = Findings(ops={task.op: dict(task.verified) for task in tasks})
+    findings = Findings() if findings is None else findings
+    for task in tasks:
+        findings.ops.setdefault(task.op, {}).update(task.verified)
     reason = ""
     with tempfile.TemporaryDirectory(prefix="llmmed-tuning-") as name:
         folder = Path(name)
@@ -170,7 +174,7 @@ def tune_in_child(
             mode=mode,
             deterministic=deterministic,
             matmul_precision=torch.get_float32_matmul_precision(),
-            tasks=tasks,
+            tasks=findings.left(tasks),
             seconds=limits.deadline - time.perf_counter(),
         )
         while True:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.metadata
 import importlib.util
+import itertools
 import os
 from collections.abc import Iterable, Iterator
 from pathlib import Path
@@ -11,8 +12,16 @@ from pathlib import Path
 from llmmed.files import sha256_of
 from llmmed.kernels import catalog
 
+_PROJECT = Path(__file__).parents[1]
 _CODE = {".py", ".pyx", ".so", ".pyd", ".cu", ".cuh", ".cpp", ".cc", ".c", ".h", ".hpp", ".ptx", ".cubin", ".hsaco"}
 _READ = 32 * 2**20  # bytes of another package: of a larger one sizes and times of change must do
+
+
+def project_hash() -> str:
+    """Of what verifies, measures, builds and takes the step: the project's code that all evidence depends on."""
+    folders = [(_PROJECT / name).rglob("*.py") for name in ("autotune", "model", "optim", "training")]
+    files = itertools.chain(*folders, (_PROJECT / "kernels").glob("*.py"))
+    return hash_files([*sorted(files), _PROJECT / "compose.py"])
 
 
 def source_hash(op: str) -> str:

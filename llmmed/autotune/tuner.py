@@ -17,6 +17,7 @@ import torch
 from llmmed.autotune import cache
 from llmmed.autotune.child import Limits, Progress, tune_in_child
 from llmmed.autotune.choose import Decision, choose, confirmed, force
+from llmmed.autotune.evidence import Evidence, evidence_of, findings_of, lasting
 from llmmed.autotune.hardware import describe_hardware
 from llmmed.autotune.journal import StepTask, Task, call_counts
 from llmmed.autotune.plan import Candidate, Hardware, KernelLaunch, KernelPlan, Mode, OpPlan
@@ -205,7 +206,7 @@ def _tasks(
 class _FoundOut:
     """What tuning gave: evidence, and seconds by stage."""
 
-    evidence: cache.Evidence
+    evidence: Evidence
     seconds: dict[str, float] = field(default_factory=dict)
     cached: bool = False
 
@@ -223,7 +224,7 @@ def _find_evidence(
 ) -> _FoundOut:
     """From the cache, or from a tuning process."""
     if not tasks:
-        return _FoundOut(cache.Evidence(ops={}))
+        return _FoundOut(Evidence(ops={}))
     kernels = config.kernels
     step = _step_task(config, orders, known) if any(task.measure for task in tasks) else None
     key = cache.fingerprint(
@@ -239,32 +240,30 @@ def _find_evidence(
         step=_depends_on(config, step) if step else None,
     )
     kept = kernels.cache != "none" and cache.usable(hardware)
-    if kept and kernels.cache == "use":
-        evidence = cache.load(key)
-        if evidence is not None:
-            return _FoundOut(evidence, cached=True)
-    findings = tune_in_child(
-        tasks,
-        device=config.device,
-        mode=mode,
-        deterministic=config.train.deterministic,
-        step=step,
-        limits=Limits(kernels.candidate_seconds, kernels.budget_seconds, started + kernels.budget_seconds),
-        report=report,
-    )
-    evidence = cache.Evidence(
-        ops=findings.ops,
-        ceilings=findings.ceilings,
-        step=findings.step,
-        trials=findings.trials,
-        step_reason=(findings.step_reason or findings.cut_short) if step is not None else "",
-        default_runs=findings.default_runs,
-    )
-    if step is not None and findings.step is None:
+    before = cache.load(key) if kept and kernels.cache == "use" else None
+    if before is not None and before.finished:
+        return _FoundOut(before, cached=True)
+    findings, ended = findings_of(before, tasks), False
+    try:
+        tune_in_child(
+            tasks,
+            device=config.device,
+            mode=mode,
+            deterministic=config.train.deterministic,
+            step=step,
+            limits=Limits(kernels.candidate_seconds, kernels.budget_seconds, started + kernels.budget_seconds),
+            report=report,
+            findings=findings,
+        )
+        ended = True
+    finally:  # an interruption too: the next run goes on from here
+        evidence = evidence_of(findings, before, finished=ended)
+        worth_keeping = lasting(evidence)
+        if kept and worth_keeping.ops:
+            cache.store(key, worth_keeping)
+    if step is not None and evidence.step is None:
         level = logging.INFO if findings.default_runs else logging.WARNING
         logger.log(level, "not confirmed in the step: %s", evidence.step_reason)
-    if kept and not findings.cut_short and (findings.step is None or findings.step.finished):
-        cache.store(key, evidence)
     return _FoundOut(evidence, findings.seconds)
 
 
@@ -280,7 +279,7 @@ def _depends_on(config: Config, step: StepTask) -> dict[str, Any]:
     values, kernels = as_dict(config), config.kernels
     train = ("seq_len", "micro_batch_size", "global_batch_tokens", "precision", "compile", "activation_checkpointing")
     return {
-        "model": values["model"],
+        "model": {name: value for name, value in values["model"].items() if name not in ("name", "init_from")},
         "train": {name: values["train"].get(name) for name in train},
         "optimizer": values["optimizer"]["name"],
         "terms": [kernels.objective, kernels.margin, kernels.memory_budget_gib],

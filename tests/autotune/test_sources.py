@@ -10,7 +10,7 @@ import pytest
 
 from llmmed.autotune import cache, sources
 from llmmed.autotune.hardware import describe_hardware
-from llmmed.autotune.sources import source_hash
+from llmmed.autotune.sources import project_hash, source_hash
 from llmmed.kernels import catalog
 
 
@@ -47,6 +47,22 @@ def test_any_file_of_a_package_counts(
     assert len(found) == 2 + len(files)
     assert name not in sys.modules
     assert cache.usable(describe_hardware("cpu"))
+
+
+def test_all_code_that_takes_the_step_counts(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    names = ("autotune/confirm", "model/transformer", "optim/muon", "training/micro_step", "kernels/base", "compose")
+    for name in (*names, "kernels/rms_norm/triton_impl", "data/batches"):
+        assert (sources._PROJECT / f"{name}.py").exists()
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / f"{name}.py").write_text("# version 1\n")
+    monkeypatch.setattr(sources, "_PROJECT", tmp_path)
+    found = {project_hash()}
+    (tmp_path / "data" / "batches.py").write_text("# version 2\n")
+    assert project_hash() in found
+    for name in names:
+        (tmp_path / f"{name}.py").write_text("# version 2\n")
+        found.add(project_hash())
+    assert len(found) == 1 + len(names)
 
 
 def test_nothing_is_kept_of_a_package_that_is_not_found(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
