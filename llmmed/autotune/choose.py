@@ -190,20 +190,22 @@ def _with_reason(
 def _reason(name: str, candidate: Candidate, chosen: str, winner: Candidate, default: Candidate, margin: float) -> str:
     if not candidate.timed or candidate.status != "verified":
         return _verdict(candidate) if name != chosen else f"the default; {_verdict(candidate)}"
-    gain = "" if candidate.speedup is None else f"{candidate.speedup:.2g}x {DEFAULT}"
+    times = "" if candidate.speedup is None else f"{candidate.speedup:.2f}x"
+    gain = f"{times} {DEFAULT}" if times else ""
     if name == chosen:
         if name == DEFAULT:
             return "the default: no verified rival is faster"
         return f"fastest: {gain}" if gain else f"fastest of those verified; {DEFAULT} is not"
     if name == DEFAULT or not (default.timed and default.status == "verified"):
-        return f"slower than {chosen} ({_total(winner) / _total(candidate):.2g}x)"
+        return f"slower than {chosen} ({_total(winner) / _total(candidate):.2f}x)"
     if _overlap(candidate, default):
-        return f"within noise of {DEFAULT} ({candidate.speedup:.3g}x)"
+        slower = "slower, " if _total(candidate) > _total(default) else ""
+        return f"{slower}within noise of {DEFAULT} ({times})"
     if _total(candidate) > _total(default):
         return f"slower than {DEFAULT} ({gain})"
     if not _beats(candidate, default, margin):
-        return f"gains less than kernels.margin={margin:g} over {DEFAULT} ({candidate.speedup:.3g}x)"
-    return f"slower than {chosen} ({_total(winner) / _total(candidate):.2g}x); {gain}"
+        return f"gains less than kernels.margin={margin:g} over {DEFAULT} ({times})"
+    return f"slower than {chosen} ({_total(winner) / _total(candidate):.2f}x); {gain}"
 
 
 def _verdict(candidate: Candidate) -> str:

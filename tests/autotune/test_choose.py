@@ -16,8 +16,8 @@ def timed(ms: float, spread: float = 0.001, status: Status = "verified") -> Cand
 def test_the_fastest_verified_is_chosen() -> None:
     decision = choose("op", {"pytorch": timed(3), "liger": timed(2), "triton": timed(1)}, margin=0.02)
     assert decision.chosen == "triton"
-    assert decision.reason == "fastest: 3x pytorch"
-    assert decision.candidates["liger"].reason == "slower than triton (0.5x); 1.5x pytorch"
+    assert decision.reason == "fastest: 3.00x pytorch"
+    assert decision.candidates["liger"].reason == "slower than triton (0.50x); 1.50x pytorch"
     assert decision.candidates["triton"].speedup == 3
     assert decision.warning is None
 
@@ -32,7 +32,9 @@ def test_a_gain_below_the_margin_does_not_count() -> None:
 def test_a_gain_within_noise_does_not_count() -> None:
     decision = choose("op", {"pytorch": timed(1, spread=0.2), "triton": timed(0.8, spread=0.2)}, margin=0)
     assert decision.chosen == "pytorch"
-    assert decision.candidates["triton"].reason.startswith("within noise of pytorch")
+    assert decision.candidates["triton"].reason == "within noise of pytorch (1.25x)"
+    slower = choose("op", {"pytorch": timed(1, spread=0.2), "triton": timed(1.2, spread=0.2)}, margin=0)
+    assert slower.candidates["triton"].reason == "slower, within noise of pytorch (0.83x)"
 
 
 @pytest.mark.parametrize("status", ["wrong", "crashed", "timed_out", "out_of_memory", "no_backward"])

@@ -146,6 +146,11 @@ def test_what_is_not_to_be_measured_is_done_once_judged(norms: Workload) -> None
     assert findings.left([task(norms, "triton", measure=True)]) != []
 
 
+def hidden(error: Exception, cause: Exception) -> Exception:
+    error.__context__ = cause
+    return error
+
+
 class CompilationError(Exception):
     __module__ = "triton.compiler.errors"
 
@@ -155,6 +160,8 @@ class CompilationError(Exception):
     [
         (torch.cuda.OutOfMemoryError("CUDA out of memory. Tried to allocate 20 GiB"), "out_of_memory", "out of memory"),
         (MemoryError(), "out_of_memory", "out of memory"),
+        (RuntimeError("CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling"), "out_of_memory", "out of memory"),
+        (hidden(RuntimeError("the capture is broken off"), MemoryError()), "out_of_memory", "out of memory"),
         (Unavailable("no licence"), "unavailable", "no licence"),
         (
             CompilationError("at 3:1:\n  y = x.no\n  ^\nno such name"),
