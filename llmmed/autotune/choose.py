@@ -111,6 +111,8 @@ def _unconfirmed(alone: Decision, last: Mapping[str, StepTrial], unanswered: str
         alone_reason = f"faster alone ({faster:.2f}x)" if faster is not None else told[alone.chosen].reason
         reasons = {alone.chosen: f"{alone_reason}; {silent}"} | reasons
         reasons[chosen] = f"{'the default' if chosen == DEFAULT else 'the fastest that is left'}: {silent}"
+    if chosen != DEFAULT and not default_runs:
+        reasons[chosen] = f"{reasons.get(chosen, told[chosen].reason)}; not confirmed: PyTorch's plan does not run"
     told |= {name: told[name].model_copy(update={"reason": reason}) for name, reason in reasons.items()}
     return Decision(chosen, told[chosen].reason, told, alone.warning)
 

@@ -144,7 +144,8 @@ class Tried(_Frozen):
 
 
 class StepDone(_Frozen):
-    """The step's answer, or why there is none: the default does not run. A later one takes the place of the first."""
+    """The step's answer. A later one takes the place of the first. `reason` says why the default does not run: in any
+    mode, where there is no answer, else in the modes that were tried before."""
 
     event: Literal["step"] = "step"
     evidence: StepEvidence | None

@@ -40,7 +40,9 @@ _PRECISE = 0.002  # of the step: with the difference known to this, more rounds 
 # Two right plans round differently; this much of a gradient's norm is no error, nor four times what the default's own
 # two ways of running it differ by. The gate has judged the ops before: here it is stale or foreign memory that shows.
 _DIFFERENCE = {torch.float32: 2e-3, torch.bfloat16: 0.06, torch.float16: 0.03}
-_WORST_DEFAULT = 4  # times that: a default that differs by more from itself is no measure for others
+# Times that (of float16 for TF32's products, which keep as many digits): a default that differs by more from itself is
+# no measure for others.
+_WORST_DEFAULT = 4
 
 _Plan = tuple[tuple[str, str], ...]  # op and implementation, sorted: a choice that can be a key
 
@@ -91,15 +93,17 @@ class StepClock:
         self._truth = launched.gradients(self._batches[1])
         del launched
         base = self._subject(choice, self._check_depth)
-        floor = _DIFFERENCE[compute_dtype(self._config.train.precision)]
+        dtype = compute_dtype(self._config.train.precision)
+        tf32 = dtype == torch.float32 and torch.get_float32_matmul_precision() != "highest"
+        floor, most = _DIFFERENCE[dtype], _WORST_DEFAULT * _DIFFERENCE[torch.float16 if tf32 else dtype]
         differences = self._differences(base)
         for name, difference in differences.items():
-            if not difference <= _WORST_DEFAULT * floor:
+            if not difference <= most:
                 raise Failed(
                     f"{self._mode}, the default's gradient of {name} differs by {difference:.1e} from eager's, "
-                    f"allowed {_WORST_DEFAULT * floor:.1e}"
+                    f"allowed {most:.1e}"
                 )
-        self._allowed = {n: min(max(floor, 4 * d), 2 * _WORST_DEFAULT * floor) for n, d in differences.items()}
+        self._allowed = {n: min(max(floor, 4 * d), 2 * most) for n, d in differences.items()}
         if self._on_gpu and self.layers > self._check_depth and self._whole_model_can_be_tried(choice):
             self._weights = deepened(self._config, self._weights)
             self.trial_depth, self.depths = self.layers, (self.layers, self.layers)

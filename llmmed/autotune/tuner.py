@@ -261,6 +261,8 @@ def _find_evidence(
         worth_keeping = lasting(evidence)
         if kept and worth_keeping.ops:
             cache.store(key, worth_keeping)
+    if findings.step is not None and findings.step_reason:
+        logger.warning("the step is tried in %s mode: %s", findings.step.mode, findings.step_reason)
     if step is not None and evidence.step is None:
         level = logging.INFO if findings.default_runs else logging.WARNING
         logger.log(level, "not confirmed in the step: %s", evidence.step_reason)

@@ -260,7 +260,9 @@ class Worker:
                     memory_budget_gib=kernels.memory_budget_gib or _memory_of(self._device),
                     before=task.trials,
                     told=told,
-                    answered=lambda evidence: self._journal.write(StepDone(evidence=evidence)),
+                    answered=lambda evidence, reason=reason: self._journal.write(  # type: ignore[misc]
+                        StepDone(evidence=evidence, reason=reason)
+                    ),
                     last_match_died=task.last_match_died,
                     time_for_second_looks=lambda: time.perf_counter() < second_looks_end,
                     time_is_up=lambda clock=clock: time.perf_counter() + 2 * clock.slowest > self._deadline,  # type: ignore[misc]

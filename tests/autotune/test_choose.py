@@ -82,7 +82,9 @@ def test_without_the_steps_answer_the_default_stays() -> None:
 def test_what_the_step_has_refused_takes_nobodys_place(status: str) -> None:
     rivals = {"liger": timed(2), "triton": timed(1)}
     alone = choose("op", {"pytorch": timed(3)} | rivals, margin=0.02)
-    assert confirmed("op", alone, None, [], default_runs=False).chosen == "triton"
+    first = confirmed("op", alone, None, [], default_runs=False)
+    assert first.chosen == "triton"
+    assert first.reason == "fastest: 3.00x pytorch; not confirmed: PyTorch's plan does not run"
     decision = confirmed("op", alone, None, [trial("triton", status)], default_runs=False)
     assert decision.chosen == "liger"
     assert decision.candidates["triton"].reason == f"{status} there"

@@ -118,6 +118,8 @@ def test_a_whole_model_that_is_timed_has_an_interval(clock: StepClock) -> None:
 def test_a_default_that_differs_from_itself_is_no_measure(
     difference: float, clock: StepClock, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    products = ["highest"]
+    monkeypatch.setattr(torch, "get_float32_matmul_precision", lambda: products[0])
     monkeypatch.setattr(clock, "_subject", lambda *key: None)
     monkeypatch.setattr(clock, "_differences", lambda subject: {"norm": 1e-4, "head": difference})
     with pytest.raises(
@@ -127,6 +129,9 @@ def test_a_default_that_differs_from_itself_is_no_measure(
     monkeypatch.setattr(clock, "_differences", lambda subject: {"norm": 1e-4, "head": 0.007, "tail": 0.001})
     clock.set_default(default_choice())
     assert clock._allowed == pytest.approx({"norm": 2e-3, "head": 16e-3, "tail": 4e-3})
+    products[0] = "high"  # TF32
+    clock.set_default(default_choice())
+    assert clock._allowed == pytest.approx({"norm": 2e-3, "head": 28e-3, "tail": 4e-3})
 
 
 def test_the_update_of_the_optimizer_is_the_same_under_plans_that_share_its_ops(

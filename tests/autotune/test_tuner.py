@@ -24,8 +24,8 @@ import pytest
 
 from llmmed.autotune import child, tuner
 from llmmed.autotune.child import Findings, Progress
-from llmmed.autotune.journal import Event, Job, JournalReader, StepTask, Task
-from llmmed.autotune.plan import Candidate, KernelPlan, StepTrial
+from llmmed.autotune.journal import Event, Job, JournalReader, StepDone, StepTask, Task
+from llmmed.autotune.plan import Candidate, KernelPlan, StepEvidence, StepTimes, StepTrial
 from llmmed.autotune.tuner import tune
 from llmmed.autotune.workload import Workload, record_workload
 from llmmed.config import Config
@@ -208,6 +208,24 @@ def test_tuning_that_was_cut_off_goes_on_where_it_was(
     plans = [tune(config, norms, mode="eager") for _ in range(3)]
     assert began_with == [set(), {"pytorch"}, {"pytorch", "compiled"}]
     assert [plan.cached for plan in plans] == [False, False, True]
+
+
+def test_a_mode_that_the_default_does_not_run_in_is_told(
+    tiny: Config, norms: Workload, plant: Plant, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    plant()
+    times = StepTimes(choice={"rms_norm": "pytorch"}, ms=1.0, ms_low=1.0, ms_high=1.0, peak_memory_gib=None)
+    evidence = StepEvidence(
+        trial_depth=1, depths=(1, 1), trials=[], default=times, chosen=times, reason="", mode="eager"
+    )
+
+    def found(*args: object, findings: Findings, **rest: object) -> None:
+        findings.ops["rms_norm"] = {"pytorch": Candidate(status="verified")}
+        findings.add(StepDone(evidence=evidence, reason="graphs: no"))
+
+    monkeypatch.setattr(tuner, "tune_in_child", found)
+    assert tune(tiny, norms, mode="eager").mode == "eager"
+    assert [record.getMessage() for record in caplog.records] == ["the step is tried in eager mode: graphs: no"]
 
 
 def test_the_name_of_a_model_changes_no_evidence(tiny: Config) -> None:
