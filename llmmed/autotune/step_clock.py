@@ -335,15 +335,15 @@ class StepClock:
             torch.cuda.synchronize(self.device)
 
 
-def _precise(pairs: list[tuple[float, float]]) -> bool:
-    _, low, high = median_interval([a - b for a, b in pairs])
-    return high - low <= 2 * _PRECISE * median(a for a, _ in pairs)
-
-
 def _sum_of(a: tuple[float, float, float], b: tuple[float, float, float]) -> tuple[float, float, float]:
     """Of two medians with their intervals, measured independently: the errors add up in squares."""
     low, high = (math.hypot(a[0] - a[end], b[0] - b[end]) for end in (1, 2))
     return a[0] + b[0], a[0] + b[0] - low, a[0] + b[0] + high
+
+
+def _precise(pairs: list[tuple[float, float]]) -> bool:
+    _, low, high = median_interval([a - b for a, b in pairs])
+    return high - low <= 2 * _PRECISE * median(a for a, _ in pairs)
 
 
 def compile_ahead(config: Config, choice: Choice) -> None:
