@@ -211,7 +211,9 @@ def _confirmation(step: StepTask | None, findings: Findings) -> StepTask | None:
     if step is None or findings.step is not None or findings.step_reason:
         return None
     known = {op: step.known.get(op, {}) | findings.ops.get(op, {}) for op in {*step.known, *findings.ops}}
-    found = {"known": known, "trials": list(findings.trials), "last_match_died": findings.last_match_died}
+    proved = {(op, name) for op, by_name in known.items() for name, c in by_name.items() if c.status == "verified"}
+    trials = [trial for trial in findings.trials if (trial.op, trial.name) in proved]  # of an earlier run, perhaps
+    found = {"known": known, "trials": trials, "last_match_died": findings.last_match_died}
     return step.model_copy(update=found)
 
 

@@ -26,7 +26,7 @@ from llmmed.autotune.journal import (
     Task,
     Timed,
 )
-from llmmed.autotune.plan import Candidate, Ceilings, Status, StepEvidence, StepTimes
+from llmmed.autotune.plan import Candidate, Ceilings, Status, StepEvidence, StepTimes, StepTrial
 from llmmed.autotune.workload import Workload
 from llmmed.kernels.base import Unavailable
 
@@ -137,6 +137,17 @@ def test_a_death_in_the_last_match_is_not_the_defaults_fault(
     else:
         assert left is not None
         assert left.last_match_died == "the process was killed by SIGSEGV while it was tried in the step"
+
+
+def test_a_trial_counts_as_long_as_its_implementation_is_verified() -> None:
+    """One that an earlier run accepted may have failed in this one's measurement."""
+    trials = [
+        StepTrial(op="rms_norm", name=name, against="pytorch", status="accepted", reason="") for name in ("a", "b")
+    ]
+    findings = Findings(ops={"rms_norm": {"a": TIMED, "b": Candidate(status="crashed")}}, trials=trials)
+    left = child._confirmation(StepTask(config={}, pinned={}, known={}), findings)
+    assert left is not None
+    assert left.trials == trials[:1]
 
 
 def test_what_is_not_to_be_measured_is_done_once_judged(norms: Workload) -> None:
