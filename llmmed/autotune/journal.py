@@ -20,6 +20,7 @@ from llmmed.files import write_atomically
 from llmmed.kernels.base import Call
 
 Stage = Literal["warm", "verify", "launch", "load", "measure", "ceilings", "step"]
+LAST_MATCH = "the plan that was left"  # against the default: as `Begun.name`, where no op is named
 
 
 class _Frozen(BaseModel):
@@ -68,13 +69,15 @@ class StepTask(_Frozen):
     """What to confirm in the step, when all else is done.
 
     `config` is the run's as JSON, `pinned` the ops that are not up for choice, `known` the candidates as far as they
-    are known, `trials` what processes before this one found.
+    are known, `trials` what processes before this one found, `last_match_died` what one of them died of when all
+    trials were over, if one did.
     """
 
     config: dict[str, Any]
     pinned: dict[str, str]
     known: dict[str, dict[str, Candidate]]
     trials: list[StepTrial] = Field(default_factory=list)
+    last_match_died: str = ""
 
 
 class Job(_Frozen):
@@ -100,7 +103,7 @@ class Job(_Frozen):
 
 class Begun(_Frozen):
     """What is tried next; what it does to the process is its own doing. `ceilings` belong to no candidate, and neither
-    does the default plan in the step."""
+    does the default plan in the step. Of a whole plan in the step `name` is `LAST_MATCH`, or a mode."""
 
     event: Literal["begun"] = "begun"
     stage: Stage
@@ -147,7 +150,8 @@ class Tried(_Frozen):
 
 
 class StepDone(_Frozen):
-    """The step's whole answer, or why there is none."""
+    """The step's answer. A later one takes the place of the first. `reason` says why the default does not run: in any
+    mode, where there is no answer, else in the modes that were tried before."""
 
     event: Literal["step"] = "step"
     evidence: StepEvidence | None

@@ -110,10 +110,10 @@ def _step_line(step: StepEvidence) -> str:
     """What the real step said of the whole plan."""
     default, chosen = step.default, step.chosen
     if chosen.choice == default.choice:
-        return f"In the step: {_three_digits(chosen.ms)} ms a micro-batch.{_ended(step)}\n"
+        return f"In the step: {_three_digits(chosen.ms)} ms a step.{_ended(step)}\n"
     others = {op: name for op, name in default.choice.items() if name != DEFAULT}
     against = "PyTorch's" if not others else f"PyTorch's and {', '.join(f'{n} for {op}' for op, n in others.items())}"
-    text = f"In the step: {_three_digits(chosen.ms)} ms a micro-batch; {_three_digits(default.ms)} with {against}"
+    text = f"In the step: {_three_digits(chosen.ms)} ms a step; {_three_digits(default.ms)} with {against}"
     if default.peak_memory_gib is not None and chosen.peak_memory_gib is not None:
         text += f"; {chosen.peak_memory_gib:.2f} GiB against {default.peak_memory_gib:.2f}"
     modes = ", ".join(f"{mode} {_three_digits(ms)}" for mode, ms in step.modes.items() if mode != step.mode)

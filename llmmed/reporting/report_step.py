@@ -86,7 +86,7 @@ def _evidence(step: StepEvidence) -> str:
     rows = [_times("these kernels", step.chosen, places)]
     if step.chosen.choice != step.default.choice:
         rows.append(_times("PyTorch's, with what is pinned", step.default, places))
-    headers = ["in the real step", "ms a micro-batch", "interval at 95 %, ms", "peak memory, GiB"]
+    headers = ["in the real step", "ms a step", "interval at 95 %, ms", "peak memory, GiB"]
     parts.append(table(headers, rows, range(1, 4)))
     others = ", ".join(f"{mode} {digits(ms)} ms" for mode, ms in step.modes.items())
     if others:

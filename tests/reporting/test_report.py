@@ -106,7 +106,7 @@ def test_the_step_is_told_with_its_parts_and_its_trials(tmp_path: Path) -> None:
         "time of a micro-batch (ms)", "with these kernels: 10.0 ms", "with PyTorch's: 16.0 ms",
         "1 add_rms_norm 4.00 triton 8.00 pytorch", "everything else 2.50 4.00", "the whole step 10.00 16.00",
         "Not timed, and so not in the bars: of_another_version.", "measured at 1 and 2 layers",
-        "Outcome: saves 6 ms.", "kernels.budget_seconds ended the trials",
+        "Outcome: saves 6 ms.", "in the real step ms a step interval", "kernels.budget_seconds ended the trials",
         "rotary triton pytorch rejected -0.39 -2.50 to +1.97 -3 within the step's <noise>",
     ):  # fmt: skip
         assert words in page.text, words
