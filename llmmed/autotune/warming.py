@@ -1,0 +1,65 @@
+"""The parent's side of compiling ahead: starts the processes, and ends what hangs."""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import subprocess
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+from llmmed.autotune.board import Board
+from llmmed.autotune.journal import Job
+from llmmed.autotune.process import end, started_process
+from llmmed.machine import cores
+
+logger = logging.getLogger(__name__)
+
+_LEAST, _MOST = 3, 15  # processes; with fewer it is not worth their start
+_SECONDS = 45.0  # at most: a compiler that hangs is dealt with by those who judge
+
+
+def warming_processes(job: Job) -> int:
+    """How many processes compile ahead: one compiles on a single core."""
+    candidates = sum(len(task.verify) + len(task.verified) for task in job.tasks)
+    count = min(cores() - 1, candidates, _MOST)
+    return count if job.device == "cuda" and count >= _LEAST else 0
+
+
+class Warming:
+    """Processes that fill the compilers' caches while the one that judges starts, waits, and judges."""
+
+    def __init__(self, board: Board, processes: list[subprocess.Popen[bytes]], deadline: float) -> None:
+        self._board, self._processes, self._deadline = board, processes, deadline
+        self._over = False
+
+    @classmethod
+    @contextlib.contextmanager
+    def started(cls, job: Job, folder: Path, seconds: float) -> Iterator[Warming]:
+        """Until the end of the context. After `seconds`, or 45, nobody waits for them any longer."""
+        path, board = folder / "warm.json", folder / "warm"
+        job.write(path)
+        warming = cls(Board(board), [], time.perf_counter() + min(_SECONDS, seconds))
+        # Each is one of many: what would take all cores for itself takes one.
+        alone = {"OMP_NUM_THREADS": "1", "TORCHINDUCTOR_COMPILE_THREADS": "1"}
+        with contextlib.ExitStack() as stack:
+            for _ in range(warming_processes(job)):
+                process = started_process("llmmed.autotune.warm", [str(path), str(board)], folder / "warm.log", alone)
+                warming._processes.append(stack.enter_context(process))
+            yield warming
+
+    def look(self) -> None:
+        """Sees to it that nobody waits for processes that hang or have ended. To be called now and then."""
+        if self._over:
+            return
+        awaited = self._board.is_awaited()
+        if awaited and time.perf_counter() < self._deadline and any(each.poll() is None for each in self._processes):
+            return
+        self._over = True
+        for process in self._processes if awaited else ():
+            end(process)
+        self._board.end()
+        done = sorted(self._board.finished(), reverse=True)
+        slowest = "".join(f"\n{line}" for line in done[:5])
+        logger.info("compiled %d units ahead; the slowest, in s:%s", len(done), slowest)

@@ -1,0 +1,147 @@
+"""Compiling ahead, seen from those who wait for it: what they wait for, and that nobody waits for ever."""
+
+from __future__ import annotations
+
+import signal
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import torch
+
+from llmmed.autotune import warming
+from llmmed.autotune.board import ALL, CLOCK, Board
+from llmmed.autotune.journal import Begun, Event, Job, JournalReader, JournalWriter, Task
+from llmmed.autotune.process import end, started_process
+from llmmed.autotune.warming import Warming, warming_processes
+from llmmed.autotune.worker import Worker
+from llmmed.autotune.workload import Workload
+
+
+@pytest.fixture
+def board(tmp_path: Path) -> Board:
+    return Board(tmp_path / "warm")
+
+
+@pytest.fixture
+def job(norms: Workload, tmp_path: Path) -> Job:
+    return Job(
+        journal=tmp_path / "journal.jsonl",
+        device="cpu",
+        mode="eager",
+        deterministic=False,
+        matmul_precision="highest",
+        tasks=[Task.of("rms_norm", norms.by_op()["rms_norm"], ["pytorch"], measure=True)],
+        seconds=60.0,
+        warm=tmp_path / "warm",
+    )
+
+
+@pytest.fixture
+def sleeper() -> Iterator[subprocess.Popen[bytes]]:
+    process = subprocess.Popen(
+        [sys.executable, "-c", "import time; time.sleep(60)"], stdin=subprocess.PIPE, start_new_session=True
+    )
+    yield process
+    end(process)
+
+
+def test_an_op_waits_for_its_own_units_and_for_those_on_the_gpu(board: Board) -> None:
+    assert board.is_awaited(ALL, "rotary")  # not even begun
+    board.announce({ALL: 1, CLOCK: 1, "rotary": 1, "swiglu": 2})
+    board.finish("rotary", "1", "")
+    assert board.is_awaited(ALL, "rotary")
+    board.finish(ALL, "0", "")
+    assert not board.is_awaited(ALL, "rotary")
+    assert board.is_awaited(ALL, "swiglu")
+    for name in ("2", "3"):
+        board.finish("swiglu", name, "")
+    assert not board.is_awaited(ALL, "swiglu")
+    assert board.is_awaited()
+    board.end()
+    assert not board.is_awaited()
+
+
+def test_nobody_waits_for_those_who_have_died_or_hang(board: Board, sleeper: subprocess.Popen[bytes]) -> None:
+    board.announce({ALL: 1})
+    warm = Warming(board, [sleeper], time.perf_counter() + 60)
+    warm.look()
+    assert board.is_awaited()
+    warm._deadline = 0.0
+    warm.look()
+    assert not board.is_awaited()
+    assert sleeper.returncode == -signal.SIGKILL
+
+
+def test_only_the_cores_that_are_ours_are_taken(job: Job, monkeypatch: pytest.MonkeyPatch) -> None:
+    many = job.model_copy(
+        update={"device": "cuda", "tasks": [t.model_copy(update={"verify": ["x"] * 40}) for t in job.tasks]}
+    )
+    found = []
+    for count in (2, 4, 64):
+        monkeypatch.setattr(warming, "cores", lambda count=count: count)
+        found.append(warming_processes(many))
+    assert found == [0, 3, 15]
+    assert warming_processes(job) == 0
+
+
+def test_verdicts_wait_for_their_units_and_times_for_all(
+    job: Job, board: Board, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    board.announce({ALL: 1, "rms_norm": 1, CLOCK: 1})
+    reader, stages = JournalReader(job.journal), list[str]()
+
+    def begun() -> list[str]:
+        events: list[Event] = list(reader.read())
+        stages.extend(event.stage for event in events if isinstance(event, Begun))
+        return stages
+
+    def until(stage: str) -> list[str]:
+        while stage not in begun():
+            time.sleep(0.01)
+        return stages
+
+    with JournalWriter(job.journal) as journal:
+        thread = threading.Thread(target=Worker(job, journal).run, daemon=True)
+        thread.start()
+        assert until("warm") == ["warm"]
+        board.finish(ALL, "0", "")
+        assert begun() == ["warm"]
+        board.finish("rms_norm", "1", "")
+        until("verify")
+        while stages.count("warm") < 2:
+            begun()
+        time.sleep(0.05)
+        assert begun() == ["warm", "verify", "warm"]
+        board.finish(CLOCK, "2", "")
+        thread.join(60)
+    assert begun()[3:5] == ["load", "measure"]
+
+
+def test_a_warm_up_process_does_not_outlive_its_parent(job: Job, tmp_path: Path) -> None:
+    """As a tuning process does not; it would hold the GPU's memory."""
+    job.write(tmp_path / "job.json")
+    arguments = [str(tmp_path / "job.json"), str(tmp_path / "warm")]
+    with started_process("llmmed.autotune.warm", arguments, tmp_path / "log") as process:
+        assert process.stdin is not None
+        process.stdin.close()
+        assert process.wait(timeout=60) == -signal.SIGKILL
+
+
+def test_a_deterministic_run_is_compiled_ahead_deterministically(
+    job: Job, board: Board, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from llmmed.autotune import process
+
+    taken: list[str] = []
+    monkeypatch.setattr(process, "take_deterministic_kernels", lambda: taken.append("deterministic"))
+    monkeypatch.setattr(torch, "set_float32_matmul_precision", taken.append)
+    with torch._dynamo.config.patch(recompile_limit=8, accumulated_recompile_limit=256):
+        process.take_settings(job)
+        process.take_settings(job.model_copy(update={"deterministic": True, "matmul_precision": "high"}))
+        assert torch._dynamo.config.recompile_limit >= 1024
+    assert taken == ["highest", "high", "deterministic"]
