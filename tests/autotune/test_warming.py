@@ -13,9 +13,10 @@ from pathlib import Path
 import pytest
 import torch
 
-from llmmed.autotune import warming
+from llmmed.autotune import warming, worker
 from llmmed.autotune.board import ALL, CLOCK, Board
-from llmmed.autotune.journal import Begun, Event, Job, JournalReader, JournalWriter, Task
+from llmmed.autotune.journal import Begun, Event, Job, JournalReader, JournalWriter, StepTask, Task
+from llmmed.autotune.plan import Candidate
 from llmmed.autotune.process import end, started_process
 from llmmed.autotune.warming import Warming, warming_processes
 from llmmed.autotune.worker import Worker
@@ -92,6 +93,7 @@ def test_only_the_cores_that_are_ours_are_taken(job: Job, monkeypatch: pytest.Mo
 def test_verdicts_wait_for_their_units_and_times_for_all(
     job: Job, board: Board, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    monkeypatch.setattr(worker, "_settle", lambda: None)
     board.announce({ALL: 1, "rms_norm": 1, CLOCK: 1})
     reader, stages = JournalReader(job.journal), list[str]()
 
@@ -120,6 +122,25 @@ def test_verdicts_wait_for_their_units_and_times_for_all(
         board.finish(CLOCK, "2", "")
         thread.join(60)
     assert begun()[3:5] == ["load", "measure"]
+
+
+def test_what_is_there_for_good_is_no_garbage_to_look_through(job: Job, monkeypatch: pytest.MonkeyPatch) -> None:
+    done: list[str] = []
+    monkeypatch.setattr(worker.gc, "collect", lambda: done.append("collect"))
+    monkeypatch.setattr(worker.gc, "freeze", lambda: done.append("freeze"))
+    monkeypatch.setattr(worker, "take_turns", None)
+    monkeypatch.setattr(Worker, "_verify", lambda *arguments: done.append("verify") or Candidate(status="wrong"))
+    monkeypatch.setattr(Worker, "_confirm", lambda *arguments: done.append("step"))
+    monkeypatch.setattr(worker.os, "_exit", lambda code: None)
+    for name in ("end_with_parent", "offer_to_out_of_memory_killer"):
+        monkeypatch.setattr(worker, name, lambda: None)
+    monkeypatch.setattr(worker, "take_settings", lambda job: None)
+    path = job.journal.with_name("job.json")
+    step = StepTask(config={}, pinned={}, known={})
+    job.model_copy(update={"warm": None, "step": step}).write(path)
+    monkeypatch.setattr(worker.sys, "argv", ["worker", str(path)])
+    worker.main()
+    assert done == ["collect", "freeze", "verify", "collect", "freeze", "step"]
 
 
 def test_a_warm_up_process_does_not_outlive_its_parent(job: Job, tmp_path: Path) -> None:
