@@ -42,6 +42,7 @@ from llmmed.autotune.warming import Warming, warming_processes
 logger = logging.getLogger(__name__)
 
 _POLL_SECONDS = 0.05
+_SEARCHING = 0.04  # of the budget: what the search for launches may take
 _DONE = {
     "verify": "verified",
     "launch": "launched in other ways",
@@ -63,11 +64,13 @@ _DOING = {
 
 @dataclass(frozen=True)
 class Limits:
-    """Seconds: for one candidate's turn, and the `time.perf_counter()` at which tuning ends."""
+    """Seconds: for one candidate's turn, for all searches for launches, and the `time.perf_counter()` at which tuning
+    ends."""
 
     candidate_seconds: float
     budget_seconds: float
     deadline: float
+    searching_seconds: float = 5.0
 
 
 @dataclass(frozen=True)
@@ -180,6 +183,7 @@ def tune_in_child(
                     "ceilings": findings.ceilings,
                     "step": confirm,
                     "seconds": limits.deadline - time.perf_counter(),
+                    "searching_seconds": _searching_seconds(limits, findings),
                     "warm": folder / "warm" if warming_processes(first) else None,
                 }
             )
@@ -203,6 +207,12 @@ def _confirmation(step: StepTask | None, findings: Findings) -> StepTask | None:
         return None
     known = {op: step.known.get(op, {}) | findings.ops.get(op, {}) for op in {*step.known, *findings.ops}}
     return step.model_copy(update={"known": known, "trials": list(findings.trials)})
+
+
+def _searching_seconds(limits: Limits, findings: Findings) -> float:
+    """What is left for the search for launches, after what processes before took of it."""
+    most = min(limits.searching_seconds, _SEARCHING * limits.budget_seconds)
+    return max(0.0, most - findings.seconds.get("launch", 0.0))
 
 
 class _Attempt:

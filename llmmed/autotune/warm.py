@@ -147,8 +147,8 @@ def _units_of(task: Task, mode: Mode, device: torch.device) -> Iterator[_Unit]:
             yield _Unit(op, name, call, tuple(found), compiled=False)
     for name in task.verified:
         yield from (_Unit(op, name, call, ("contiguous",), compiled=False) for call in calls if name != DEFAULT)
-    for name in task.verify:
-        if name not in task.launches:
+    for name in (*task.verify, *task.verified):
+        if name not in task.launches and name not in task.launched:
             yield from _searched(op, name, calls, device)
 
 

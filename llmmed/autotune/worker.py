@@ -52,7 +52,6 @@ from llmmed.kernels.operator import INTERPRETED
 from llmmed.kernels.tunable import Launches, Site
 
 _SECOND_LOOKS = 0.4  # of the budget: until then, flips that were close are tried again once the plan has changed
-_SEARCHING = (0.04, 5.0)  # of the budget, and in seconds: what the search for launches may take
 _ROOM = 64 * 2**30  # bytes of a GPU's memory
 _SECONDS_A_LAUNCH = {"cuda": 0.03, "cpu": 0.2}  # of timed passes
 
@@ -82,8 +81,9 @@ class Worker:
         self._ceilings = job.ceilings
         self._step = job.step
         self._deadline = time.perf_counter() + job.seconds
-        self._searching_left = min(_SEARCHING[1], _SEARCHING[0] * job.seconds)
+        self._searching_left = job.searching_seconds
         self._board = Board(job.warm) if job.warm is not None else None
+        self._searches_left = 0
         self._known = {op: dict(found) for op, found in job.step.known.items()} if job.step else {}
 
     def run(self) -> None:
@@ -100,6 +100,7 @@ class Worker:
         self._wait_for_compilers()  # before any time is taken
         if self._device.type == "cuda" and self._ceilings is None and any(task.measure for task in self._tasks):
             self._ceilings = self._measure_ceilings()
+        self._searches_left = sum(len(_unsearched(task, passed[task.op])) for task in self._tasks)
         for task in self._tasks:
             op, calls, found = get_op(task.op), task.counts(), passed[task.op]
             for name in [name for name in found if name not in task.launched]:
@@ -146,7 +147,7 @@ class Worker:
     ) -> Candidate:
         """A verified candidate with how its kernels are launched: as somebody's plan says, or else by a search."""
         implementation, device = get_implementation(op.name, name), self._device
-        if not implementation.tunable or INTERPRETED:
+        if not _can_be_searched(op.name, name):
             return candidate
         function = load_function(op.name, implementation)
         begun = Begun(stage="launch", op=op.name, name=name)
@@ -173,10 +174,12 @@ class Worker:
                 op, call, functions, device=device, seconds=seconds, turn=lambda variant: None, failed=told
             )
 
-        def time_is_up() -> bool:
-            return time.perf_counter() - started > self._searching_left
-
         given = task.launches.get(name)
+        share = self._searching_left / max(1, self._searches_left)  # what one leaves is for those that follow
+
+        def time_is_up() -> bool:
+            return time.perf_counter() - started > share
+
         try:
             if given is not None:
                 found = check_launches(op, implementation, function, calls, given, device=device, gate=gate)
@@ -190,7 +193,8 @@ class Worker:
             implementation.take_launches({})
             found = []
         if given is None:
-            self._searching_left -= time.perf_counter() - started
+            self._searching_left = max(0.0, self._searching_left - (time.perf_counter() - started))
+            self._searches_left -= 1
         self._journal.write(Launched(op=op.name, name=name, launches=found))
         forget()
         _release(device)
@@ -318,6 +322,16 @@ class _Announcing(StepClock):
             return super().duel(champion, op, name)
         finally:
             self.slowest = max(self.slowest, time.perf_counter() - started)
+
+
+def _can_be_searched(op: str, name: str) -> bool:
+    return bool(get_implementation(op, name).tunable) and not INTERPRETED
+
+
+def _unsearched(task: Task, passed: Mapping[str, Candidate]) -> list[str]:
+    """The implementations whose launches are to be searched."""
+    left = [name for name in passed if name not in task.launched and name not in task.launches]
+    return [name for name in left if _can_be_searched(task.op, name)]
 
 
 def _has_room(device: torch.device) -> bool:

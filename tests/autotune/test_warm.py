@@ -11,6 +11,7 @@ from llmmed.autotune import warm
 from llmmed.autotune.board import Board
 from llmmed.autotune.journal import Job, Task
 from llmmed.autotune.launch_search import open_sites
+from llmmed.autotune.plan import Candidate
 from llmmed.autotune.process import started_process
 from llmmed.autotune.verify import trials
 from llmmed.autotune.workload import Workload
@@ -69,6 +70,13 @@ def test_every_launch_of_the_search_is_covered(job: Job, norms: Workload) -> Non
     assert {each.site.kernel for each in opened} == {"rms_norm_triton_fwd_kernel", "rms_norm_triton_bwd_kernel"}
     assert [u.launches for u in units if u.launches] == [{o.site: v} for o in opened for v in o.alternatives]
     assert {u.name for u in units if u.launches} == {"triton"}
+    known = {"triton": Candidate(status="verified")}  # at another size
+    later = job.tasks[0].model_copy(update={"verify": [], "verified": known})
+    done = later.model_copy(update={"launched": ["triton"]})
+    with absent_gpu(TARGETS[90]):
+        again = list(warm._units([later], job.mode, device))
+        assert not [u for u in warm._units([done], job.mode, device) if u.launches]
+    assert [u.launches for u in again if u.launches] == [u.launches for u in units if u.launches]
 
 
 def test_two_processes_share_the_work(job: Job, tmp_path: Path) -> None:

@@ -7,20 +7,25 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
 
-from llmmed.autotune import warming, worker
+from llmmed.autotune import child, warming, worker
 from llmmed.autotune.board import ALL, CLOCK, Board
+from llmmed.autotune.child import Findings, Limits
 from llmmed.autotune.journal import Begun, Event, Job, JournalReader, JournalWriter, StepTask, Task
 from llmmed.autotune.plan import Candidate
 from llmmed.autotune.process import end, started_process
 from llmmed.autotune.warming import Warming, warming_processes
 from llmmed.autotune.worker import Worker
 from llmmed.autotune.workload import Workload
+from llmmed.kernels.base import Implementation
+from llmmed.kernels.catalog import get_op
 
 
 @pytest.fixture
@@ -141,6 +146,40 @@ def test_what_is_there_for_good_is_no_garbage_to_look_through(job: Job, monkeypa
     monkeypatch.setattr(worker.sys, "argv", ["worker", str(path)])
     worker.main()
     assert done == ["collect", "freeze", "verify", "collect", "freeze", "step"]
+
+
+def test_the_search_for_launches_is_shared(job: Job, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What one leaves is for those that follow, and nobody takes it all."""
+    now, quick = 0.0, {"b"}
+    got: dict[str, float] = {}
+
+    def search(op: Any, implementation: Implementation, *rest: Any, time_is_up: Callable[[], bool], **more: Any) -> Any:
+        nonlocal now
+        began = now
+        while not time_is_up() and not (implementation.name in quick and now > began):
+            now += 0.01
+        got[implementation.name] = now - began
+        return []
+
+    monkeypatch.setattr(worker, "time", SimpleNamespace(perf_counter=lambda: now))
+    monkeypatch.setattr(worker, "search_launches", search)
+    monkeypatch.setattr(worker, "_can_be_searched", lambda op, name: True)
+    monkeypatch.setattr(worker, "get_implementation", lambda op, name: Implementation(name, load=lambda: search))
+    monkeypatch.setattr(worker, "load_function", lambda op, implementation: search)
+    task = job.tasks[0]
+    with JournalWriter(job.journal) as journal:
+        working = Worker(job.model_copy(update={"searching_seconds": 6.0, "warm": None}), journal)
+        working._searches_left = 3
+        for name in ("a", "b", "c"):
+            working._find_launches(get_op("rms_norm"), name, Candidate(status="verified"), task.counts(), task)
+    assert got == pytest.approx({"a": 2.0, "b": 0.01, "c": 4.0}, abs=0.05)
+
+
+def test_a_restart_searches_no_longer_than_is_left() -> None:
+    limits = Limits(candidate_seconds=90.0, budget_seconds=240.0, deadline=0.0)
+    assert child._searching_seconds(limits, Findings()) == 5.0
+    assert child._searching_seconds(limits, Findings(seconds={"launch": 4.0})) == 1.0
+    assert child._searching_seconds(limits, Findings(seconds={"launch": 9.0})) == 0.0
 
 
 def test_a_warm_up_process_does_not_outlive_its_parent(job: Job, tmp_path: Path) -> None:
