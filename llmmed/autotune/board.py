@@ -9,8 +9,8 @@ from pathlib import Path
 
 from llmmed.files import write_atomically
 
-ALL, CLOCK = "all", "clock"
-"""Beside the names of ops, what may wait for a unit of work: every verdict, or the times."""
+ALL, CLOCK, STEP = "all", "clock", "step"
+"""Beside the names of ops, what may wait for a unit of work: every verdict, the times, or, for long, nobody."""
 
 
 class Board:
@@ -53,6 +53,7 @@ class Board:
         done = Counter(path.name.partition(".")[0] for path in self._done.iterdir())
         return any(done[what] < count for what, count in wanted.items() if not by or what in by)
 
-    def finished(self) -> list[str]:
-        """The lines about what is done."""
-        return [path.read_text(encoding="utf-8") for path in self._done.iterdir()]
+    def finished(self, awaited_by: str = "", *, but: str = "") -> list[str]:
+        """The lines about what is done: of one kind, or of all but one."""
+        kinds = ((path, path.name.partition(".")[0]) for path in self._done.iterdir())
+        return [path.read_text(encoding="utf-8") for path, kind in kinds if kind != but and awaited_by in ("", kind)]

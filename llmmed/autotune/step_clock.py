@@ -307,11 +307,6 @@ def _precise(pairs: list[tuple[float, float]]) -> bool:
     return high - low <= 2 * _PRECISE * median(a for a, _ in pairs)
 
 
-def compile_ahead(config: Config, choice: Choice) -> None:
-    """Compiles what the model calls under a plan, as a single layer, so that it is in the compilers' caches on disk."""
-    StepClock(shallow(config, 1), "compiled")._subject(choice)
-
-
 def _static_mib(config: Config) -> float:
     """Parameters and the optimizer's state: gradients are measured with the activations."""
     states = 2 if config.optimizer.name == "adamw" else 1  # a little more with Muon, whose AdamW part has two

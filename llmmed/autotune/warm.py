@@ -3,8 +3,8 @@
 Each warm-up process makes a share of the calls once, forward and backward: Triton's on meta tensors, where a launch
 compiles and does nothing else, those of `torch.compile` for real. What stays is in the compilers' caches on disk.
 Nothing is judged here, since processes that share a GPU wait long for its answers. So what runs for real comes first;
-then, while the process that judges is at it, op by op, what it needs next (`Board`). Whatever goes wrong here goes
-wrong again where it is judged.
+then, while the process that judges is at it, op by op, what it needs next (`Board`); and last, at the lowest priority,
+plans of the step (`StepAhead`). Whatever goes wrong here goes wrong again where it is judged.
 
 Run as `python -m llmmed.autotune.warm <job.json> <folder>` by `child.py`; the processes that share a folder share the
 work.
@@ -31,6 +31,7 @@ from llmmed.autotune.launch_search import open_sites
 from llmmed.autotune.measure import compiled_alone
 from llmmed.autotune.plan import Mode
 from llmmed.autotune.process import end_with_parent, offer_to_out_of_memory_killer, take_settings
+from llmmed.autotune.step_ahead import StepAhead
 from llmmed.autotune.verify import Layout, arriving, exact_products, trials
 from llmmed.kernels.ahead_of_time import compiling_only, run_on_meta
 from llmmed.kernels.base import Call, Op
@@ -47,6 +48,9 @@ def main() -> None:
     job, board = Job.read(Path(sys.argv[1])), Board(Path(sys.argv[2]))
     device = torch.device(job.device)
     take_settings(job)
+    step = StepAhead(job, board) if job.step is not None and job.mode != "eager" else None
+    if step is not None:
+        step.compile_default()
     units = sorted(_units(job.tasks, job.mode, device), key=_Unit.order)
     board.announce(Counter(unit.awaited_by for unit in units))
     for index, unit in enumerate(units):
@@ -59,6 +63,8 @@ def main() -> None:
             _leave(device)
         text = f"{time.perf_counter() - began:6.1f} {unit.name} {unit.call.describe()}"
         board.finish(unit.awaited_by, str(index), text)
+    if step is not None:
+        step.compile_flips()
     os._exit(0)
 
 

@@ -9,7 +9,7 @@ import time
 from collections.abc import Iterator
 from pathlib import Path
 
-from llmmed.autotune.board import Board
+from llmmed.autotune.board import STEP, Board
 from llmmed.autotune.journal import Job
 from llmmed.autotune.process import end, started_process
 from llmmed.machine import cores
@@ -47,7 +47,10 @@ class Warming:
             for _ in range(warming_processes(job)):
                 process = started_process("llmmed.autotune.warm", [str(path), str(board)], folder / "warm.log", alone)
                 warming._processes.append(stack.enter_context(process))
-            yield warming
+            try:
+                yield warming
+            finally:
+                warming._tell_of_step()
 
     def look(self) -> None:
         """Sees to it that nobody waits for processes that hang or have ended. To be called now and then."""
@@ -60,6 +63,14 @@ class Warming:
         for process in self._processes if awaited else ():
             end(process)
         self._board.end()
-        done = sorted(self._board.finished(), reverse=True)
+        done = sorted(self._board.finished(but=STEP), reverse=True)
         slowest = "".join(f"\n{line}" for line in done[:5])
         logger.info("compiled %d units ahead; the slowest, in s:%s", len(done), slowest)
+
+    def _tell_of_step(self) -> None:
+        plans = sorted(self._board.finished(STEP), reverse=True)
+        failed = [line for line in plans if ": " in line]
+        if plans:
+            lines = "".join(f"\n{line}" for line in [*failed[:3], *plans[:5]])
+            told = f"compiled {len(plans) - len(failed)} plans ahead for the step, {len(failed)} could not be"
+            logger.info("%s; some of these and the slowest, in s:%s", told, lines)

@@ -16,7 +16,7 @@ import pytest
 import torch
 
 from llmmed.autotune import child, warming, worker
-from llmmed.autotune.board import ALL, CLOCK, Board
+from llmmed.autotune.board import ALL, CLOCK, STEP, Board
 from llmmed.autotune.child import Findings, Limits
 from llmmed.autotune.journal import Begun, Event, Job, JournalReader, JournalWriter, StepTask, Task
 from llmmed.autotune.plan import Candidate
@@ -24,6 +24,8 @@ from llmmed.autotune.process import end, started_process
 from llmmed.autotune.warming import Warming, warming_processes
 from llmmed.autotune.worker import Worker
 from llmmed.autotune.workload import Workload
+from llmmed.compose import as_dict
+from llmmed.config import Config
 from llmmed.kernels.base import Implementation
 from llmmed.kernels.catalog import get_op
 
@@ -62,6 +64,7 @@ def test_an_op_waits_for_its_own_units_and_for_those_on_the_gpu(board: Board) ->
     board.finish("rotary", "1", "")
     assert board.is_awaited(ALL, "rotary")
     board.finish(ALL, "0", "")
+    board.finish(STEP, "default", "")
     assert not board.is_awaited(ALL, "rotary")
     assert board.is_awaited(ALL, "swiglu")
     for name in ("2", "3"):
@@ -81,6 +84,13 @@ def test_nobody_waits_for_those_who_have_died_or_hang(board: Board, sleeper: sub
     warm.look()
     assert not board.is_awaited()
     assert sleeper.returncode == -signal.SIGKILL
+
+
+def test_those_who_are_done_may_go_on_with_the_step(board: Board, sleeper: subprocess.Popen[bytes]) -> None:
+    board.announce({ALL: 1})
+    board.finish(ALL, "0", "")
+    Warming(board, [sleeper], 0.0).look()
+    assert sleeper.poll() is None
 
 
 def test_only_the_cores_that_are_ours_are_taken(job: Job, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -182,14 +192,19 @@ def test_a_restart_searches_no_longer_than_is_left() -> None:
     assert child._searching_seconds(limits, Findings(seconds={"launch": 9.0})) == 0.0
 
 
-def test_a_warm_up_process_does_not_outlive_its_parent(job: Job, tmp_path: Path) -> None:
+def test_a_warm_up_process_does_not_outlive_its_parent(job: Job, board: Board, tiny: Config, tmp_path: Path) -> None:
     """As a tuning process does not; it would hold the GPU's memory."""
-    job.write(tmp_path / "job.json")
+    board.claim(STEP)  # by a process that never gets done: this one waits for it
+    step = StepTask(config=as_dict(tiny), pinned={}, known={})
+    job.model_copy(update={"mode": "compiled", "tasks": [], "step": step}).write(tmp_path / "job.json")
     arguments = [str(tmp_path / "job.json"), str(tmp_path / "warm")]
     with started_process("llmmed.autotune.warm", arguments, tmp_path / "log") as process:
+        while board.is_awaited():
+            assert process.poll() is None, (tmp_path / "log").read_text()
+            time.sleep(0.05)
         assert process.stdin is not None
         process.stdin.close()
-        assert process.wait(timeout=60) == -signal.SIGKILL
+        assert process.wait(timeout=10) == -signal.SIGKILL
 
 
 def test_a_deterministic_run_is_compiled_ahead_deterministically(
