@@ -168,7 +168,7 @@ def tune_in_child(
             deterministic=deterministic,
             matmul_precision=torch.get_float32_matmul_precision(),
             tasks=tasks,
-            step=step,
+            step=_confirmation(step, findings),
             seconds=limits.deadline - time.perf_counter(),
         )
         warming: Warming | None = None

@@ -38,11 +38,10 @@ class StepAhead:
         self._folder = job.journal.parent
         self._readers: dict[str, JournalReader] = {}
         self._config = from_dict(job.step.config)
-        self._open = [task.op for task in job.tasks if task.measure]
-        self._names = {task.op: [*task.verify, *task.verified] for task in job.tasks if task.measure}
+        self._pinned = job.step.pinned
+        self._untimed = {task.op: [*task.verify, *task.verified] for task in job.tasks if task.measure}
         self._known: dict[str, dict[str, Candidate]] = {op: dict(found) for op, found in job.step.known.items()}
-        self._timed: set[str] = set()
-        self._default = dict.fromkeys((*self._known, *self._open), DEFAULT) | job.step.pinned
+        self._default = dict.fromkeys((*self._known, *self._untimed), DEFAULT) | job.step.pinned
         self._best = dict(self._default)
 
     def compile_default(self) -> None:
@@ -64,17 +63,16 @@ class StepAhead:
                 self._compile(plan)
 
     def _wanted(self) -> Iterator[Choice]:
-        """Plans one flip from the best so far, those first that the step will be asked about first."""
+        """Plans one flip from the best so far: first, of ops whose times are known, those that the step will be asked
+        about; then those of all others that are not rejected."""
         kernels = self._config.kernels
-        if self._timed >= set(self._open):
-            scarce = kernels.objective == "memory" or kernels.memory_budget_gib is not None
-            found = {op: self._known[op] for op in self._open if DEFAULT in self._known.get(op, {})}
-            usable = {op: c for op, c in found.items() if c[DEFAULT].status == "verified"}
-            for flip in shortlist(self._default, usable, everything=scarce):
-                yield {**self._best, flip.op: flip.name}
-            return
-        for op in self._open:
-            for name in self._names[op]:
+        scarce = kernels.objective == "memory" or kernels.memory_budget_gib is not None
+        found = {op: each for op, each in self._known.items() if op not in self._pinned and DEFAULT in each}
+        usable = {op: each for op, each in found.items() if each[DEFAULT].status == "verified"}
+        for flip in shortlist(self._default, usable, everything=scarce):
+            yield {**self._best, flip.op: flip.name}
+        for op, names in self._untimed.items():
+            for name in names:
                 verdict = self._known.get(op, {}).get(name)
                 if name != DEFAULT and (verdict is None or verdict.status == "verified"):
                     yield {**self._best, op: name}
@@ -87,7 +85,7 @@ class StepAhead:
                     self._known.setdefault(event.op, {})[event.name] = event.candidate
                 elif isinstance(event, Timed):
                     self._known.setdefault(event.op, {}).update(event.candidates)
-                    self._timed.add(event.op)
+                    self._untimed.pop(event.op, None)
                 elif isinstance(event, Tried) and event.trial.status == "accepted":
                     self._best[event.trial.op] = event.trial.name
                 elif isinstance(event, StepDone):

@@ -102,6 +102,13 @@ def test_once_times_are_known_the_shortlist_decides(job: Job, board: Board, monk
     assert found == [{}, {"swiglu": "triton"}, {"swiglu": "liger"}]
 
 
+def test_an_op_that_is_never_timed_holds_up_no_other(job: Job, board: Board, monkeypatch: pytest.MonkeyPatch) -> None:
+    times = [timed("rotary", pytorch=1.0, triton=0.5)]
+    none = [Judged(op="swiglu", name=n, candidate=Candidate(status="wrong")) for n in ("pytorch", "liger", "triton")]
+    events: list[list[Event]] = [[*none, *times], [], [accepted("rotary", "triton")], [DONE]]
+    assert compiled(job, board, monkeypatch, iter(events)) == [{}, {"rotary": "triton"}]
+
+
 def test_processes_share_the_plans_and_are_few(job: Job, board: Board, monkeypatch: pytest.MonkeyPatch) -> None:
     assert board.claim(STEP)  # another compiles the default plan, and is not done
     waits: list[list[Event]] = [[], [], [DONE]]
