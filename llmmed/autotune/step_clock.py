@@ -235,7 +235,8 @@ class StepClock:
         try:
             pool = self._shared_pool() if mode == "graphs" else None
             model = at_depth(self._config, self._weights, self._load(choice), depth)
-            return Subject(self._config, model, self._batches[0], self._scale, mode, pool)
+            timed = depth in self.depths  # else it is checked, and no more
+            return Subject(self._config, model, self._batches[0], self._scale, mode, pool, takes_memory=timed)
         except Exception as error:  # whatever a plan raises rejects that plan alone
             raise Failed(_failure(error)) from error
 
