@@ -10,7 +10,7 @@ from __future__ import annotations
 import contextlib
 import copy
 from collections.abc import Callable, Iterator, Sequence
-from typing import Any
+from typing import Any, NoReturn
 from unittest import mock
 
 import torch
@@ -47,6 +47,7 @@ def _running_nothing() -> Iterator[Callable[..., Any]]:
     """A backend that compiles as Inductor does; what it compiles is not run."""
     from torch._inductor import compile_fx
     from torch._inductor.output_code import CompiledFxGraph
+    from torch._inductor.runtime import benchmarking
 
     graphs: dict[int, tuple[object, torch.fx.GraphModule]] = {}
 
@@ -73,7 +74,13 @@ def _running_nothing() -> Iterator[Callable[..., Any]]:
 
         return call
 
-    with mock.patch.object(CompiledFxGraph, "__call__", run):
+    def refuse(*arguments: Any, **options: Any) -> NoReturn:
+        raise RuntimeError("the compiler wants to try something out on the GPU, where others take times")
+
+    with (
+        mock.patch.object(CompiledFxGraph, "__call__", run),
+        mock.patch.object(benchmarking.benchmarker, "benchmark_gpu", refuse),
+    ):
         yield backend
 
 

@@ -11,7 +11,9 @@ import torch
 from torch import Tensor
 from torch._functorch._aot_autograd import autograd_cache
 from torch._inductor import compile_fx
+from torch._inductor.fx_passes import pad_mm
 from torch._inductor.output_code import CompiledFxGraph
+from torch._inductor.runtime import benchmarking
 
 from llmmed.autotune.compiled_ahead import compile_ahead
 from llmmed.autotune.step_clock import StepClock
@@ -87,6 +89,20 @@ def test_kernels_that_cannot_run_here_are_compiled_around(
         compile_ahead(tiny, CHOICE)
     assert sorted(backward) == [False] * 3 + [True] * 3
     assert len(set(keys)) == 3
+
+
+def test_nothing_is_tried_out_on_the_gpu(tiny: Config, keys: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    """As the compiler would where a product's shape is odd, beside those who take times."""
+
+    def times(graph: torch.fx.GraphModule, inputs: Any, **options: Any) -> Callable[..., Any]:
+        with pytest.raises(RuntimeError, match="wants to try something out"):
+            pad_mm.get_do_bench()(lambda: None)
+        return without_kernels(graph, inputs)
+
+    monkeypatch.setattr(compile_fx, "compile_fx_inner", times)
+    compile_ahead(tiny, default_choice())
+    assert len(keys) == 3
+    assert "benchmark_gpu" not in vars(benchmarking.benchmarker)
 
 
 def test_what_is_in_the_caches_already_is_not_run(
