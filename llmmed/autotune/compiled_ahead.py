@@ -9,7 +9,8 @@ from __future__ import annotations
 
 import contextlib
 import copy
-from collections.abc import Callable, Iterator, Sequence
+import itertools
+from collections.abc import Callable, Collection, Iterator, Sequence
 from typing import Any, NoReturn
 from unittest import mock
 
@@ -24,16 +25,19 @@ from llmmed.kernels.catalog import default_choice, load_kernels
 from llmmed.model import Transformer
 from llmmed.training.micro_step import LaunchedMicroStep
 
+PARTS = 3
+"""Embedding, block, loss."""
+
 
 class _Compiled(Exception):
     """A graph was in the caches already, so that there is nothing to take its outputs from."""
 
 
-def compile_ahead(config: Config, choice: Choice) -> None:
-    """Compiles what the model calls under a plan: embedding, one block, loss, forward and backward."""
+def compile_ahead(config: Config, choice: Choice, parts: Collection[int] = range(PARTS)) -> None:
+    """Compiles what the model calls under a plan: embedding, one block, loss, or some of them, forward and backward."""
     one = shallow(config, 1)
     kernels = load_kernels({**default_choice(), **choice})
-    with FakeTensorMode(allow_non_fake_inputs=True), _running_nothing() as backend:
+    with FakeTensorMode(allow_non_fake_inputs=True), _running_nothing(parts) as backend:
         model = Transformer.for_training(one, kernels, config.device)
         shape = (config.train.micro_batch_size, config.train.seq_len + 1)
         batch = torch.zeros(shape, dtype=torch.int64, device=config.device)
@@ -43,13 +47,14 @@ def compile_ahead(config: Config, choice: Choice) -> None:
 
 
 @contextlib.contextmanager
-def _running_nothing() -> Iterator[Callable[..., Any]]:
-    """A backend that compiles as Inductor does; what it compiles is not run."""
+def _running_nothing(parts: Collection[int]) -> Iterator[Callable[..., Any]]:
+    """A backend that compiles as Inductor does, of the graphs that it meets those that are wanted; none is run."""
     from torch._inductor import compile_fx
     from torch._inductor.output_code import CompiledFxGraph
     from torch._inductor.runtime import benchmarking
 
     graphs: dict[int, tuple[object, torch.fx.GraphModule]] = {}
+    met = itertools.count()
 
     def compile_it(graph: torch.fx.GraphModule, inputs: Sequence[Any], **options: Any) -> Any:
         before = torch.fx.GraphModule(graph, copy.deepcopy(graph.graph))  # the compiler changes it
@@ -63,6 +68,8 @@ def _running_nothing() -> Iterator[Callable[..., Any]]:
         return list(graphs[id(self)][1](*inputs))
 
     def backend(graph: torch.fx.GraphModule, inputs: list[Tensor]) -> Callable[..., Any]:
+        if next(met) not in parts:
+            return graph
         _name_real_types(graph, inputs)
         compiled: Any = compile_fx.compile_fx(graph, inputs, inner_compile=compile_it)
 

@@ -8,12 +8,12 @@ from __future__ import annotations
 
 import os
 import time
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 
 import torch
 
 from llmmed.autotune.board import STEP, Board
-from llmmed.autotune.compiled_ahead import compile_ahead
+from llmmed.autotune.compiled_ahead import PARTS, compile_ahead
 from llmmed.autotune.confirm import Choice, shortlist
 from llmmed.autotune.failures import one_line
 from llmmed.autotune.journal import Job, JournalReader, Judged, StepDone, Timed, Tried
@@ -44,10 +44,13 @@ class StepAhead:
         self._default = dict.fromkeys((*self._known, *self._untimed), DEFAULT) | job.step.pinned
         self._best = dict(self._default)
 
-    def compile_default(self) -> None:
-        """Compiles the default plan, if no other process does."""
-        if self._board.claim(STEP):
-            self._compile(self._default)
+    def compile_default(self) -> bool:
+        """Compiles a part of the default plan. Returns whether there was one that no other process does."""
+        for part in range(PARTS):
+            if self._board.claim(f"{STEP}-default-{part}"):
+                self._compile(self._default, f"the default plan, part {part + 1} of {PARTS}", [part])
+                return True
+        return False
 
     def compile_flips(self) -> None:
         """Goes on until the step has answered. Only as many processes take part as the GPU's memory allows."""
@@ -55,12 +58,16 @@ class StepAhead:
             return
         os.nice(_NICER)
         while not self._step_has_answered():
-            found = self._board.finished(STEP)  # what the flips share with the default plan is compiled once
-            plan = next((each for each in self._wanted() if self._board.claim(_name(each))), None) if found else None
+            if self.compile_default():
+                continue
+            # What the flips share with the default plan is compiled once.
+            wanted = self._wanted() if len(self._board.finished(STEP)) >= PARTS else ()
+            plan = next((each for each in wanted if self._board.claim(_name(each))), None)
             if plan is None:
                 time.sleep(_POLL_SECONDS)
-            else:
-                self._compile(plan)
+                continue
+            flips = [f"{op}={name}" for op, name in plan.items() if name != self._default[op]]
+            self._compile(plan, ", ".join(flips), range(PARTS))
 
     def _wanted(self) -> Iterator[Choice]:
         """Plans one flip from the best so far: first, of ops whose times are known, those that the step will be asked
@@ -92,17 +99,16 @@ class StepAhead:
                     return True
         return False
 
-    def _compile(self, plan: Choice) -> None:
+    def _compile(self, plan: Choice, what: str, parts: Collection[int]) -> None:
         began, failure = time.perf_counter(), ""
         _limit_memory(self._device, _MEMORY)
         try:
-            compile_ahead(self._config, plan)
+            compile_ahead(self._config, plan, parts)
         except Exception as error:  # noqa: BLE001 - what does not compile is told where it is tried
             failure = f": {one_line(error)}"
         _limit_memory(self._device, 1.0)
-        flips = [f"{op}={name}" for op, name in plan.items() if name != self._default[op]]
-        text = f"{time.perf_counter() - began:6.1f} {', '.join(flips) or 'the default plan'}{failure}"
-        self._board.finish(STEP, _name(plan), text)
+        text = f"{time.perf_counter() - began:6.1f} {what}{failure}"
+        self._board.finish(STEP, sha256_of([what])[:16], text)
 
 
 def _name(plan: Choice) -> str:

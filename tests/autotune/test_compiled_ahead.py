@@ -58,7 +58,8 @@ def test_what_is_compiled_ahead_is_what_the_step_compiles(
 ) -> None:
     config = replace(tiny, train=replace(tiny.train, compile="compiled"))
     monkeypatch.setattr(compile_fx, "compile_fx_inner", without_kernels)
-    compile_ahead(config, default_choice())
+    compile_ahead(config, default_choice(), [0, 2])
+    compile_ahead(config, default_choice(), [1])  # perhaps by another process
     ahead = list(keys)
     assert len(set(ahead)) == 3  # embedding, block, loss
     keys.clear()

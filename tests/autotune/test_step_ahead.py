@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from pathlib import Path
 
 import pytest
@@ -57,10 +57,12 @@ def compiled(
             for event in next(events):
                 journal.write(event)
 
-    def compile_it(config: Config, plan: Choice) -> None:
+    def compile_it(config: Config, plan: Choice, parts: Collection[int]) -> None:
         assert plan["attention"] == "triton"
+        assert len(parts) == (3 if flips(plan) else 1)
         plans.append(flips(plan))
-        arrive()
+        if flips(plan) or len(plans) == 3:
+            arrive()
 
     monkeypatch.setattr(step_ahead, "compile_ahead", compile_it)
     monkeypatch.setattr(step_ahead.time, "sleep", arrive)
@@ -68,7 +70,9 @@ def compiled(
     step = StepAhead(job, board)
     step.compile_default()
     step.compile_flips()
-    return plans
+    defaults = [plan for plan in plans if not plan]
+    assert plans[: len(defaults)] == defaults  # what all share is compiled first
+    return plans[len(defaults) :]
 
 
 def timed(op: str, **total_ms: float) -> Timed:
@@ -90,8 +94,8 @@ def test_flips_of_the_default_are_compiled_until_one_is_accepted(
     times = [timed("rotary", pytorch=1.0, triton=0.5), timed("swiglu", pytorch=1.0, triton=0.9)]
     events: list[list[Event]] = [[rejected], [], [], times, [accepted("rotary", "triton")], [], [DONE]]
     found = compiled(job, board, monkeypatch, iter(events))
-    assert found[:3] == [{}, {"rotary": "triton"}, {"swiglu": "triton"}]
-    assert found[3:] == [{"rotary": "triton", "swiglu": "triton"}]  # beside the best that there is by now
+    assert found[:2] == [{"rotary": "triton"}, {"swiglu": "triton"}]
+    assert found[2:] == [{"rotary": "triton", "swiglu": "triton"}]  # beside the best that there is by now
 
 
 def test_once_times_are_known_the_shortlist_decides(job: Job, board: Board, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -99,21 +103,21 @@ def test_once_times_are_known_the_shortlist_decides(job: Job, board: Board, monk
     times = [timed("rotary", pytorch=1.0, triton=9.0), timed("swiglu", pytorch=1.0, liger=1.1, triton=0.9)]
     events: list[list[Event]] = [[*verdicts, *times], [], [], [DONE]]
     found = compiled(job, board, monkeypatch, iter(events))
-    assert found == [{}, {"swiglu": "triton"}, {"swiglu": "liger"}]
+    assert found == [{"swiglu": "triton"}, {"swiglu": "liger"}]
 
 
 def test_an_op_that_is_never_timed_holds_up_no_other(job: Job, board: Board, monkeypatch: pytest.MonkeyPatch) -> None:
     times = [timed("rotary", pytorch=1.0, triton=0.5)]
     none = [Judged(op="swiglu", name=n, candidate=Candidate(status="wrong")) for n in ("pytorch", "liger", "triton")]
     events: list[list[Event]] = [[*none, *times], [], [accepted("rotary", "triton")], [DONE]]
-    assert compiled(job, board, monkeypatch, iter(events)) == [{}, {"rotary": "triton"}]
+    assert compiled(job, board, monkeypatch, iter(events)) == [{"rotary": "triton"}]
 
 
 def test_processes_share_the_plans_and_are_few(job: Job, board: Board, monkeypatch: pytest.MonkeyPatch) -> None:
-    assert board.claim(STEP)  # another compiles the default plan, and is not done
+    for part in range(3):
+        assert board.claim(f"{STEP}-default-{part}")  # others compile the default plan, and are not done
     waits: list[list[Event]] = [[], [], [DONE]]
     assert compiled(job, board, monkeypatch, iter(waits)) == []
-    board.finish(STEP, "default", "")
     for n in range(8):
         board.claim(f"{STEP}{n}")
     assert compiled(job, board, monkeypatch, iter([])) == []  # there are enough of them
@@ -122,11 +126,11 @@ def test_processes_share_the_plans_and_are_few(job: Job, board: Board, monkeypat
 def test_what_does_not_compile_says_so_and_the_rest_goes_on(
     job: Job, board: Board, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def refuse(config: Config, plan: Choice) -> None:
+    def refuse(config: Config, plan: Choice, parts: Collection[int]) -> None:
         raise RuntimeError("no such thing")
 
     monkeypatch.setattr(step_ahead, "compile_ahead", refuse)
     step = StepAhead(job, board)
     step.compile_default()
     (line,) = board.finished(STEP)
-    assert line.endswith("the default plan: RuntimeError: no such thing")
+    assert line.endswith("the default plan, part 1 of 3: RuntimeError: no such thing")

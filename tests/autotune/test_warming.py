@@ -194,7 +194,8 @@ def test_a_restart_searches_no_longer_than_is_left() -> None:
 
 def test_a_warm_up_process_does_not_outlive_its_parent(job: Job, board: Board, tiny: Config, tmp_path: Path) -> None:
     """As a tuning process does not; it would hold the GPU's memory."""
-    board.claim(STEP)  # by a process that never gets done: this one waits for it
+    for part in range(3):
+        board.claim(f"{STEP}-default-{part}")  # by processes that never get done: this one waits for them
     step = StepTask(config=as_dict(tiny), pinned={}, known={})
     job.model_copy(update={"mode": "compiled", "tasks": [], "step": step}).write(tmp_path / "job.json")
     arguments = [str(tmp_path / "job.json"), str(tmp_path / "warm")]
