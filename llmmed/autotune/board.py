@@ -53,6 +53,10 @@ class Board:
         done = Counter(path.name.partition(".")[0] for path in self._done.iterdir())
         return any(done[what] < count for what, count in wanted.items() if not by or what in by)
 
+    def count(self, *, but: str) -> int:
+        """How many pieces are done, those of one kind aside."""
+        return sum(path.name.partition(".")[0] != but for path in self._done.iterdir())
+
     def finished(self, awaited_by: str = "", *, but: str = "") -> list[str]:
         """The lines about what is done: of one kind, or of all but one."""
         kinds = ((path, path.name.partition(".")[0]) for path in self._done.iterdir())

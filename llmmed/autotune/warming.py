@@ -17,7 +17,8 @@ from llmmed.machine import cores
 logger = logging.getLogger(__name__)
 
 _LEAST, _MOST = 3, 15  # processes; with fewer it is not worth their start
-_SECONDS = 45.0  # at most: a compiler that hangs is dealt with by those who judge
+# A compiler that hangs is dealt with by those who judge: seconds in which nothing gets done, and in all.
+_STANDSTILL, _SECONDS = 45.0, 90.0
 
 
 def warming_processes(job: Job) -> int:
@@ -30,17 +31,19 @@ def warming_processes(job: Job) -> int:
 class Warming:
     """Processes that fill the compilers' caches while the one that judges starts, waits, and judges."""
 
-    def __init__(self, board: Board, processes: list[subprocess.Popen[bytes]], deadline: float) -> None:
-        self._board, self._processes, self._deadline = board, processes, deadline
+    def __init__(self, board: Board, processes: list[subprocess.Popen[bytes]], standstill: float = _STANDSTILL) -> None:
+        self._board, self._processes, self._standstill = board, processes, standstill
+        self._began = self._progress = time.perf_counter()
+        self._count = 0
         self._over = False
 
     @classmethod
     @contextlib.contextmanager
     def started(cls, job: Job, folder: Path, seconds: float) -> Iterator[Warming]:
-        """Until the end of the context. After `seconds`, or 45, nobody waits for them any longer."""
+        """Until the end of the context. Where for `seconds`, or 45, nothing gets done, nobody waits any longer."""
         path, board = folder / "warm.json", folder / "warm"
         job.write(path)
-        warming = cls(Board(board), [], time.perf_counter() + min(_SECONDS, seconds))
+        warming = cls(Board(board), [], min(_STANDSTILL, seconds))
         # Each is one of many: what would take all cores for itself takes one.
         alone = {"OMP_NUM_THREADS": "1", "TORCHINDUCTOR_COMPILE_THREADS": "1"}
         with contextlib.ExitStack() as stack:
@@ -56,8 +59,11 @@ class Warming:
         """Sees to it that nobody waits for processes that hang or have ended. To be called now and then."""
         if self._over:
             return
-        awaited = self._board.is_awaited()
-        if awaited and time.perf_counter() < self._deadline and any(each.poll() is None for each in self._processes):
+        awaited, count, now = self._board.is_awaited(), self._board.count(but=STEP), time.perf_counter()
+        if count > self._count:
+            self._count, self._progress = count, now
+        in_time = now - self._progress < self._standstill and now - self._began < _SECONDS
+        if awaited and in_time and any(each.poll() is None for each in self._processes):
             return
         self._over = True
         for process in self._processes if awaited else ():
