@@ -25,7 +25,7 @@ from llmmed.kernels.catalog import DEFAULT
 _NICER = 4  # than the rest of the warm-up
 _MOST_PROCESSES = 8
 _CONTEXTS = (0.03, 2**29)  # of the GPU's memory, which these processes may hold while others need it; bytes of each
-_MEMORY = 0.02  # of the GPU's: what a process may allocate, should the compiler want to try something out
+_MEMORY = 0.02  # of the GPU's: what a process may allocate, which needs next to nothing
 _POLL_SECONDS = 0.2
 
 

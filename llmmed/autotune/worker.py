@@ -57,13 +57,16 @@ _SECONDS_A_LAUNCH = {"cuda": 0.03, "cpu": 0.2}  # of timed passes
 
 
 def main() -> None:
-    job = Job.read(Path(sys.argv[1]))
+    path = Path(sys.argv[1])
+    job = Job.read(path)
     end_with_parent()
     offer_to_out_of_memory_killer()
     take_settings(job)
     if job.warm is not None and Board(job.warm).is_awaited():
         _prepare(job.device)
     _settle()
+    started = time.time() - path.stat().st_mtime  # seconds ago, most of which PyTorch took
+    job = job.model_copy(update={"seconds": job.seconds - started})
     with JournalWriter(job.journal) as journal:
         Worker(job, journal).run()
     os._exit(0)  # at once: what a candidate left behind, say a thread, must not hold the process

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import signal
 import subprocess
 import sys
@@ -47,6 +48,24 @@ def job(norms: Workload, tmp_path: Path) -> Job:
         seconds=60.0,
         warm=tmp_path / "warm",
     )
+
+
+@pytest.fixture
+def main(job: Job, monkeypatch: pytest.MonkeyPatch) -> Callable[..., None]:
+    """The tuning process's `main`, in this process, with a job."""
+    monkeypatch.setattr(worker.os, "_exit", lambda code: None)
+    for name in ("end_with_parent", "offer_to_out_of_memory_killer"):
+        monkeypatch.setattr(worker, name, lambda: None)
+    monkeypatch.setattr(worker, "take_settings", lambda job: None)
+    path = job.journal.with_name("job.json")
+    monkeypatch.setattr(worker.sys, "argv", ["worker", str(path)])
+
+    def run(age: float = 0.0, **change: object) -> None:
+        job.model_copy(update={"warm": None} | change).write(path)
+        os.utime(path, (time.time() - age,) * 2)
+        worker.main()
+
+    return run
 
 
 @pytest.fixture
@@ -148,22 +167,26 @@ def test_verdicts_wait_for_their_units_and_times_for_all(
     assert begun()[3:5] == ["load", "measure"]
 
 
-def test_what_is_there_for_good_is_no_garbage_to_look_through(job: Job, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_time_that_a_process_takes_to_start_counts(
+    main: Callable[..., None], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its parent ends it in time, and until then it must have come to an end of its own."""
+    left: list[float] = []
+    monkeypatch.setattr(worker, "_settle", lambda: None)
+    monkeypatch.setattr(Worker, "run", lambda self: left.append(self._deadline - time.perf_counter()))
+    main(age=12.0, seconds=60.0)
+    assert left == [pytest.approx(48.0, abs=1.0)]
+
+
+def test_what_is_there_for_good_is_no_garbage_to_look_through(
+    main: Callable[..., None], monkeypatch: pytest.MonkeyPatch
+) -> None:
     done: list[str] = []
     monkeypatch.setattr(worker.gc, "collect", lambda: done.append("collect"))
     monkeypatch.setattr(worker.gc, "freeze", lambda: done.append("freeze"))
-    monkeypatch.setattr(worker, "take_turns", None)
     monkeypatch.setattr(Worker, "_verify", lambda *arguments: done.append("verify") or Candidate(status="wrong"))
     monkeypatch.setattr(Worker, "_confirm", lambda *arguments: done.append("step"))
-    monkeypatch.setattr(worker.os, "_exit", lambda code: None)
-    for name in ("end_with_parent", "offer_to_out_of_memory_killer"):
-        monkeypatch.setattr(worker, name, lambda: None)
-    monkeypatch.setattr(worker, "take_settings", lambda job: None)
-    path = job.journal.with_name("job.json")
-    step = StepTask(config={}, pinned={}, known={})
-    job.model_copy(update={"warm": None, "step": step}).write(path)
-    monkeypatch.setattr(worker.sys, "argv", ["worker", str(path)])
-    worker.main()
+    main(step=StepTask(config={}, pinned={}, known={}))
     assert done == ["collect", "freeze", "verify", "collect", "freeze", "step"]
 
 
