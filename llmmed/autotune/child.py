@@ -8,13 +8,11 @@ from __future__ import annotations
 
 import contextlib
 import logging
-import os
 import signal
 import subprocess
-import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
@@ -38,12 +36,13 @@ from llmmed.autotune.journal import (
     Tried,
 )
 from llmmed.autotune.plan import Candidate, Ceilings, Mode, Status, StepEvidence, StepTrial
+from llmmed.autotune.process import end, started_process
+from llmmed.autotune.warming import Warming, warming_processes
 
 logger = logging.getLogger(__name__)
 
 _POLL_SECONDS = 0.05
-_LEAST_WARMING, _MOST_WARMING = 3, 15  # processes; with fewer it is not worth their start
-_WARMING_SECONDS = 45.0  # at most: a compiler that hangs is dealt with by those who judge
+_SEARCHING = 0.04  # of the budget: what the search for launches may take
 _DONE = {
     "verify": "verified",
     "launch": "launched in other ways",
@@ -65,11 +64,13 @@ _DOING = {
 
 @dataclass(frozen=True)
 class Limits:
-    """Seconds: for one candidate's turn, and the `time.perf_counter()` at which tuning ends."""
+    """Seconds: for one candidate's turn, for all searches for launches, and the `time.perf_counter()` at which tuning
+    ends."""
 
     candidate_seconds: float
     budget_seconds: float
     deadline: float
+    searching_seconds: float = 5.0
 
 
 @dataclass(frozen=True)
@@ -165,7 +166,7 @@ def tune_in_child(
     for task in tasks:
         findings.ops.setdefault(task.op, {}).update(task.verified)
     reason = ""
-    with tempfile.TemporaryDirectory(prefix="llmmed-tuning-") as name:
+    with tempfile.TemporaryDirectory(prefix="llmmed-tuning-") as name, contextlib.ExitStack() as stack:
         folder = Path(name)
         attempt = 0
         first = Job(
@@ -175,29 +176,32 @@ def tune_in_child(
             deterministic=deterministic,
             matmul_precision=torch.get_float32_matmul_precision(),
             tasks=findings.left(tasks),
+            step=step,
             seconds=limits.deadline - time.perf_counter(),
         )
+        warming: Warming | None = None
         while True:
             left, confirm = findings.left(tasks), _confirmation(step, findings)
             if not left and confirm is None:
                 break
             path = folder / f"job{attempt}.json"
-            with started_process("llmmed.autotune.worker", [str(path), device], path.with_suffix(".log")) as process:
-                if device == "cuda" and attempt == 0:  # while the tuning process starts and waits for its job
-                    began = time.perf_counter()
-                    _warm_up(first, folder, limits, report)
-                    findings.seconds["warm"] = time.perf_counter() - began
-                job = first.model_copy(
-                    update={
-                        "journal": folder / f"journal{attempt}.jsonl",
-                        "tasks": left,
-                        "ceilings": findings.ceilings,
-                        "step": confirm,
-                        "seconds": limits.deadline - time.perf_counter(),
-                    }
-                )
-                job.write(path)
-                reason = _Attempt(job, tasks, findings, limits, report, timed).follow(process, path.with_suffix(".log"))
+            job = first.model_copy(
+                update={
+                    "journal": folder / f"journal{attempt}.jsonl",
+                    "tasks": left,
+                    "ceilings": findings.ceilings,
+                    "step": confirm,
+                    "seconds": limits.deadline - time.perf_counter(),
+                    "searching_seconds": _searching_seconds(limits, findings),
+                    "warm": folder / "warm" if warming_processes(first) else None,
+                }
+            )
+            job.write(path)
+            with started_process("llmmed.autotune.worker", [str(path)], path.with_suffix(".log")) as process:
+                if attempt == 0 and job.warm is not None:
+                    warming = stack.enter_context(Warming.started(first, folder, limits.candidate_seconds))
+                watched = _Attempt(job, tasks, findings, limits, report, timed, warming)
+                reason = watched.follow(process, path.with_suffix(".log"))
             if reason:
                 break
             attempt += 1
@@ -217,29 +221,10 @@ def _confirmation(step: StepTask | None, findings: Findings) -> StepTask | None:
     return step.model_copy(update=found)
 
 
-def _warm_up(job: Job, folder: Path, limits: Limits, report: Callable[[Progress], None]) -> None:
-    """Fills the compilers' caches from several processes, since one compiles on a single core."""
-    candidates = sum(len(task.verify) + len(task.verified) for task in job.tasks)
-    count = min((os.cpu_count() or 2) - 1, candidates, _MOST_WARMING)
-    if count < _LEAST_WARMING:
-        return
-    path = folder / "warm.json"
-    job.write(path)
-    seconds = limits.budget_seconds - (limits.deadline - time.perf_counter())
-    report(Progress("warm", "", "", 0, candidates, seconds))
-    deadline = min(time.perf_counter() + min(_WARMING_SECONDS, limits.candidate_seconds), limits.deadline)
-    with contextlib.ExitStack() as stack:
-        claims, log = folder / "claims", folder / "warm.log"
-        claims.mkdir()
-        # Each is one of many: what would take all cores for itself takes one.
-        alone = {"OMP_NUM_THREADS": "1", "TORCHINDUCTOR_COMPILE_THREADS": "1"}
-        warm = [str(path), str(claims)]
-        started = [stack.enter_context(started_process("llmmed.autotune.warm", warm, log, alone)) for _ in range(count)]
-        for process in started:
-            with contextlib.suppress(subprocess.TimeoutExpired):
-                process.wait(max(0.0, deadline - time.perf_counter()))
-        slowest = sorted((path.read_text(encoding="utf-8") for path in claims.iterdir()), reverse=True)[:5]
-        logger.info("compiled %d units ahead; the slowest, in s:%s", len(list(claims.iterdir())), "".join(slowest))
+def _searching_seconds(limits: Limits, findings: Findings) -> float:
+    """What is left for the search for launches, after what processes before took of it."""
+    most = min(limits.searching_seconds, _SEARCHING * limits.budget_seconds)
+    return max(0.0, most - findings.seconds.get("launch", 0.0))
 
 
 class _Attempt:
@@ -247,9 +232,10 @@ class _Attempt:
 
     def __init__(
         self, job: Job, tasks: list[Task], findings: Findings, limits: Limits, report: Callable[[Progress], None],
-        timed: Callable[[Findings], None] | None,
+        timed: Callable[[Findings], None] | None, warming: Warming | None,
     ) -> None:  # fmt: skip
         self._job = job
+        self._warming = warming
         self._timed = timed
         self._findings = findings
         self._limits = limits
@@ -301,6 +287,8 @@ class _Attempt:
         """Follows the process until it ends or has to. Returns what took too long, if anything did."""
         while process.poll() is None:
             self._read()
+            if self._warming is not None:
+                self._warming.look()
             now = time.perf_counter()
             if self._done or now >= self._limits.deadline:
                 return None
@@ -366,34 +354,6 @@ class _Attempt:
         known = self._findings.ops.setdefault(culprit.op, {})
         before = known.get(culprit.name, Candidate(status="not_tried"))
         known[culprit.name] = before.model_copy(update={"status": status, "reason": f"{reason} {doing}{told}"})
-
-
-@contextlib.contextmanager
-def started_process(
-    module: str, arguments: list[str], log: Path, variables: Mapping[str, str] | None = None
-) -> Iterator[subprocess.Popen[bytes]]:
-    """A process, in a group of its own, so that its compilers end with it, whatever happens here."""
-    # The child finds what this process finds (`-P`: and nothing else), the implementations of other packages too.
-    environment = os.environ | {"PYTHONPATH": os.pathsep.join(entry or os.getcwd() for entry in sys.path)}
-    environment |= variables or {}
-    command = [sys.executable, "-P", "-m", module, *arguments]
-    with log.open("wb") as output:
-        process = subprocess.Popen(
-            command, stdin=subprocess.PIPE, stdout=output, stderr=output, env=environment, start_new_session=True
-        )
-    try:
-        yield process
-    finally:
-        end(process)
-
-
-def end(process: subprocess.Popen[bytes]) -> None:
-    """Ends a process of `started_process` and all that it started, however far they are."""
-    with contextlib.suppress(ProcessLookupError):
-        os.killpg(process.pid, signal.SIGKILL)
-    process.wait()
-    assert process.stdin is not None
-    process.stdin.close()
 
 
 def _fill_in(findings: Findings, tasks: list[Task], reason: str) -> None:

@@ -91,7 +91,9 @@ class Job(_Frozen):
     tasks: list[Task]
     ceilings: Ceilings | None = None  # measured already, by a process before this one
     step: StepTask | None = None
-    seconds: float  # until tuning ends
+    seconds: float  # until tuning ends, from when the job is written
+    searching_seconds: float = 5.0  # of those, for the search for launches
+    warm: Path | None = None  # the folder of the processes that compile for it, if there are any
 
     def write(self, path: Path) -> None:
         write_atomically(path, self.model_dump_json())

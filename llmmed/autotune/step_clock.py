@@ -253,7 +253,8 @@ class StepClock:
         try:
             pool = self._shared_pool() if mode == "graphs" else None
             model = at_depth(self._config, self._weights, self._load(choice), depth)
-            return Subject(self._config, model, self._batches[0], self._scale, mode, pool)
+            timed = depth in self.depths  # else it is checked, and no more
+            return Subject(self._config, model, self._batches[0], self._scale, mode, pool, takes_memory=timed)
         except Exception as error:  # whatever a plan raises rejects that plan alone
             raise Failed(_failure(error)) from error
 
@@ -344,11 +345,6 @@ def _sum_of(a: tuple[float, float, float], b: tuple[float, float, float]) -> tup
 def _precise(pairs: list[tuple[float, float]]) -> bool:
     _, low, high = median_interval([a - b for a, b in pairs])
     return high - low <= 2 * _PRECISE * median(a for a, _ in pairs)
-
-
-def compile_ahead(config: Config, choice: Choice) -> None:
-    """Compiles what the model calls under a plan, as a single layer, so that it is in the compilers' caches on disk."""
-    StepClock(shallow(config, 1), "compiled")._subject(choice)
 
 
 def _static_mib(config: Config) -> float:

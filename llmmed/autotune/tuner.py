@@ -5,6 +5,7 @@ This is the parent's side. It loads no candidate and makes no CUDA context: it r
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import time
 from collections.abc import Callable, Mapping
@@ -22,6 +23,7 @@ from llmmed.autotune.hardware import describe_hardware
 from llmmed.autotune.journal import StepTask, Task, call_counts
 from llmmed.autotune.plan import Candidate, Hardware, KernelLaunch, KernelPlan, Mode, OpPlan
 from llmmed.autotune.sources import source_hash
+from llmmed.autotune.turns import turn
 from llmmed.autotune.workload import Workload
 from llmmed.compose import as_dict
 from llmmed.config import Config, KernelsConfig
@@ -55,7 +57,8 @@ def tune(
             _decide(op, order, known[op], config.kernels)  # raises, if it must, before anything is tried
     tasks = _tasks(calls, orders, known, mode)
     hardware = describe_hardware(config.device)
-    found_out = _find_evidence(config, workload, tasks, orders, known, mode, hardware, report, started)
+    with contextlib.ExitStack() as held:
+        found_out = _find_evidence(config, workload, tasks, orders, known, mode, hardware, report, started, held)
     evidence = found_out.evidence
     ops = {}
     for op in calls:
@@ -221,8 +224,9 @@ def _find_evidence(
     hardware: Hardware,
     report: Callable[[Progress], None],
     started: float,
+    held: contextlib.ExitStack,
 ) -> _FoundOut:
-    """From the cache, or from a tuning process."""
+    """From the cache, or from a tuning process. `held` is what keeps others from tuning the same meanwhile."""
     if not tasks:
         return _FoundOut(Evidence(ops={}))
     kernels = config.kernels
@@ -240,6 +244,10 @@ def _find_evidence(
         step=_depends_on(config, step) if step else None,
     )
     kept = kernels.cache != "none" and cache.usable(hardware)
+    if kept and kernels.cache == "use":
+        asked = time.perf_counter()
+        held.enter_context(turn(key, kernels.budget_seconds))
+        started += time.perf_counter() - asked  # the budget is for tuning
     before = cache.load(key) if kept and kernels.cache == "use" else None
     if before is not None and before.finished:
         return _FoundOut(before, cached=True)

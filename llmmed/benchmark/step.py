@@ -16,8 +16,9 @@ from pathlib import Path
 from statistics import median
 from typing import TYPE_CHECKING
 
-from llmmed.autotune.child import how_it_ended, last_line, started_process
+from llmmed.autotune.child import how_it_ended, last_line
 from llmmed.autotune.measure import median_interval
+from llmmed.autotune.process import started_process
 from llmmed.benchmark.contestants import CONTESTANTS, Contestant
 from llmmed.benchmark.results import StepRow, StepShape
 from llmmed.benchmark.settings import ALL, StepSettings, config_of

@@ -18,7 +18,7 @@ from pydantic import BaseModel, ConfigDict, Field
 from llmmed import compose
 from llmmed.autotune.failures import classify, one_line
 from llmmed.autotune.plan import Status
-from llmmed.autotune.worker import end_with_parent
+from llmmed.autotune.process import end_with_parent
 from llmmed.benchmark.contestants import CONTESTANTS, Contestant, Trainee, build
 from llmmed.benchmark.profiled_groups import measure_breakdown
 from llmmed.benchmark.settings import StepSettings, compose_benchmark

@@ -163,3 +163,21 @@ def test_rounds_end_once_the_difference_is_known(clock: StepClock, monkeypatch: 
 
     assert rounds(0.0) == 9
     assert 9 < rounds(0.2) < rounds(4.0)
+
+
+def test_memory_is_measured_where_times_are_taken(clock: StepClock, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A plan that is only checked, as those of two layers are once the whole model is tried, needs no pass for it."""
+    measured: list[int] = []
+
+    def build(config: Config, model: Transformer, *rest: Any, takes_memory: bool) -> None:
+        if takes_memory:
+            measured.append(len(model.layers))
+
+    monkeypatch.setattr("llmmed.autotune.step_clock.Subject", build)
+    for depth in (1, 2):
+        clock._build(default_choice(), depth, "eager")
+    clock.trial_depth, clock.depths = 6, (6, 6)
+    clock._weights = Transformer.for_training(replace(clock._config), load_kernels(default_choice()), "cpu")
+    for depth in (2, 6):
+        clock._build(default_choice(), depth, "eager")
+    assert measured == [1, 2, 6]

@@ -26,6 +26,7 @@ from llmmed.autotune import child, tuner
 from llmmed.autotune.child import Findings, Progress
 from llmmed.autotune.journal import Event, Job, JournalReader, StepDone, StepTask, Task
 from llmmed.autotune.plan import Candidate, KernelPlan, StepEvidence, StepTimes, StepTrial
+from llmmed.autotune.process import started_process
 from llmmed.autotune.tuner import tune
 from llmmed.autotune.workload import Workload, record_workload
 from llmmed.config import Config
@@ -428,9 +429,7 @@ def test_the_tuning_process_does_not_outlive_its_parent(norms: Workload, plant: 
         seconds=60.0,
     )
     job.write(tmp_path / "job.json")
-    with child.started_process(
-        "llmmed.autotune.worker", [str(tmp_path / "job.json"), "cpu"], tmp_path / "log"
-    ) as process:
+    with started_process("llmmed.autotune.worker", [str(tmp_path / "job.json")], tmp_path / "log") as process:
         reader, events = JournalReader(job.journal), list[Event]()
         while not events:
             assert process.poll() is None, (tmp_path / "log").read_text()

@@ -127,7 +127,7 @@ def test_a_death_in_the_last_match_is_not_the_defaults_fault(
         writer.write(Begun(stage="step", name="compiled" if answered else LAST_MATCH))
     (tmp_path / "log").write_text("")
     findings, limits = Findings(), Limits(60.0, 60.0, time.perf_counter() + 60.0)
-    attempt = child._Attempt(job, [], findings, limits, lambda progress: None, None)
+    attempt = child._Attempt(job, [], findings, limits, lambda progress: None, None, None)
     assert attempt.follow(Ended(), tmp_path / "log") == ""  # type: ignore[arg-type]
     assert findings.default_runs
     assert findings.step == (STEP if answered else None)
