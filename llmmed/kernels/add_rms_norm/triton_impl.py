@@ -106,7 +106,7 @@ _BACKWARD = Tunable("add_rms_norm_triton_bwd_kernel", _backward_launch, _backwar
 
 
 def _forward(x: Tensor, residual: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor, Tensor]:
-    x_rows, residual_rows = as_rows(x), as_rows(residual)
+    x_rows, residual_rows, weight = as_rows(x), as_rows(residual), weight.contiguous()
     n_rows, width = x_rows.shape
     normed, total = (torch.empty(x.shape, dtype=x.dtype, device=x.device) for _ in range(2))
     rstd = torch.empty(n_rows, dtype=torch.float32, device=x.device)
@@ -125,7 +125,7 @@ def _fake_forward(x: Tensor, residual: Tensor, weight: Tensor, eps: float) -> tu
 
 
 def _backward(dnormed: Tensor, dtotal: Tensor, total: Tensor, weight: Tensor, rstd: Tensor) -> tuple[Tensor, Tensor]:
-    dnormed_rows, dtotal_rows = as_rows(dnormed), as_rows(dtotal)
+    dnormed_rows, dtotal_rows, weight = as_rows(dnormed), as_rows(dtotal), weight.contiguous()
     n_rows, width = dnormed_rows.shape
     dx = torch.empty(total.shape, dtype=total.dtype, device=total.device)
     block_m, num_warps, per_sm, stages = _BACKWARD(total.device, width=width, itemsize=total.element_size())

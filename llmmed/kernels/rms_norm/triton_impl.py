@@ -122,7 +122,7 @@ _BACKWARD = Tunable("rms_norm_triton_bwd_kernel", _backward_launch, _backward_al
 
 
 def _forward(x: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
-    rows = as_rows(x)
+    rows, weight = as_rows(x), weight.contiguous()
     n_rows, width = rows.shape
     y = torch.empty(x.shape, dtype=x.dtype, device=x.device)
     rstd = torch.empty(n_rows, dtype=torch.float32, device=x.device)
@@ -141,7 +141,7 @@ def _fake_forward(x: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor
 
 
 def _backward(dy: Tensor, x: Tensor, weight: Tensor, rstd: Tensor) -> tuple[Tensor, Tensor]:
-    dy_rows, x_rows = as_rows(dy), as_rows(x)
+    dy_rows, x_rows, weight = as_rows(dy), as_rows(x), weight.contiguous()
     n_rows, width = x_rows.shape
     dx = torch.empty(x.shape, dtype=x.dtype, device=x.device)
     block_m, num_warps, per_sm, stages = _BACKWARD(x.device, width=width, itemsize=x.element_size())
