@@ -2,9 +2,15 @@
 
 from __future__ import annotations
 
+import copy
+import pickle
+from collections.abc import Callable
+
 import pytest
 import torch
 
+from llmmed.kernels.base import Kernels
+from llmmed.kernels.catalog import default_choice, load_kernels
 from llmmed.kernels.swiglu.triton_impl import swiglu
 
 
@@ -17,3 +23,13 @@ def test_swiglu_expands_nothing(shape: tuple[int, ...]) -> None:
 def test_swiglu_of_an_odd_fused_width() -> None:
     with pytest.raises(ValueError, match="even width, not 7"):
         swiglu(torch.ones(2, 7))
+
+
+@pytest.mark.parametrize("copied", [copy.copy, copy.deepcopy, lambda table: pickle.loads(pickle.dumps(table))])
+def test_a_table_of_kernels_can_be_copied_and_says_what_it_has_not(copied: Callable[[Kernels], Kernels]) -> None:
+    table = load_kernels(default_choice())
+    copy_of_it = copied(table)
+    assert copy_of_it.chosen == table.chosen
+    assert copy_of_it.rms_norm is table.rms_norm
+    with pytest.raises(AttributeError, match="no kernel for op 'dropout' in this table; it has add_rms_norm, "):
+        _ = copy_of_it.dropout
