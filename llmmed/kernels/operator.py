@@ -52,6 +52,15 @@ def as_rows(tensor: Tensor) -> Tensor:
     return rows if rows.stride(-1) == 1 else rows.contiguous()
 
 
+def refuse_second_derivative(name: str) -> None:
+    """Raises `RuntimeError` in a backward pass that is to be differentiated itself (`create_graph=True`).
+
+    Autograd does not see into a kernel: it would take what is missing for zero, and say nothing.
+    """
+    if torch.is_grad_enabled():
+        raise RuntimeError(f"{name} has no second derivative; use kernels=pytorch")
+
+
 def sm_count(device: torch.device) -> int:
     """Streaming multiprocessors of a GPU; a small number on a CPU."""
     return gpu_of(device).multiprocessors
@@ -200,6 +209,7 @@ def make_operator(
 
         @staticmethod
         def backward(ctx: Any, *output_gradients: Tensor | None) -> Any:
+            refuse_second_derivative(name)
             return tuple(run_backward(ctx, output_gradients, backward))
 
     def operator(*args: Any, **kwargs: Any) -> Any:

@@ -55,6 +55,18 @@ def test_compiled_without_graph_breaks_equals_eager(op_name: str, name: str) -> 
             torch.testing.assert_close(one, other, rtol=2e-5, atol=2e-6, msg=lambda m, n=number: f"result {n}: {m}")
 
 
+@pytest.mark.interpreter
+@pytest.mark.parametrize(("op_name", "name"), [pair for pair in CANDIDATES if get_op(pair[0]).differentiable])
+def test_a_second_derivative_is_refused(op_name: str, name: str) -> None:
+    """Rather than taken for zero where the arguments have gradients by another way too."""
+    op, function = get_op(op_name), load_function(op_name, get_implementation(op_name, name))
+    inputs = draw(op, small_cases(op)[0])
+    outputs = function(**inputs)
+    outputs = [outputs] if isinstance(outputs, Tensor) else list(outputs)
+    with pytest.raises(RuntimeError, match=f"{op_name}.*has no second derivative; use kernels=pytorch"):
+        torch.autograd.grad(outputs, leaves(op, inputs), [torch.ones_like(o) for o in outputs], create_graph=True)
+
+
 def test_a_compiler_does_not_write_out_the_arguments_of_an_operator() -> None:
     """Torch 2.11 does where it first meets one; in a deep model without an end (see `_shorten_compiler_messages`)."""
     from torch._inductor.exc import MissingOperatorWithoutDecomp

@@ -13,10 +13,17 @@ import torch
 import triton
 import triton.language as tl
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from llmmed.kernels.base import Implementation
-from llmmed.kernels.operator import TRITON_DEVICES, as_rows, l2_bytes, make_operator, require_triton, sm_count
+from llmmed.kernels.operator import (
+    TRITON_DEVICES,
+    as_rows,
+    l2_bytes,
+    make_operator,
+    refuse_second_derivative,
+    require_triton,
+    sm_count,
+)
 from llmmed.kernels.tunable import Tunable
 
 
@@ -266,8 +273,8 @@ class _Direct(torch.autograd.Function):
         return loss
 
     @staticmethod
-    @once_differentiable
     def backward(ctx: Any, upstream: Tensor) -> tuple[Tensor | None, ...]:
+        refuse_second_derivative("cross_entropy (triton)")
         gradient, ctx.gradient = ctx.gradient, None  # a second pass over a retained graph must not write into it
         written = gradient is not None
         logits, targets, statistics, factor = ctx.saved_tensors

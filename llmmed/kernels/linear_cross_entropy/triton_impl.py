@@ -12,13 +12,18 @@ import torch
 import triton
 import triton.language as tl
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from llmmed.kernels.base import Implementation
 from llmmed.kernels.cross_entropy.triton_impl import Launch, mean_factor, row_statistics, write_gradient
 from llmmed.kernels.cross_entropy.triton_impl import alternatives as row_alternatives
 from llmmed.kernels.cross_entropy.triton_impl import launch as row_launch
-from llmmed.kernels.operator import TRITON_DEVICES, as_rows, make_operator, require_triton
+from llmmed.kernels.operator import (
+    TRITON_DEVICES,
+    as_rows,
+    make_operator,
+    refuse_second_derivative,
+    require_triton,
+)
 from llmmed.kernels.tunable import Tunable
 
 _CHUNKS = 2  # the logits of a chunk take half of what all would
@@ -186,8 +191,8 @@ class _Direct(torch.autograd.Function):
         return loss
 
     @staticmethod
-    @once_differentiable
     def backward(ctx: Any, upstream: Tensor) -> tuple[Tensor | None, ...]:
+        refuse_second_derivative("linear_cross_entropy (triton)")
         hidden_states, weight, targets, factor = ctx.saved_tensors
         wanted = ctx.needs_input_grad[:2]
         raw, ctx.raw = ctx.raw, None
