@@ -5,12 +5,14 @@ from __future__ import annotations
 import copy
 import pickle
 from collections.abc import Callable
+from dataclasses import replace
 
 import pytest
 import torch
 
-from llmmed.kernels.base import Kernels
-from llmmed.kernels.catalog import default_choice, load_kernels
+from llmmed.kernels import catalog
+from llmmed.kernels.base import Implementation, Kernels, Unavailable
+from llmmed.kernels.catalog import COMPILED, DEFAULT, default_choice, load_kernels
 from llmmed.kernels.swiglu.triton_impl import swiglu
 
 
@@ -33,3 +35,18 @@ def test_a_table_of_kernels_can_be_copied_and_says_what_it_has_not(copied: Calla
     assert copy_of_it.rms_norm is table.rms_norm
     with pytest.raises(AttributeError, match="no kernel for op 'dropout' in this table; it has add_rms_norm, "):
         _ = copy_of_it.dropout
+
+
+def test_compiled_over_a_part_that_cannot_be_compiled_is_refused_with_the_plan(monkeypatch: pytest.MonkeyPatch) -> None:
+    found = catalog.get_implementation
+
+    def planted(op: str, name: str) -> Implementation:
+        implementation = found(op, DEFAULT if name == "untraceable" else name)
+        return replace(implementation, name=name, compiles=False) if name == "untraceable" else implementation
+
+    monkeypatch.setattr(catalog, "get_implementation", planted)
+    choice = default_choice() | {"cross_entropy": "untraceable"}
+    load_kernels(choice)
+    with pytest.raises(Unavailable, match="'compiled' of op 'linear_cross_entropy' compiles op 'cross_entropy' too"):
+        load_kernels(choice | {"linear_cross_entropy": COMPILED})
+    load_kernels(default_choice() | {"linear_cross_entropy": COMPILED, "cross_entropy": COMPILED})
