@@ -23,6 +23,7 @@ from llmmed.kernels.operator import (
     refuse_second_derivative,
     require_triton,
     sm_count,
+    through_dispatcher,
 )
 from llmmed.kernels.tunable import Tunable
 
@@ -325,7 +326,7 @@ _operator = make_operator(
 
 def cross_entropy(logits: Tensor, targets: Tensor, ignore_index: int, scale: Tensor | None = None) -> Tensor:
     """See `reference.cross_entropy`. The loss is NaN if a target is neither a class nor ignored."""
-    if torch.compiler.is_compiling():
+    if through_dispatcher(logits):
         loss: Tensor = _operator(logits, targets, ignore_index, scale)
         return loss
     with_gradient = logits.requires_grad and torch.is_grad_enabled()

@@ -23,6 +23,7 @@ from llmmed.kernels.operator import (
     make_operator,
     refuse_second_derivative,
     require_triton,
+    through_dispatcher,
 )
 from llmmed.kernels.tunable import Tunable
 
@@ -264,7 +265,7 @@ def linear_cross_entropy(
 ) -> Tensor:
     """See `reference.linear_cross_entropy`. The loss is NaN if a target is neither a class nor ignored."""
     wanted = [tensor.requires_grad and torch.is_grad_enabled() for tensor in (hidden_states, weight)]
-    apply = _operator if torch.compiler.is_compiling() else _Direct.apply
+    apply = _operator if through_dispatcher(hidden_states) else _Direct.apply
     loss: Tensor = apply(hidden_states, weight, targets, ignore_index, scale, *wanted)
     return loss
 
