@@ -48,8 +48,9 @@ def cross_entropy_triton_factor_kernel(
 
 
 @triton.jit
-def row_statistics(logits, V: tl.constexpr, BLOCK: tl.constexpr, STAGES: tl.constexpr):
-    # Maximum and sum of exponentials of one row. Each lane of neighbouring elements, what one load brings to a thread,
+def row_statistics(logits, V: tl.constexpr, PADDED: tl.constexpr, BLOCK: tl.constexpr, STAGES: tl.constexpr):
+    # Maximum and sum of exponentials of one row of V logits. What follows them up to PADDED is read and left out, so
+    # that loads are as wide as PADDED's divisors allow: a mask that ends in between takes them apart. Each lane of neighbouring elements, what one load brings to a thread,
     # keeps a maximum and a sum of its own, so that threads meet once, after the loop.
     WIDTH: tl.constexpr = 128 // logits.dtype.element_ty.primitive_bitwidth
     offsets = tl.arange(0, BLOCK // WIDTH)[:, None] * WIDTH + tl.arange(0, WIDTH)[None, :]
@@ -58,7 +59,9 @@ def row_statistics(logits, V: tl.constexpr, BLOCK: tl.constexpr, STAGES: tl.cons
     lane_sum = tl.zeros((BLOCK // WIDTH,), dtype=tl.float32)
     for start in tl.range(0, V, BLOCK, num_stages=STAGES):
         cols = start + offsets
-        x = tl.load(logits + cols, mask=cols < V, other=float("-inf")).to(tl.float32)
+        x = tl.load(logits + cols, mask=cols < PADDED, other=float("-inf")).to(tl.float32)
+        if PADDED != V:
+            x = tl.where(cols < V, x, float("-inf"))
         new_max = tl.maximum(lane_max, tl.max(x, axis=1))
         exponentials = _exp_difference(x, new_max[:, None], WIDTH)
         lane_sum = lane_sum * tl.exp(lane_max - new_max) + tl.sum(exponentials, axis=1)
@@ -81,9 +84,10 @@ def _exp_difference(x, y, WIDTH: tl.constexpr):
 @triton.jit
 def write_gradient(
     logits, gradient, target, chosen, row_max, row_sum, factor,
-    V: tl.constexpr, BLOCK: tl.constexpr, STAGES: tl.constexpr,
+    V: tl.constexpr, PADDED: tl.constexpr, BLOCK: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
-    # factor * (softmax - one_hot(target)), which may overwrite the logits; `chosen` is the target's logit.
+    # factor * (softmax - one_hot(target)), which may overwrite the logits; `chosen` is the target's logit. Columns from
+    # V to PADDED become zero.
     WIDTH: tl.constexpr = 128 // logits.dtype.element_ty.primitive_bitwidth
     last = (V - 1) // BLOCK
     if WIDTH == 8:
@@ -95,8 +99,10 @@ def write_gradient(
     # The last blocks first: they were read last, and are the likeliest to be in the cache.
     for i in tl.range(0, last + 1, num_stages=STAGES):
         cols = (last - i) * BLOCK + tl.arange(0, BLOCK)
-        mask = cols < V
+        mask = cols < PADDED
         x = tl.load(logits + cols, mask=mask, other=float("-inf")).to(tl.float32)
+        if PADDED != V:
+            x = tl.where(cols < V, x, float("-inf"))
         dx = _exp_difference(x, log_sum, WIDTH) * rest
         tl.store(gradient + cols, dx.to(gradient.dtype.element_ty), mask=mask, cache_modifier=".cs")
     # The target's entry is written again, since comparing every column with it would cost as much as the exponential;
@@ -108,7 +114,7 @@ def write_gradient(
 
 
 @triton.jit
-def _write_zeros(gradient, V: tl.constexpr, BLOCK: tl.constexpr):
+def write_zeros(gradient, V: tl.constexpr, BLOCK: tl.constexpr):
     for start in range(0, V, BLOCK):
         cols = start + tl.arange(0, BLOCK)
         zeros = tl.zeros((BLOCK,), dtype=gradient.dtype.element_ty)
@@ -132,9 +138,9 @@ def cross_entropy_triton_fwd_kernel(
             tl.store(statistics_ptr + row, 0.0)
             tl.store(statistics_ptr + n_rows + row, 1.0)
             if GRADIENT:
-                _write_zeros(gradient, V, BLOCK)
+                write_zeros(gradient, V, BLOCK)
         else:
-            row_max, row_sum = row_statistics(logits, V, BLOCK, STAGES)
+            row_max, row_sum = row_statistics(logits, V, V, BLOCK, STAGES)
             # A target that is no class must not read foreign memory: its loss is NaN, which nobody overlooks.
             is_class = (target >= 0) & (target < V)
             chosen = tl.load(logits + target, mask=is_class, other=float("nan")).to(tl.float32)
@@ -142,7 +148,7 @@ def cross_entropy_triton_fwd_kernel(
             tl.store(statistics_ptr + row, row_max)
             tl.store(statistics_ptr + n_rows + row, row_sum)
             if GRADIENT:
-                write_gradient(logits, gradient, target, chosen, row_max, row_sum, factor, V, BLOCK, STAGES)
+                write_gradient(logits, gradient, target, chosen, row_max, row_sum, factor, V, V, BLOCK, STAGES)
 
 
 @triton.jit
@@ -163,13 +169,13 @@ def cross_entropy_triton_bwd_kernel(
         gradient = gradient_ptr + row * V
         target = tl.load(targets_ptr + row * targets_stride)
         if target == ignore_index:
-            _write_zeros(gradient, V, BLOCK)
+            write_zeros(gradient, V, BLOCK)
         else:
             row_max = tl.load(statistics_ptr + row)
             row_sum = tl.load(statistics_ptr + n_rows + row)
             logits = logits_ptr + row * logits_stride
             chosen = tl.load(logits + target, mask=(target >= 0) & (target < V), other=0.0).to(tl.float32)
-            write_gradient(logits, gradient, target, chosen, row_max, row_sum, factor, V, BLOCK, 1)
+            write_gradient(logits, gradient, target, chosen, row_max, row_sum, factor, V, V, BLOCK, 1)
 
 
 class Launch(NamedTuple):
