@@ -49,9 +49,9 @@ def cross_entropy_triton_factor_kernel(
 
 @triton.jit
 def row_statistics(logits, V: tl.constexpr, PADDED: tl.constexpr, BLOCK: tl.constexpr, STAGES: tl.constexpr):
-    # Maximum and sum of exponentials of one row of V logits. What follows them up to PADDED is read and left out, so
-    # that loads are as wide as PADDED's divisors allow: a mask that ends in between takes them apart. Each lane of neighbouring elements, what one load brings to a thread,
-    # keeps a maximum and a sum of its own, so that threads meet once, after the loop.
+    # Maximum and sum of exponentials of one row of V logits. Each lane of neighbouring elements, what one load brings
+    # to a thread, keeps a maximum and a sum of its own, so that threads meet once, after the loop. What follows the
+    # logits up to PADDED is read and left out: a mask that ends between 16 bytes would take all loads apart.
     WIDTH: tl.constexpr = 128 // logits.dtype.element_ty.primitive_bitwidth
     offsets = tl.arange(0, BLOCK // WIDTH)[:, None] * WIDTH + tl.arange(0, WIDTH)[None, :]
     # Lanes of the last block may see no element: finite, also times log2(e).
@@ -192,22 +192,24 @@ class Launch(NamedTuple):
 
 def launch(device: torch.device, vocab: int, itemsize: int) -> Launch:
     """Two loads of 16 bytes a lane, and as many lanes as a program can have: few rows under way, so that a quarter of
-    the L2 cache holds them (the gradients pass through it as well), and still enough loads on their way. Where not even
-    one row a multiprocessor fits into that, fewer warps and loads ahead through shared memory do better.
+    the L2 cache holds them (the gradients pass through it as well), and still enough loads on their way. Where one row
+    a multiprocessor takes more than half of it, fewer warps and loads ahead through shared memory do better.
     """
     block = min(32768 // itemsize, max(128, triton.next_power_of_2(vocab)))
     num_warps = max(4, min(32, block * itemsize // 1024))
-    cached = l2_bytes(device) // 4 // (vocab * itemsize) // sm_count(device)
-    per_sm = max(1, min(64 // num_warps, cached))
-    if not cached and num_warps == 32:
+    under_way = vocab * itemsize * sm_count(device)  # with one program a multiprocessor
+    if 2 * under_way > l2_bytes(device) and num_warps == 32:
         return Launch(block, 4, 16, 2)
-    return Launch(block, 1, num_warps, per_sm)
+    return Launch(block, 1, num_warps, max(1, min(64 // num_warps, l2_bytes(device) // 4 // under_way)))
 
 
 def alternatives(device: torch.device, vocab: int, itemsize: int) -> Iterator[Launch]:
-    """More rows under way, by programs or by half as many warps each, and loads ahead through shared memory."""
+    """Two programs a multiprocessor instead of one, and one instead of more; blocks of half the size by half as many
+    warps; and what either side of `launch`'s bound takes, loads ahead through shared memory and none.
+    """
     block, stages, num_warps, per_sm = launch(device, vocab, itemsize)
     yield Launch(block, stages, num_warps, 3 - min(2, per_sm))
+    yield Launch(block, 1, 32, 1)
     yield Launch(max(128, block // 2), stages, max(4, num_warps // 2), 2 * per_sm)
     yield Launch(max(128, block // 2), stages, max(4, num_warps // 2), per_sm)
     yield Launch(block, 4, min(16, num_warps), 2)

@@ -52,7 +52,9 @@ def tunables() -> Tunables:
         Tunable(
             "chunks",
             lambda device, vocab, width, itemsize: Chunk(_CHUNK_MIB),
-            lambda device, vocab, width, itemsize: tuple(map(Chunk, (2 * _CHUNK_MIB, _CHUNK_MIB // 2, _CHUNK_MIB // 4))),
+            lambda device, vocab, width, itemsize: tuple(
+                map(Chunk, (2 * _CHUNK_MIB, _CHUNK_MIB // 2, _CHUNK_MIB // 4))
+            ),
         ),
     )
 
@@ -116,7 +118,7 @@ def losses_and_raw_gradients(
     width, itemsize = hidden_states.shape[1], weight.element_size()
     most = launches.chunks(weight.device, vocab=vocab, width=width, itemsize=itemsize)
     how = launches.rows(weight.device, vocab=vocab, itemsize=itemsize)
-    row = padded_row(vocab)
+    row = _padded_row(vocab)
     chunk_rows = _chunk_rows(n_rows, row * itemsize, most)
     buffer = torch.empty((chunk_rows, row), dtype=weight.dtype, device=weight.device)
     for start in range(0, n_rows, chunk_rows):
@@ -145,7 +147,7 @@ def _gain(compute_dtype: torch.dtype) -> float:
     return 256.0 if compute_dtype == torch.float16 else 1.0
 
 
-def padded_row(vocab: int) -> int:
+def _padded_row(vocab: int) -> int:
     """Elements from one row of a chunk's logits to the next: whole lines of the cache where rows of the vocabulary
     itself would begin between 16 bytes, which takes every access apart, cuBLAS's too.
     """
@@ -168,8 +170,8 @@ def _differentiate(
     n_rows, vocab = logits.shape
     linear_cross_entropy_triton_fwd_kernel[(how.programs(n_rows, logits.device),)](
         logits, targets, losses, targets.stride(0), n_rows, ignore_index,
-        V=vocab, PADDED=logits.stride(0), BLOCK=how.block, STAGES=how.stages, GRADIENT=with_gradient, GAIN=_gain(logits.dtype),
-        num_warps=how.num_warps,
+        V=vocab, PADDED=logits.stride(0), BLOCK=how.block, STAGES=how.stages, GRADIENT=with_gradient,
+        GAIN=_gain(logits.dtype), num_warps=how.num_warps,
     )  # fmt: skip
 
 
