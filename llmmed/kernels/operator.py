@@ -49,8 +49,12 @@ def require_triton() -> None:
 
 def as_rows(tensor: Tensor) -> Tensor:
     """`tensor` as [rows, last dimension] with unit stride in the last; a view where the strides allow it."""
-    rows = tensor.reshape(-1, tensor.shape[-1])
-    return rows if rows.stride(-1) == 1 else rows.contiguous()
+    return unit_stride(tensor.reshape(-1, tensor.shape[-1]))
+
+
+def unit_stride(tensor: Tensor) -> Tensor:
+    """`tensor`, or a contiguous copy where the elements of its last dimension are apart."""
+    return tensor if tensor.stride(-1) == 1 else tensor.contiguous()
 
 
 def through_dispatcher(tensor: Tensor) -> bool:
