@@ -8,12 +8,16 @@ from __future__ import annotations
 import functools
 import importlib
 import itertools
+import re
 import textwrap
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
+import triton
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
 
 from llmmed.autotune.launch_search import open_sites
 from llmmed.autotune.workload import record_workload
@@ -142,6 +146,25 @@ def searched_launches(op_name: str, name: str, call: Call) -> list[Launch]:
             found += record_launches(op_name, name, [call], targets=[90])
             implementation.take_launches({})
     return found
+
+
+def test_attention_s_loops_scale_with_the_subtraction_and_mask_no_whole_block(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(triton.knobs.cache, "dir", str(tmp_path))
+    states = tensor_spec(1, 128, 1, 64, dtype=torch.bfloat16, requires_grad=True)
+    call = Call.of("attention", q=states, k=states, v=states)
+    made = {}
+    for launch in record_launches("attention", "triton", [call], targets=[90]):
+        if launch.kernel in ("attention_triton_fwd_kernel", "attention_triton_bwd_kv_kernel"):
+            kernel = getattr(importlib.import_module(launch.module), launch.kernel)
+            source = ASTSource(kernel, launch.signature, launch.constants, launch.attributes)
+            made[launch.kernel] = triton.compile(source, target=GPUTarget("cuda", 90, 32), options=launch.options).asm
+    forward, keys = made["attention_triton_fwd_kernel"]["ptx"], made["attention_triton_bwd_kv_kernel"]["ttir"]
+    exponentials, fused = (len(re.findall(rf"\b{op}", forward)) for op in ("ex2.approx", "fma.rn.f32"))
+    assert 0 < exponentials <= fused
+    assert "tt.load" in keys
+    assert not re.search(r"tt\.load [^:\n]*,", keys)
 
 
 def test_every_kernel_that_a_trace_is_searched_for_is_launched() -> None:

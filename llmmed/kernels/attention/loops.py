@@ -46,6 +46,14 @@ def load_tile(ptr, rows, stride, cols, seq, HEAD_DIM: tl.constexpr, EVEN: tl.con
 
 
 @triton.jit
+def load_row(ptr, rows, seq, other, EVEN: tl.constexpr):
+    """One number a row; `other` past the end."""
+    if EVEN:
+        return tl.load(ptr + rows)
+    return tl.load(ptr + rows, mask=rows < seq, other=other)
+
+
+@triton.jit
 def store_tile(ptr, values, rows, stride, cols, seq, HEAD_DIM: tl.constexpr):
     mask = (rows < seq)[:, None] & (cols < HEAD_DIM)[None, :]
     tl.store(ptr + rows[:, None] * stride + cols[None, :], values.to(ptr.dtype.element_ty), mask=mask)
@@ -62,11 +70,12 @@ def attend(
     for start in tl.range(lo, hi, BLOCK_N):
         cols = start + tl.arange(0, BLOCK_N)
         k = load_tile(k_ptr, cols, k_stride, dims, seq, ROW, EVEN or not MASKED)
-        scores = tl.dot(q, tl.trans(k), input_precision=PRECISION) * scale
+        scores = tl.dot(q, tl.trans(k), input_precision=PRECISION)
         if MASKED:
             scores = tl.where(rows[:, None] >= cols[None, :], scores, float("-inf"))
-        new_peak = tl.maximum(peak, tl.max(scores, axis=1))
-        p = tl.exp2(scores - new_peak[:, None])
+        # Scaled where the maximum is taken off, in one multiply-add.
+        new_peak = tl.maximum(peak, tl.max(scores, axis=1) * scale)
+        p = tl.exp2(scores * scale - new_peak[:, None])
         rescale = tl.exp2(peak - new_peak)
         total = total * rescale + tl.sum(p, axis=1)
         v = load_tile(v_ptr, cols, v_stride, dims, seq, HEAD_DIM, EVEN or not MASKED)
@@ -85,13 +94,13 @@ def key_gradients(
     for start in tl.range(lo, hi, BLOCK_M):
         rows = start + tl.arange(0, BLOCK_M)
         q = load_tile(q_ptr, rows, q_stride, dims, seq, ROW, EVEN)
-        lse = tl.load(lse_ptr + rows, mask=rows < seq, other=float("inf"))
+        lse = load_row(lse_ptr, rows, seq, float("inf"), EVEN)
         p = tl.exp2(tl.dot(k, tl.trans(q), input_precision=PRECISION) * scale - lse[None, :])  # [keys, queries]
         if MASKED:
             p = tl.where(rows[None, :] >= cols[:, None], p, 0.0)
         dout = load_tile(dout_ptr, rows, d_stride, dims, seq, HEAD_DIM, EVEN)
         dv = tl.dot(p.to(dout.dtype), dout, dv, input_precision=PRECISION)
-        delta = tl.load(delta_ptr + rows, mask=rows < seq, other=0.0)
+        delta = load_row(delta_ptr, rows, seq, 0.0, EVEN)
         dp = tl.dot(v, tl.trans(dout), input_precision=PRECISION)
         ds = (p * (dp - delta[None, :])).to(q.dtype)
         dk = tl.dot(ds, q, dk, input_precision=PRECISION)
