@@ -61,7 +61,7 @@ def through_dispatcher(tensor: Tensor) -> bool:
     """Whether an operator is to be called, which a compiler sees and which has a fake: where a kernel is traced, or a
     tensor has no memory and no `absent_gpu` is planned for. Else its function may be called, which costs less.
     """
-    if torch.compiler.is_compiling() or isinstance(tensor, FakeTensor):
+    if torch.compiler.is_compiling() or type(tensor) is FakeTensor:
         return True
     return tensor.is_meta and _absent_gpu is None
 
