@@ -119,10 +119,14 @@ def head(document: str) -> str:
 
 
 def cut(document: str, position: int) -> tuple[str, str]:
-    """Two parts, at the first end of a line, sentence or word after `position` where there is one."""
+    """Two parts, at the first end of a line, sentence or word in the half of what follows `position`, or right there.
+
+    The half, so that the one line end near the end of a text does not leave the second part with nothing.
+    """
+    latest = (position + len(document)) // 2
     for end in ("\n", ". ", " "):
-        found = document.find(end, position)
-        if 0 < found + len(end) < len(document):
+        found = document.find(end, position, latest)
+        if found >= 0:
             return document[: found + len(end)], document[found + len(end) :]
     return document[:position], document[position:]
 

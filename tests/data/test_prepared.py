@@ -67,6 +67,20 @@ def test_a_single_document_is_split_by_position(tmp_path: Path) -> None:
     assert len(validation) < len(train)
 
 
+@pytest.mark.parametrize(
+    ("document", "position", "expected"),
+    [
+        ("line\n" * 1000, 4750, 4755),
+        ("So. " * 1000 + "\n", 3800, 3804),  # its one line end is its last character
+        ("word " * 1000, 4750, 4755),
+        ("心" * 1000, 950, 950),
+        ("ab", 1, 1),
+    ],
+)
+def test_a_text_is_cut_at_the_end_of_a_line_a_sentence_or_a_word(document: str, position: int, expected: int) -> None:
+    assert shards.cut(document, position) == (document[:expected], document[expected:])
+
+
 def test_the_second_run_takes_the_cache_and_a_damaged_one_is_made_again(tmp_path: Path) -> None:
     write_documents(tmp_path / "terms.txt")
     config = text_config(tmp_path / "terms.txt", "seed=11")
