@@ -65,7 +65,7 @@ class TrainConfig:
     activation_checkpointing: Literal["none", "block"]
     grad_clip: NonNegativeFloat  # 0 switches clipping off
     eval_every: NonNegative  # 0: only at the end
-    eval_batches: Positive
+    eval_tokens: Positive  # in windows of seq_len, one at least; all there are where there are fewer
     checkpoint_every: NonNegative  # 0: only at the end
     keep_last: Positive  # the best is kept besides
     patience: NonNegative  # evaluations without a better validation loss that end the run; 0: it is never ended
