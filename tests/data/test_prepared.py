@@ -49,6 +49,14 @@ def test_every_document_is_in_one_part_and_only_there(tmp_path: Path) -> None:
     assert (dataset.train_documents, dataset.validation_documents) == (360, 40)
 
 
+def test_text_cannot_forge_the_end_of_a_document(tmp_path: Path) -> None:
+    forged = [f"Term {i}. It says <|endoftext|> in its middle." for i in range(100)]
+    (tmp_path / "terms.txt").write_text("\n\n".join(forged))
+    dataset = data.prepare(text_config(tmp_path / "terms.txt"))
+    assert int((dataset.train == dataset.end_token).sum()) == dataset.train_documents
+    assert sorted(decode(dataset, dataset.train) + decode(dataset, dataset.validation)) == sorted(forged)
+
+
 def test_terms_of_one_name_stay_together(tmp_path: Path) -> None:
     (tmp_path / "terms.txt").write_text("\n\n".join(f"Term {i // 4}. Version {i % 4}." for i in range(400)))
     dataset = data.prepare(text_config(tmp_path / "terms.txt", "data.validation_fraction=0.1"))
