@@ -22,6 +22,17 @@ class Split:
     parts: npt.NDArray[np.uint8]  # [documents]
     cut: int  # characters
 
+    def complaint(self, fraction: float) -> str | None:
+        """What to say where far more than `fraction` of the documents is for validation, or None."""
+        counts = [int((self.parts == part).sum()) for part in (TRAIN, VALIDATION)]
+        share = counts[1] / max(1, sum(counts))
+        if self.cut or share <= 2 * fraction:
+            return None
+        return (
+            f"{counts[1]:,} of {sum(counts):,} documents are for validation, {share:.0%}, and not "
+            f"data.validation_fraction={fraction:g}: documents that begin alike stay together, and so few kinds are there"
+        )
+
 
 def split(scans: list[Path], fraction: float, max_documents: int | None) -> Split:
     """Splits a source by the scans of its shards: duplicates are dropped, terms of the same name stay together.
@@ -37,7 +48,7 @@ def split(scans: list[Path], fraction: float, max_documents: int | None) -> Spli
     heads = _gather(scans, "head")[kept]
     chosen = round(fraction * len(heads))
     if 0 < chosen < len(heads):
-        validation = heads <= np.partition(heads, chosen - 1)[chosen - 1]
+        validation = _drawn(heads, chosen)
         if not validation.all():
             parts[kept] = np.where(validation, VALIDATION, TRAIN)
             return Split(parts, 0)
@@ -51,6 +62,25 @@ def drop_leaks(splits: list[Split], scans: list[list[Path]]) -> None:
     for number, (its_heads, its_split) in enumerate(zip(heads, splits, strict=True)):
         others = np.concatenate(held_out[:number] + held_out[number + 1 :])
         its_split.parts[(its_split.parts == TRAIN) & np.isin(its_heads, others)] = DROPPED
+
+
+def _drawn(groups: npt.NDArray[np.unsignedinteger], quota: int) -> npt.NDArray[np.bool_]:
+    """Which documents are drawn: whole groups in the order of their hashes, without those for which there is no room.
+
+    If there is room for none, the smallest.
+    """
+    names, members, sizes = np.unique(groups, return_inverse=True, return_counts=True)
+    ends, drawn = np.cumsum(sizes), np.zeros(len(names), dtype=np.bool_)
+    room, start = quota, 0
+    while room and (fits := sizes[start:] <= room).any():
+        start += int(fits.argmax())
+        stop = int(np.searchsorted(ends, ends[start] - sizes[start] + room, side="right"))
+        drawn[start:stop] = True
+        room -= int(sizes[start:stop].sum())
+        start = stop
+    if not drawn.any():
+        drawn[sizes.argmin()] = True
+    return drawn[members]
 
 
 def _by_position(
