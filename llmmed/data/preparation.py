@@ -104,9 +104,10 @@ def _scanned(key: str, source: DataConfig, work: Path, report: Report) -> _Part:
     scans = [folder / f"{number:05}.scan.npz" for number in range(len(its_shards))]
     tasks = [shards.Scan(shard, path) for shard, path in zip(its_shards, scans, strict=True) if not path.exists()]
     parallel.run(shards.scan, tasks, [task.shard.size for task in tasks], _named("reading", key), report)
-    its_split = split(scans, source.validation_fraction, source.max_documents)
-    if complaint := its_split.complaint(source.validation_fraction):
-        report(complaint)
+    files = [shard.file for shard in its_shards]
+    its_split = split(scans, source.validation_fraction, source.max_documents, files)
+    if its_split.note:
+        report(its_split.note)
     return _Part(folder, its_shards, scans, its_split)
 
 

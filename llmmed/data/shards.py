@@ -60,8 +60,8 @@ def scan(task: Scan) -> None:
     """Raises `UserError` for text that cannot be read, with its position."""
     whole, heads, lengths = [], [], []
     for document in text.read(task.shard):
-        whole.append(_hash(document))
-        heads.append(_hash(head(document)))
+        whole.append(hash_of(document))
+        heads.append(hash_of(head(document)))
         lengths.append(len(document))
     content = io.BytesIO()
     np.savez(
@@ -131,7 +131,8 @@ def cut(document: str, position: int) -> tuple[str, str]:
     return document[:position], document[position:]
 
 
-def _hash(document: str) -> int:
+def hash_of(document: str) -> int:
+    """64 bits, the same on every machine."""
     return int.from_bytes(hashlib.sha256(document.encode()).digest()[:8], "big")
 
 

@@ -32,6 +32,7 @@ class Shard:
     end: int
     field: str
     size: int  # in bytes, to tell progress
+    file: str | None = None  # of paragraphs that stay together: its name within the folder
 
 
 def files(config: DataConfig) -> list[Path]:
@@ -51,12 +52,14 @@ def files(config: DataConfig) -> list[Path]:
 
 def shards(config: DataConfig, shard_bytes: int = SHARD_BYTES) -> list[Shard]:
     """All files cut where documents end, into parts of about `shard_bytes`. Raises `UserError`."""
-    found = []
-    for path in files(config):
+    found, paths = [], files(config)
+    several = sum(path.suffix == ".txt" for path in paths) > 1
+    for path in paths:
+        file = path.relative_to(str(config.path)).as_posix() if several and path.suffix == ".txt" else None
         with _telling_of_loss(path):
             cut = _row_groups if path.suffix == ".parquet" else _byte_ranges
             for start, end, size in cut(path, shard_bytes):
-                found.append(Shard(str(path), start, end, config.text_field, size))
+                found.append(Shard(str(path), start, end, config.text_field, size, file))
     return found
 
 

@@ -75,6 +75,15 @@ def test_a_single_document_is_split_by_position(tmp_path: Path) -> None:
     assert len(validation) < len(train)
 
 
+def test_a_note_of_several_paragraphs_is_in_one_part(tmp_path: Path) -> None:
+    for name in range(40):
+        (tmp_path / f"{name}.txt").write_text("\n\n".join(f"Part {i} of note {name}." for i in range(6)))
+    dataset = data.prepare(text_config(tmp_path))
+    train, validation = ({d.split()[-1] for d in decode(dataset, part)} for part in (dataset.train, dataset.validation))
+    assert len(validation) == 2
+    assert not train & validation
+
+
 @pytest.mark.parametrize(
     ("document", "position", "expected"),
     [

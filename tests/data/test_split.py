@@ -29,7 +29,7 @@ def test_a_common_beginning_does_not_take_over(common: int, tmp_path: Path) -> N
     found = split([scan(tmp_path / "a.npz", heads)], 0.05, None)
     assert held_out(found) == 50
     assert (found.parts[:600] == TRAIN).all()
-    assert found.complaint(0.05) is None
+    assert found.note is None
 
 
 def test_groups_stay_whole_and_fill_the_quota(tmp_path: Path) -> None:
@@ -43,5 +43,39 @@ def test_groups_stay_whole_and_fill_the_quota(tmp_path: Path) -> None:
 def test_where_no_group_is_small_enough_it_is_said(tmp_path: Path) -> None:
     found = split([scan(tmp_path / "a.npz", [0] * 600 + [1] * 400)], 0.05, None)
     assert held_out(found) == 400
-    assert found.complaint(0.05) is not None
-    assert "400 of 1,000 documents are for validation, 40%" in str(found.complaint(0.05))
+    assert "400 of 1,000 documents are for validation, 40%" in str(found.note)
+
+
+def files(folder: Path, sizes: list[int]) -> tuple[list[Path], list[str]]:
+    """Scans of files with so many paragraphs, all of which begin differently."""
+    starts = np.cumsum([0, *sizes])
+    scans = []
+    for number, (start, size) in enumerate(zip(starts[:-1], sizes, strict=True)):
+        path = folder / f"{number}.npz"
+        hashes = np.random.default_rng(number).integers(0, 2**64, size, dtype=np.uint64)
+        whole = np.arange(start, start + size, dtype=np.uint64)
+        np.savez(path, whole=whole, head=hashes, length=np.full(size, 40, dtype=np.uint32))
+        scans.append(path)
+    return scans, [f"notes/{number}.txt" for number in range(len(sizes))]
+
+
+def in_both_parts(found: Split, sizes: list[int]) -> int:
+    return sum(len(np.unique(part)) > 1 for part in np.split(found.parts, np.cumsum(sizes)[:-1]))
+
+
+@pytest.mark.parametrize(("sizes", "expected"), [([6] * 100, 30), ([100] * 10, 100), ([1000, *[6] * 100], 78)])
+def test_paragraphs_of_one_file_stay_in_one_part(sizes: list[int], expected: int, tmp_path: Path) -> None:
+    scans, names = files(tmp_path, sizes)
+    found = split(scans, 0.05, None, names)
+    assert held_out(found) == expected
+    assert in_both_parts(found, sizes) == 0
+    assert found.note is None
+    assert in_both_parts(split(scans, 0.05, None), sizes) > 1, "this would show nothing"
+
+
+@pytest.mark.parametrize("sizes", [[1000] * 3, [10_000, 6, 6]])  # too large; too small but for one
+def test_files_too_large_to_be_held_out_are_split_by_paragraph_and_it_is_said(sizes: list[int], tmp_path: Path) -> None:
+    scans, names = files(tmp_path, sizes)
+    found = split(scans, 0.05, None, names)
+    assert held_out(found) == round(0.05 * sum(sizes))
+    assert "files have some in both parts" in str(found.note)
