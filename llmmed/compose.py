@@ -22,7 +22,7 @@ from hydra.errors import ConfigCompositionException, HydraException, MissingConf
 from omegaconf import DictConfig, OmegaConf
 from pydantic import TypeAdapter, ValidationError
 
-from llmmed import data
+from llmmed import data, unused_keys
 from llmmed.config import Config, TrainConfig
 from llmmed.errors import UserError
 from llmmed.gpus import visible_gpus
@@ -73,6 +73,7 @@ def validate(composed: DictConfig, overrides: Sequence[str] = ()) -> Config:
         config = _ADAPTER.validate_json(json.dumps(values), strict=True)
     except ValidationError as error:
         raise UserError(explain_validation(error, overrides)) from error
+    unused_keys.refuse(config, overrides)
     _check_together(config)
     data.check(config)
     return config

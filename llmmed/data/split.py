@@ -47,8 +47,8 @@ def split(scans: list[Path], fraction: float, max_documents: int | None, files: 
             if not quota / 2 <= validation.sum() <= 2 * quota:
                 validation = validation[:0]
                 note = (
-                    f"no files make up data.validation_fraction={fraction:g} of the paragraphs: each paragraph is taken "
-                    f"for a document of its own, so that files have some in both parts"
+                    f"no files make up data.validation_fraction={fraction:g} of the paragraphs: each is taken for a "
+                    f"document of its own, so that files have some in both parts"
                 )
         if not len(validation):
             validation = _drawn(_gather(scans, "head")[kept], quota)
