@@ -25,6 +25,7 @@ from llmmed.errors import UserError
 from llmmed.files import read_json, write_atomically, write_json
 
 _COPIED_AT_ONCE = 2**24  # bytes
+_ENDINGS = ", ".join(text.SUFFIXES)
 
 
 @dataclass(frozen=True)
@@ -114,6 +115,8 @@ def _scanned(key: str, source: DataConfig, work: Path, report: Report) -> _Part:
 def _shards(source: DataConfig, folder: Path, report: Report) -> list[text.Shard]:
     report(f"reading {source.name} documents")
     if source.name == "text":
+        if others := text.left_out(source):
+            report(f"data.path={source.path}: ignored are {others}; files that are read end with {_ENDINGS}")
         return text.shards(source)
     with parallel.progress("fetching" if source.name == "hub" else "reading", 0, report) as advance:
         if source.name == "hub":

@@ -153,7 +153,9 @@ def test_folders_of_all_formats_are_read(tmp_path: Path) -> None:
     import pyarrow.parquet
 
     (tmp_path / "a.txt").write_text("first paragraph\n\nsecond paragraph\n\n\n")
-    (tmp_path / "b.jsonl").write_text(json.dumps({"text": "third"}) + "\n\n" + json.dumps({"text": "fourth"}) + "\n")
+    (tmp_path / "b.jsonl").write_text(
+        json.dumps({"text": "third"}) + '\n\n{"text": null}\n' + json.dumps({"text": "fourth"}) + "\n"
+    )
     pyarrow.parquet.write_table(pyarrow.table({"text": ["fifth", None, "sixth"]}), tmp_path / "c.parquet")
     source = text_config(tmp_path).data
     found = [document for shard in text.shards(source) for document in text.read(shard)]
@@ -167,7 +169,9 @@ def test_folders_of_all_formats_are_read(tmp_path: Path) -> None:
         ("a.jsonl", b'{"text": "x"}\n{"body": "y"}\n', ["a.jsonl:2", "'text'", "body"]),
         ("a.jsonl", b'{"text": "x"\n', ["a.jsonl:1", "JSON"]),
         ("a.parquet", b"no parquet", ["a.parquet", "Parquet"]),
+        ("a.jsonl", b"[" * 200_000, ["a.jsonl:1", "not a line of JSON"]),
         ("a.txt", b" \n \n\n   \n" * 20, ["no text"]),
+        ("a.txt.gz", b"\x1f\x8b", ["nothing to read", "1 .gz", "unpack"]),
     ],
 )
 def test_bad_files_are_named(tmp_path: Path, name: str, content: bytes, words: list[str]) -> None:
@@ -176,6 +180,33 @@ def test_bad_files_are_named(tmp_path: Path, name: str, content: bytes, words: l
         data.prepare(text_config(tmp_path / name, "train.seq_len=4"))
     for word in words:
         assert word in str(caught.value)
+
+
+def test_files_that_are_not_read_are_told(tmp_path: Path) -> None:
+    write_documents(tmp_path / "TERMS.TXT")
+    for name in ("a.txt.gz", "b.md", "c.MD", "LICENSE"):
+        (tmp_path / name).write_text("x")
+    told: list[str] = []
+    assert data.prepare(text_config(tmp_path), told.append).train_documents > 300
+    assert any("ignored are 1 .gz, 2 .md, 1 without an ending;" in message for message in told)
+
+
+def test_a_column_that_is_no_text_is_named(tmp_path: Path) -> None:
+    import pyarrow
+    import pyarrow.parquet
+
+    columns = {
+        "text": [1, 2],
+        "raw": [b"a", b"b"],
+        "body": ["a", "b"],
+        "kind": pyarrow.array(["x", "y"]).dictionary_encode(),
+    }
+    pyarrow.parquet.write_table(pyarrow.table(columns), tmp_path / "a.parquet")
+    for field, kind in (("text", "int64"), ("raw", "binary")):
+        with pytest.raises(UserError, match=f"'{field}' .* holds {kind}, not text; text is in body, kind"):
+            data.prepare(text_config(tmp_path / "a.parquet", f"data.text_field={field}"))
+    source = text_config(tmp_path / "a.parquet", "data.text_field=kind").data
+    assert [d for shard in text.shards(source) for d in text.read(shard)] == ["x", "y"]
 
 
 def test_synthetic_needs_no_text_and_uses_the_whole_vocabulary() -> None:
