@@ -22,7 +22,7 @@ from llmmed.data.parallel import Report
 from llmmed.data.split import Split, drop_leaks, split
 from llmmed.data.spool import Listed, spool
 from llmmed.errors import UserError
-from llmmed.files import read_json, write_atomically, write_json
+from llmmed.files import read_json, sha256_of_file, write_atomically, write_json
 
 _COPIED_AT_ONCE = 2**24  # bytes
 _ENDINGS = ", ".join(text.SUFFIXES)
@@ -76,6 +76,7 @@ def build(config: Config, work: Path, report: Report) -> None:
     tokenizer.write_settings(result, str(tokenizer.read(result / "tokenizer.json").id_to_token(end_token)))
     dtype = "uint16" if vocab_size <= 2**16 else "uint32"
     facts: dict[str, Any] = {"vocab_size": vocab_size, "end_token": end_token, "sources": {}}
+    facts["tokenizer_sha256"] = sha256_of_file(result / "tokenizer.json")
     for key, part in parts.items():
         pieces = _tokenised(part, result / "tokenizer.json", end_token, dtype, _named("tokenising", key), report)
         (result / key).mkdir(exist_ok=True)
