@@ -110,7 +110,7 @@ class DataConfig:
     max_documents: Positive | None  # take the first so many; null: all
     subset: Text | None  # hub: the dataset's configuration
     split: Text  # hub
-    revision: Text | None  # hub: a branch, tag or commit
+    revision: Text | None  # hub: a branch, tag or commit; null: the newest when it is first prepared
     streaming: bool  # hub: read over the network as it is needed instead of downloading all files first
     retries: NonNegative  # hub: attempts after a network error, each after twice the pause of the one before
     sources: dict[str, DataConfig]  # mixture
