@@ -23,7 +23,7 @@ from omegaconf import DictConfig, OmegaConf
 from pydantic import TypeAdapter, ValidationError
 
 from llmmed import data, unused_keys
-from llmmed.config import Config, TrainConfig
+from llmmed.config import Config, TrainConfig, check_heads
 from llmmed.errors import UserError
 from llmmed.gpus import visible_gpus
 from llmmed.kernels import catalog
@@ -224,19 +224,7 @@ def explain_validation(error: ValidationError, overrides: Sequence[str]) -> str:
 
 
 def _check_together(config: Config) -> None:
-    model = config.model
-    if model.d_model % (2 * model.n_heads):
-        width = 2 * model.n_heads * max(1, round(model.d_model / (2 * model.n_heads)))
-        raise UserError(
-            f"model.d_model={model.d_model} does not divide into model.n_heads={model.n_heads} heads of an even size; "
-            f"try model.d_model={width}"
-        )
-    if model.n_heads % model.n_kv_heads:
-        divisors = [n for n in range(1, model.n_heads + 1) if model.n_heads % n == 0]
-        raise UserError(
-            f"model.n_kv_heads={model.n_kv_heads} does not divide model.n_heads={model.n_heads}; "
-            f"allowed: {', '.join(map(str, divisors))}"
-        )
+    check_heads(config.model)
     if config.optimizer.name == "muon" and config.optimizer.momentum is None:
         raise UserError("optimizer.momentum=null: Muon needs one; try optimizer.momentum=0.95")
     accumulation_steps(config.train)

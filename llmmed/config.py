@@ -11,6 +11,8 @@ from typing import Annotated, Literal
 from pydantic import AfterValidator, ConfigDict, Field
 from pydantic.dataclasses import dataclass
 
+from llmmed.errors import UserError
+
 _STRICT = ConfigDict(extra="forbid", validate_default=True, allow_inf_nan=False)
 
 Positive = Annotated[int, Field(gt=0)]
@@ -152,3 +154,19 @@ class Config:
     data: DataConfig
     tokenizer: TokenizerConfig
     logger: LoggerConfig
+
+
+def check_heads(model: ModelConfig) -> None:
+    """Raises `UserError` if the heads do not fit the width, or each other."""
+    if model.d_model % (2 * model.n_heads):
+        width = 2 * model.n_heads * max(1, round(model.d_model / (2 * model.n_heads)))
+        raise UserError(
+            f"model.d_model={model.d_model} does not divide into model.n_heads={model.n_heads} heads of an even size; "
+            f"try model.d_model={width}"
+        )
+    if model.n_heads % model.n_kv_heads:
+        divisors = [n for n in range(1, model.n_heads + 1) if model.n_heads % n == 0]
+        raise UserError(
+            f"model.n_kv_heads={model.n_kv_heads} does not divide model.n_heads={model.n_heads}; "
+            f"allowed: {', '.join(map(str, divisors))}"
+        )
