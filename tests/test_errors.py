@@ -58,7 +58,9 @@ def assert_one_line(done: subprocess.CompletedProcess[str], expected: list[str])
 
 
 @pytest.mark.parametrize("name", sorted(set(MISTAKES) - set(FROM_THE_COMMAND_LINE)))
-def test_a_mistake_is_told_in_one_line(name: str) -> None:
+def test_a_mistake_is_told_in_one_line(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "notes.txt").write_text("Text that nobody asked for. " * 1000)
     arguments, expected = MISTAKES[name]
     with pytest.raises(UserError) as caught:
         compose(arguments)

@@ -119,14 +119,12 @@ def _check_source(source: DataConfig, seq_len: int) -> None:
         raise UserError(f"data=biomed needs the package {missing}; pip install 'llmmed[biomed]', or use data=text")
     if source.name == "hub" and source.path is None:
         raise UserError("data=hub needs data.path=<a dataset's name on the Hugging Face Hub, or a folder>")
-    if source.name == "text":
-        files = text.files(source)
-        size = sum(path.stat().st_size for path in files)
-        if size < seq_len and not any(path.suffix.lower() == ".parquet" for path in files):
-            raise UserError(
-                f"train.seq_len={seq_len} is longer than the data: data.path={source.path} has {size} bytes, "
-                f"which are fewer tokens still; use a shorter train.seq_len or more text"
-            )
+    if source.name == "text" and not text.holds(source, seq_len):
+        size = sum(path.stat().st_size for path in text.files(source))  # raises where there is nothing at all
+        raise UserError(
+            f"train.seq_len={seq_len} is longer than the data: data.path={source.path} has {size} bytes, "
+            f"which are fewer tokens still; use a shorter train.seq_len or more text"
+        )
 
 
 def _check_mixture(data: DataConfig) -> None:

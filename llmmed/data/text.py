@@ -57,6 +57,19 @@ def files(config: DataConfig) -> list[Path]:
     return found
 
 
+def holds(config: DataConfig, size: int) -> bool:
+    """Whether there are so many bytes to read, or a .parquet file, which is packed. Looks no further than it must."""
+    if config.path is None:
+        return False
+    path, found = Path(config.path), 0
+    for file in path.rglob("*") if path.is_dir() else [path]:
+        if _kind(file) in SUFFIXES and file.is_file():
+            found += max(file.stat().st_size, size if _kind(file) == ".parquet" and file.stat().st_size else 0)
+            if found >= size:
+                return True
+    return False
+
+
 def left_out(config: DataConfig) -> str | None:
     """How many files of the folder are not read, by what they end with, or None if all are."""
     return _counts([path for path in _below(Path(str(config.path))) if _kind(path) not in SUFFIXES]) or None

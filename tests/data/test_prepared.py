@@ -272,6 +272,15 @@ def test_a_column_that_is_no_text_is_named(tmp_path: Path) -> None:
     assert [d for shard in text.shards(source) for d in text.read(shard)] == ["x", "y"]
 
 
+def test_a_folder_is_not_listed_to_see_that_it_has_enough(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in range(3):
+        write_documents(tmp_path / f"{name}.txt", 20)
+    monkeypatch.setattr(text, "files", lambda config: pytest.fail("every file was listed"))
+    text_config(tmp_path)
+    with pytest.raises(pytest.fail.Exception):
+        text_config(tmp_path, "train.seq_len=100000")
+
+
 def test_synthetic_needs_no_text_and_uses_the_whole_vocabulary() -> None:
     config = compose(["data=synthetic", "model.vocab_size=1000"])
     dataset, again = data.prepare(config), data.prepare(replace(config, seed=1))
