@@ -5,10 +5,10 @@ from __future__ import annotations
 from pathlib import Path
 
 import torch
+from tokenizers import Tokenizer
 
 from llmmed.config import Config
 from llmmed.data import Dataset
-from llmmed.data.tokenizer import read
 from llmmed.kernels.catalog import default_choice, load_kernels
 from llmmed.model import Transformer
 from llmmed.model.decode import sample
@@ -29,9 +29,9 @@ class Sampler:
     """
 
     def __init__(self, model: Transformer, dataset: Dataset, config: Config, folder: Path, from_step: int) -> None:
-        assert dataset.tokenizer_file is not None
         self._model, self._train, self._seed, self._end = model, config.train, config.seed, dataset.end_token
-        self._tokenizer = read(dataset.tokenizer_file)
+        self._tokenizer = Tokenizer.from_file(str(dataset.tokenizer_file))
+        self._tokenizer.encode_special_tokens = True  # a prompt is text, like that of the training
         self._kernels = load_kernels(default_choice())
         self._file = JsonLines(folder / "samples.jsonl", from_step)
 
