@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import re
 from pathlib import Path
 
 import pytest
@@ -12,6 +13,7 @@ from llmmed import compose
 from llmmed.config import Config
 from llmmed.errors import UserError
 from llmmed.kernels import catalog
+from llmmed.model import parameter_count
 
 GROUPS = ("model", "kernels", "train", "data", "tokenizer", "optimizer", "logger", "experiment")
 
@@ -52,6 +54,17 @@ def test_every_shipped_option_composes(option: str, tmp_path: Path, monkeypatch:
     monkeypatch.chdir(tmp_path)
     (tmp_path / "notes.txt").write_text("The liver makes bile. " * 2000)
     assert isinstance(compose.compose([option, *NEEDED.get(option, [])]), Config)
+
+
+@pytest.mark.parametrize("size", ["small", "base", "medium", "large"])
+def test_a_model_has_as_many_parameters_as_its_file_says(size: str) -> None:
+    text = (compose.config_folder() / "model" / f"{size}.yaml").read_text(encoding="utf-8")
+    said = re.search(r"# (\S+) M parameters with a vocabulary of 49,152, (\S+) M with tied embeddings", text)
+    assert said is not None
+    for tied, millions in zip(("false", "true"), said.groups(), strict=True):
+        config = compose.compose([f"model={size}", "tokenizer.vocab_size=49152", f"model.tie_embeddings={tied}"])
+        assert config.model.tie_embeddings == (tied == "true")
+        assert f"{parameter_count(config.model) / 1e6:,.1f}" == millions
 
 
 def test_every_group_has_options() -> None:

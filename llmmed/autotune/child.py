@@ -93,8 +93,9 @@ class Findings:
     """What is known so far: verdicts by op and name, the ops that are measured, the ceilings.
 
     `launched` are the candidates, by op, whose launches are settled. `step` is what the step said, `step_reason` why it
-    said nothing. `finished` says that nothing was cut short, by the budget or because no process could be started.
-    `seconds` are those that each stage took.
+    said nothing, `default_runs` whether that is the default's fault, `last_match_died` what a process died of when all
+    trials were over. `cut_short` says why not all was done: the budget, or no process could be started. `seconds` are
+    those that each stage took.
     """
 
     ops: dict[str, dict[str, Candidate]] = field(default_factory=dict)
@@ -104,7 +105,9 @@ class Findings:
     trials: list[StepTrial] = field(default_factory=list)
     step: StepEvidence | None = None
     step_reason: str = ""
-    finished: bool = False
+    default_runs: bool = True
+    last_match_died: str = ""
+    cut_short: str = ""
     seconds: dict[str, float] = field(default_factory=dict)
 
     def add(self, event: Event) -> None:
@@ -123,6 +126,7 @@ class Findings:
             self.trials.append(event.trial)
         elif isinstance(event, StepDone):
             self.step, self.step_reason = event.evidence, event.reason
+            self.default_runs = event.evidence is not None
 
     def left(self, tasks: list[Task]) -> list[Task]:
         """The tasks without what is done."""
@@ -149,13 +153,17 @@ def tune_in_child(
     limits: Limits,
     report: Callable[[Progress], None],
     timed: Callable[[Findings], None] | None = None,
+    findings: Findings | None = None,
 ) -> Findings:
     """Tries every candidate of every task, in order, then, if asked to, the best of them in the step.
 
     Each candidate gets a verdict, the last resort being `not_tried`. What a task names as verified is measured with the
-    rest, and not verified again. `timed` is told what is known whenever an op's times have come.
+    rest, and not verified again. `timed` is told what is known whenever an op's times have come. `findings` is what is
+    known already, and grows: whatever ends this, it has what was found until then.
     """
-    findings = Findings(ops={task.op: dict(task.verified) for task in tasks})
+    findings = Findings() if findings is None else findings
+    for task in tasks:
+        findings.ops.setdefault(task.op, {}).update(task.verified)
     reason = ""
     with tempfile.TemporaryDirectory(prefix="llmmed-tuning-") as name:
         folder = Path(name)
@@ -166,7 +174,7 @@ def tune_in_child(
             mode=mode,
             deterministic=deterministic,
             matmul_precision=torch.get_float32_matmul_precision(),
-            tasks=tasks,
+            tasks=findings.left(tasks),
             seconds=limits.deadline - time.perf_counter(),
         )
         while True:
@@ -193,7 +201,7 @@ def tune_in_child(
             if reason:
                 break
             attempt += 1
-    findings.finished = not reason
+    findings.cut_short = reason
     _fill_in(findings, tasks, reason)
     return findings
 
@@ -203,7 +211,10 @@ def _confirmation(step: StepTask | None, findings: Findings) -> StepTask | None:
     if step is None or findings.step is not None or findings.step_reason:
         return None
     known = {op: step.known.get(op, {}) | findings.ops.get(op, {}) for op in {*step.known, *findings.ops}}
-    return step.model_copy(update={"known": known, "trials": list(findings.trials)})
+    proved = {(op, name) for op, by_name in known.items() for name, c in by_name.items() if c.status == "verified"}
+    trials = [trial for trial in findings.trials if (trial.op, trial.name) in proved]  # of an earlier run, perhaps
+    found = {"known": known, "trials": trials, "last_match_died": findings.last_match_died}
+    return step.model_copy(update=found)
 
 
 def _warm_up(job: Job, folder: Path, limits: Limits, report: Callable[[Progress], None]) -> None:
@@ -263,6 +274,8 @@ class _Attempt:
                 self._findings.step_reason = "there is nothing to choose"
             return ""
         if time.perf_counter() >= self._limits.deadline:
+            if self._findings.step is not None:  # some of the modes may be missing
+                self._findings.step = self._findings.step.model_copy(update={"finished": False})
             return f"kernels.budget_seconds={self._limits.budget_seconds:g} was used up"
         last_words = last_line(log)
         if process.returncode not in (0, -signal.SIGKILL):
@@ -275,6 +288,7 @@ class _Attempt:
         if self._open is not None and self._open.stage == "step":
             ended = f"the process {how_it_ended(process.returncode)}{f': {last_words}' if last_words else ''}"
             self._findings.step_reason = f"the default plan in the step: {ended}"
+            self._findings.default_runs = False
             return ""
         if self._learnt:
             return ""
@@ -335,6 +349,10 @@ class _Attempt:
         limit = f"took longer than kernels.candidate_seconds={self._limits.candidate_seconds:g}"
         reason = limit if too_slow else f"the process {how_it_ended(exit_code)}"
         told = f": {last_words}" if last_words and not too_slow and exit_code > 0 else ""
+        if culprit.stage == "step" and not culprit.op:
+            if self._findings.step is None:  # else it was another mode, which then is not taken
+                self._findings.last_match_died = f"{reason} {doing}{told}"
+            return
         if culprit.stage == "step":
             trial = StepTrial(
                 op=culprit.op, name=culprit.name, against="", status="failed", reason=f"{reason} {doing}{told}"

@@ -186,13 +186,13 @@ def measure_ceilings(device: torch.device, product_dtypes: Sequence[torch.dtype]
 def median_interval(samples: Sequence[float]) -> tuple[float, float, float]:
     """The median and the ends of its 95 % confidence interval, by order statistics: no distribution is assumed.
 
-    With few samples the interval is their whole range.
+    The ends have the same number of samples beyond them, as few as 95 % ask for (the binomial distribution, to half a
+    sample). With few samples the interval is their whole range.
     """
     ordered = sorted(samples)
     n = len(ordered)
-    half = 1.96 * math.sqrt(n) / 2
-    low = max(0, math.floor(n / 2 - half))
-    high = min(n - 1, math.ceil(n / 2 + half))
+    low = max(0, math.floor((n - 1 - 1.96 * math.sqrt(n)) / 2))
+    high = n - 1 - low
     return median(ordered), ordered[low], ordered[high]
 
 

@@ -105,7 +105,8 @@ def _units(tasks: list[Task], mode: Mode, device: torch.device) -> Iterator[_Uni
             if compiled_alone(get_implementation(task.op, name), mode):
                 yield from (_Unit(op, name, call, ("contiguous",), compiled=True) for call in calls)
         for name in task.verify:
-            tried = trials(op, calls, None, device, few_shapes=_per_shape(task.op, name)) if name != DEFAULT else ()
+            few, cases = _per_shape(task.op, name), task.cases(name)
+            tried = trials(op, calls, None, device, few_shapes=few, cases=cases) if name != DEFAULT else ()
             layouts: dict[Call, dict[Layout, None]] = {}
             for trial in tried:
                 layouts.setdefault(trial.call, {})[trial.layout] = None

@@ -15,7 +15,7 @@ import signal
 import sys
 import threading
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -23,9 +23,10 @@ from typing import Any
 import torch
 
 from llmmed.autotune.choose import choose
-from llmmed.autotune.confirm import Choice, Duel, Failed, confirm, shortlist
+from llmmed.autotune.confirm import Choice, Duel, Failed, Match, confirm, shortlist
 from llmmed.autotune.failures import classify, one_line
 from llmmed.autotune.journal import (
+    LAST_MATCH,
     Begun,
     CeilingsFound,
     Done,
@@ -100,7 +101,7 @@ class Worker:
             op, calls = get_op(task.op), task.counts()
             passed = dict(task.verified)
             for name in task.verify:
-                candidate = self._verify(op, name, calls)
+                candidate = self._verify(op, name, calls, task.cases(name))
                 if candidate.status == "verified":
                     passed[name] = candidate
             forget()
@@ -118,7 +119,7 @@ class Worker:
         self._journal.write(CeilingsFound(ceilings=ceilings))
         return ceilings
 
-    def _verify(self, op: Op, name: str, calls: Mapping[Call, int]) -> Candidate:
+    def _verify(self, op: Op, name: str, calls: Mapping[Call, int], cases: Collection[str] | None) -> Candidate:
         self._journal.write(Begun(stage="verify", op=op.name, name=name))
         try:
             implementation = get_implementation(op.name, name)
@@ -128,7 +129,9 @@ class Worker:
         except Exception as error:  # noqa: BLE001 - whatever a candidate raises rejects that candidate alone
             candidate = Candidate(status="crashed", reason=f"raised while it was loaded: {one_line(error)}")
         else:
-            verdict = verify(op, implementation, function, calls, self._device, deterministic=self._deterministic)
+            verdict = verify(
+                op, implementation, function, calls, self._device, deterministic=self._deterministic, cases=cases
+            )
             candidate = _as_candidate(verdict)
         self._conclude(op.name, name, candidate)
         return candidate
@@ -248,7 +251,7 @@ class Worker:
             self._journal.write(Begun(stage="step"))
             clock = _Announcing(config, mode, launches_of(self._known), self._journal)
             try:
-                evidence = confirm(
+                confirm(
                     clock,
                     base,
                     flips,
@@ -259,13 +262,16 @@ class Worker:
                     memory_budget_gib=kernels.memory_budget_gib or _memory_of(self._device),
                     before=task.trials,
                     told=told,
+                    answered=lambda evidence, reason=reason: self._journal.write(  # type: ignore[misc]
+                        StepDone(evidence=evidence, reason=reason)
+                    ),
+                    last_match_died=task.last_match_died,
                     time_for_second_looks=lambda: time.perf_counter() < second_looks_end,
                     time_is_up=lambda clock=clock: time.perf_counter() + 2 * clock.slowest > self._deadline,  # type: ignore[misc]
                 )
             except Failed as failure:
                 reason = reason or f"{mode}: {failure}"
                 continue
-            self._journal.write(StepDone(evidence=evidence))
             return
         self._journal.write(StepDone(evidence=None, reason=reason))
 
@@ -310,6 +316,11 @@ class _Announcing(StepClock):
             return super().duel(champion, op, name)
         finally:
             self.slowest = max(self.slowest, time.perf_counter() - started)
+
+    def whole(self, choice: Choice, other: Choice, mode: Mode | None = None) -> Match:
+        name = mode or ("" if choice == other else LAST_MATCH)
+        self._journal.write(Begun(stage="step", name=name))
+        return super().whole(choice, other, mode)
 
 
 def _memory_of(device: torch.device) -> float | None:

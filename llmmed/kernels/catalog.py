@@ -62,7 +62,7 @@ def get_implementation(op: str, name: str) -> Implementation:
         KeyError: no such op or implementation.
         Unavailable: its module cannot be imported here.
     """
-    from llmmed.kernels.base import Unavailable
+    from llmmed.kernels.base import Implementation, Unavailable
 
     if name not in implementation_names(op):
         raise KeyError(name)
@@ -73,12 +73,13 @@ def get_implementation(op: str, name: str) -> Implementation:
             found = importlib.import_module(_modules(op)[name]).IMPL
         else:
             found = _entry_points(op)[name].load()
-    except Exception as error:  # a candidate that breaks on import must not take the run with it
+    except (Exception, SystemExit) as error:  # a candidate that breaks on import must not take the run with it
         raise Unavailable(f"cannot be imported: {type(error).__name__}: {error}") from error
+    if not isinstance(found, Implementation):
+        raise Unavailable(f"is no Implementation but {type(found).__name__}")
     if found.name != name:
         raise Unavailable(f"calls itself '{found.name}' but stands in a module or entry point named '{name}'")
-    implementation: Implementation = found
-    return implementation
+    return found
 
 
 def load_kernels(choice: Mapping[str, str], launches: Mapping[str, Mapping[str, Launches]] | None = None) -> Kernels:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import time
 from typing import Any
 
@@ -91,10 +92,20 @@ def test_all_get_the_same_inputs_and_gradients(norms: Workload) -> None:
         assert torch.equal(a, b)
 
 
-@pytest.mark.parametrize(("n", "interval"), [(1, (0, 0)), (7, (0, 6)), (100, (40, 60))])
+@pytest.mark.parametrize(("n", "interval"), [(1, (0, 0)), (7, (0, 6)), (15, (3, 11)), (100, (39, 60))])
 def test_the_interval_of_the_median(n: int, interval: tuple[int, int]) -> None:
     _, low, high = median_interval(range(n))
     assert (low, high) == interval
+
+
+def test_the_interval_holds_the_median_of_all_with_95_percent() -> None:
+    """The k-th of n samples is above it as rarely as a coin shows fewer than k heads. One sample less on each side
+    would be too few."""
+    for n in range(6, 101):
+        _, low, high = median_interval(range(n))
+        assert low == n - 1 - high
+        wide, narrow = (1 - 2 * sum(math.comb(n, i) for i in range(int(low) + k)) / 2**n for k in (1, 2))
+        assert wide >= 0.95 > narrow - 0.002, n
 
 
 def test_a_cpu_has_no_ceiling() -> None:
