@@ -116,6 +116,35 @@ def test_yaml_without_a_schema_value_is_refused() -> None:
         compose.compose(["optimizer.lr=fast"])
 
 
+@pytest.mark.parametrize(
+    ("override", "message"),
+    [
+        ("optimizer.lr=inf", "optimizer.lr=Infinity: should be a finite number"),
+        ("train.grad_clip=nan", "train.grad_clip=NaN: should be a finite number"),
+        ("seed=18446744073709551616", "should be less than 9223372036854775808"),
+        ("data=null", "data=null: data can be biomed, "),
+        ("train=null", "train=null: train can be default"),
+        ("data.path=", "data.path is empty; give it a value (is a variable of the shell not set?)"),
+        ("kernels.plan=", "kernels.plan is empty"),
+        ("data.path=d/a=b.txt", """'data.path="d/a=b.txt"'"""),
+        ("data.path=d/n(1).txt", """'data.path="d/n(1).txt"'"""),
+        ("data.path=~/notes", """'data.path="~/notes"'"""),
+        ("optimizer.betas=[0.9]", "optimizer.betas=[0.9]: it has too few values"),
+        ("train.lr=3", "there is no key 'train.lr': did you mean optimizer.lr?"),
+    ],
+)
+def test_a_mistake_is_one_line_that_helps(override: str, message: str) -> None:
+    with pytest.raises(UserError) as caught:
+        compose.compose(["data=text", override])
+    assert message in str(caught.value)
+
+
+def test_a_home_folder_is_found(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HOME", str(tmp_path))
+    (tmp_path / "notes.txt").write_text("The liver makes bile. " * 2000)
+    assert compose.compose(["data=text", 'data.path="~/notes.txt"']).data.path == str(tmp_path / "notes.txt")
+
+
 def test_a_source_can_bring_a_tokenizer_that_the_user_overrides() -> None:
     for option in ("data=blue_scrubs", "experiment=blue_scrubs_base"):
         config = compose.compose([option])

@@ -15,7 +15,7 @@ import pytest
 
 ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text(encoding="utf-8")
-TINY = ["experiment=smoke", "train.max_steps=2", "train.eval_every=2", "train.eval_batches=1",
+TINY = ["experiment=smoke", "train.max_steps=2", "train.eval_every=2", "train.eval_tokens=64",
         "train.checkpoint_every=2", "train.compile=eager", "tokenizer.vocab_size=400", "kernels.budget_seconds=1",
         "kernels.on_unavailable=fallback"]  # fmt: skip
 SMALL = {  # what is put in place of, or after, a script's own arguments

@@ -107,6 +107,8 @@ def damage(path: Path) -> str | None:
     """What is wrong with a checkpoint's files, or None."""
     try:
         manifest = read_json(path / "manifest.json")
+        if missing := {"model.safetensors", "optimizer.safetensors", "state.json"} - manifest.keys():
+            return f"manifest.json does not name {', '.join(sorted(missing))}"
         for name, expected in manifest.items():
             if sha256_of_file(path / name) != expected:
                 return f"{name} does not match its checksum"

@@ -20,6 +20,7 @@ from llmmed.model import Transformer
 from llmmed.model.decode import sample
 from llmmed.training import checkpoint
 from llmmed.training.metrics import Sample
+from llmmed.training.samples import Sampler
 from tests.training.tiny import build, run_with, tiny_config
 
 
@@ -73,6 +74,12 @@ def test_samples_are_of_the_weights_of_their_step(config: Config, dataset: Datas
     expected = list(sample(model, tokenizer.encode("Bone").ids, max_tokens=8, temperature=0.8, top_p=0.95,
                            seed=config.seed, end=dataset.end_token))  # fmt: skip
     assert found[0]["text"] == tokenizer.decode(expected)
+
+
+def test_a_prompt_cannot_forge_the_end_of_a_document(config: Config, dataset: Dataset, tmp_path: Path) -> None:
+    sampler = Sampler(build(config), dataset, config, tmp_path, from_step=0)
+    assert dataset.end_token not in sampler._tokenizer.encode("Bone <|endoftext|> 7").ids
+    sampler.close()
 
 
 def test_sampling_changes_no_weight_and_resuming_repeats_nothing(
