@@ -4,7 +4,7 @@ VENV := .venv
 PY := $(VENV)/bin/python
 ARGS ?=
 
-.PHONY: help train test doctor setup setup-dev lint types unit interpreter gpu clean
+.PHONY: help train test doctor setup setup-dev lint types unit interpreter interpreter-afterwards gpu clean
 
 help: ## Shows this list.
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## /\t/' | expand -t 14
@@ -12,7 +12,8 @@ help: ## Shows this list.
 train: setup ## Tunes the kernels and trains the small model on biomedical text. ARGS="..." adds overrides.
 	$(PY) scripts/train.py kernels=auto model=small $(ARGS)
 
-test: setup-dev lint types unit interpreter ## Everything that CI checks.
+test: setup-dev lint ## Everything that CI checks.
+	@$(MAKE) --no-print-directory --jobs=3 types unit interpreter-afterwards
 
 doctor: setup ## What to paste into a bug report, and what to do about what is wrong. ARGS=--full verifies all kernels.
 	$(PY) -m llmmed.doctor $(ARGS)
@@ -41,10 +42,14 @@ types: setup-dev ## mypy, strict.
 	$(VENV)/bin/mypy
 
 unit: setup-dev ## CPU tests, among them the ahead-of-time compilation of every Triton kernel.
-	OMP_NUM_THREADS=1 $(PY) -m pytest -q -n 2 --dist loadgroup -m "not interpreter and not gpu" $(ARGS)
+	OMP_NUM_THREADS=1 $(PY) -m pytest -q -n 3 --dist loadgroup -m "not interpreter and not gpu" $(ARGS)
 
 interpreter: setup-dev ## Triton kernels run on the CPU, in Triton's interpreter.
 	OMP_NUM_THREADS=1 TRITON_INTERPRET=1 $(PY) -m pytest -q -n 2 -m interpreter $(ARGS)
+
+# Beside the unit tests, which wait for processes half of their time. What it prints comes in one piece.
+interpreter-afterwards: setup-dev
+	@$(MAKE) --no-print-directory interpreter > $(VENV)/interpreter.log 2>&1; code=$$?; cat $(VENV)/interpreter.log; exit $$code
 
 gpu: setup-dev ## Tests that need a CUDA GPU.
 	$(PY) -m pytest -q -m gpu $(ARGS)

@@ -22,8 +22,8 @@ from hydra.errors import ConfigCompositionException, HydraException, MissingConf
 from omegaconf import DictConfig, OmegaConf
 from pydantic import TypeAdapter, ValidationError
 
-from llmmed import data
-from llmmed.config import Config, TrainConfig
+from llmmed import data, unused_keys
+from llmmed.config import Config, TrainConfig, check_heads
 from llmmed.errors import UserError
 from llmmed.gpus import visible_gpus
 from llmmed.kernels import catalog
@@ -51,6 +51,11 @@ def compose_yaml(
             return hydra.compose(config_name, list(overrides), return_hydra_config=with_hydra)
     except (HydraException, omegaconf.errors.OmegaConfBaseException) as error:
         raise UserError(explain(error, config_name)) from error
+    except ValueError as error:
+        for group in _groups(config_name):
+            if f"{group}=null" in overrides:
+                raise UserError(f"{group}=null: {group} can be {_options(group)}") from error
+        raise UserError(explain(error)) from error
 
 
 def validate(composed: DictConfig, overrides: Sequence[str] = ()) -> Config:
@@ -73,6 +78,7 @@ def validate(composed: DictConfig, overrides: Sequence[str] = ()) -> Config:
         config = _ADAPTER.validate_json(json.dumps(values), strict=True)
     except ValidationError as error:
         raise UserError(explain_validation(error, overrides)) from error
+    unused_keys.refuse(config, overrides)
     _check_together(config)
     data.check(config)
     return config
@@ -161,7 +167,7 @@ def explain(error: Exception, config_name: str = CONFIG_NAME) -> str:
             group, _, option = found[1].rpartition("/")
             return f"{group}={option}: no such option; {group} can be {_options(group)}"
     if isinstance(error, OverrideParseException):
-        return f"'{error.override}' is not an override; write key=value, for instance train.max_steps=200"
+        return _explain_override(str(error.override))
     if isinstance(error, ConfigCompositionException):
         if found := re.search(r"Could not override '([^']+)'\. No match in the defaults list", text):
             return f"'{found[1]}' is no group; the groups are {', '.join(_groups(config_name))}"
@@ -174,6 +180,14 @@ def explain(error: Exception, config_name: str = CONFIG_NAME) -> str:
     return " ".join(text.split()) or type(error).__name__
 
 
+def _explain_override(override: str) -> str:
+    key, equals, value = override.partition("=")
+    if equals and re.fullmatch(r"[+~]*[\w./@-]+", key) and not value.startswith(("[", "{", '"', "'")):
+        quoted = value.replace("\\", "\\\\").replace('"', '\\"')
+        return f"{override}: a value with such characters needs quotes, within those of the shell: '{key}=\"{quoted}\"'"
+    return f"'{override}' is not an override; write key=value, for instance train.max_steps=200"
+
+
 def _explain_key(key: str, config_name: str) -> str:
     """Why a key cannot be overridden: it does not exist. Names what does."""
     if key in _groups(config_name):
@@ -181,10 +195,11 @@ def _explain_key(key: str, config_name: str) -> str:
     known = sorted(_keys(OmegaConf.to_container(compose_yaml(config_name=config_name), resolve=False)))
     if key in known:
         return f"'{key}' does not go together with what the other overrides choose; leave one of them out"
-    parent = key.rpartition(".")[0]
+    parent, _, last = key.rpartition(".")
     siblings = [name.rpartition(".")[2] for name in known if name.rpartition(".")[0] == parent]
-    near = difflib.get_close_matches(key, known, n=1, cutoff=0.75)
-    hint = f"did you mean {near[0]}?" if near else "see --help for all keys"
+    elsewhere = [name for name in known if name.endswith(f".{last}")]
+    near = elsewhere if 0 < len(elsewhere) < 4 else difflib.get_close_matches(key, known, n=1, cutoff=0.75)
+    hint = f"did you mean {' or '.join(near)}?" if near else "see --help for all keys"
     where = f"; {parent} has {', '.join(siblings)}" if parent and siblings else ""
     return f"there is no key '{key}': {hint}{where}"
 
@@ -195,6 +210,11 @@ def explain_validation(error: ValidationError, overrides: Sequence[str]) -> str:
     problems = error.errors()
     problem = next((p for p in problems if ".".join(map(str, p["loc"])) in written), problems[0])
     key = ".".join(str(part) for part in problem["loc"])
+    if problem["type"] == "missing" and isinstance(problem["input"], list):
+        list_key = ".".join(str(part) for part in problem["loc"][:-1])
+        return f"{list_key}={json.dumps(problem['input'])}: it has too few values"
+    if problem["type"] == "string_too_short":
+        return f"{key} is empty; give it a value (is a variable of the shell not set?) or leave it out"
     if problem["type"] == "missing":
         return f"{key} is missing; every key of the configuration is needed, so it cannot be removed with ~{key}"
     if problem["type"] in ("unexpected_keyword_argument", "extra_forbidden"):
@@ -204,19 +224,7 @@ def explain_validation(error: ValidationError, overrides: Sequence[str]) -> str:
 
 
 def _check_together(config: Config) -> None:
-    model = config.model
-    if model.d_model % (2 * model.n_heads):
-        width = 2 * model.n_heads * max(1, round(model.d_model / (2 * model.n_heads)))
-        raise UserError(
-            f"model.d_model={model.d_model} does not divide into model.n_heads={model.n_heads} heads of an even size; "
-            f"try model.d_model={width}"
-        )
-    if model.n_heads % model.n_kv_heads:
-        divisors = [n for n in range(1, model.n_heads + 1) if model.n_heads % n == 0]
-        raise UserError(
-            f"model.n_kv_heads={model.n_kv_heads} does not divide model.n_heads={model.n_heads}; "
-            f"allowed: {', '.join(map(str, divisors))}"
-        )
+    check_heads(config.model)
     if config.optimizer.name == "muon" and config.optimizer.momentum is None:
         raise UserError("optimizer.momentum=null: Muon needs one; try optimizer.momentum=0.95")
     accumulation_steps(config.train)

@@ -5,18 +5,23 @@ Nothing here imports torch: a mistake in the configuration is told within a seco
 
 from __future__ import annotations
 
+import os
 from typing import Annotated, Literal
 
-from pydantic import ConfigDict, Field
+from pydantic import AfterValidator, ConfigDict, Field
 from pydantic.dataclasses import dataclass
 
-_STRICT = ConfigDict(extra="forbid", validate_default=True)
+from llmmed.errors import UserError
+
+_STRICT = ConfigDict(extra="forbid", validate_default=True, allow_inf_nan=False)
 
 Positive = Annotated[int, Field(gt=0)]
 NonNegative = Annotated[int, Field(ge=0)]
 Fraction = Annotated[float, Field(ge=0, lt=1)]
 PositiveFloat = Annotated[float, Field(gt=0)]
 NonNegativeFloat = Annotated[float, Field(ge=0)]
+Text = Annotated[str, Field(min_length=1)]  # an empty one is a shell variable that is not set
+Place = Annotated[Text, AfterValidator(os.path.expanduser)]  # a path, or a name on the Hub
 
 
 @dataclass(config=_STRICT, frozen=True)
@@ -33,7 +38,7 @@ class ModelConfig:
     rope_theta: PositiveFloat
     norm_eps: PositiveFloat
     tie_embeddings: bool
-    init_from: str | None  # a Hugging Face Llama (folder or hub name), or a run or checkpoint of ours
+    init_from: Place | None  # a Hugging Face Llama (folder or hub name), or a run or checkpoint of ours
 
 
 @dataclass(config=_STRICT, frozen=True)
@@ -45,7 +50,7 @@ class KernelsConfig:
     on_unavailable: Literal["error", "fallback"]
     margin: Fraction  # a rival must be faster than the default by this share, and by more than the noise
     cache: Literal["use", "refresh", "none"]
-    plan: str | None  # somebody's kernels.json, verified again here
+    plan: Place | None  # somebody's kernels.json, verified again here
     objective: Literal["time", "memory"]  # what the step is to take least of
     memory_budget_gib: PositiveFloat | None  # a plan that needs more is out; null: what the GPU has
     budget_seconds: PositiveFloat  # tuning ends after this with the best plan so far
@@ -65,7 +70,7 @@ class TrainConfig:
     activation_checkpointing: Literal["none", "block"]
     grad_clip: NonNegativeFloat  # 0 switches clipping off
     eval_every: NonNegative  # 0: only at the end
-    eval_batches: Positive
+    eval_tokens: Positive  # in windows of seq_len, one at least; all there are where there are fewer
     checkpoint_every: NonNegative  # 0: only at the end
     keep_last: Positive  # the best is kept besides
     patience: NonNegative  # evaluations without a better validation loss that end the run; 0: it is never ended
@@ -74,7 +79,7 @@ class TrainConfig:
     sample_every: NonNegative  # 0: never
     sample_prompts: Annotated[list[str], Field(min_length=1)]
     sample_tokens: Positive  # the longest continuation
-    resume: str | None  # null, auto, latest, or a run folder
+    resume: Text | None  # null, auto, latest, or a run folder
     deterministic: bool
     dry_run: bool
     profile_steps: NonNegative  # 0: none
@@ -101,13 +106,13 @@ class DataConfig:
     """Where documents come from."""
 
     name: Literal["biomed", "text", "synthetic", "hub", "mixture"]
-    path: str | None  # text: a file or a folder of .txt, .jsonl, .parquet; hub: a dataset's name, or a folder
-    text_field: str  # jsonl, parquet, hub: the field with the text
+    path: Place | None  # text: a file or a folder of .txt, .jsonl, .parquet; hub: a dataset's name, or a folder
+    text_field: Text  # jsonl, parquet, hub: the field with the text
     validation_fraction: Annotated[float, Field(gt=0, lt=1)]
     max_documents: Positive | None  # take the first so many; null: all
-    subset: str | None  # hub: the dataset's configuration
-    split: str  # hub
-    revision: str | None  # hub: a branch, tag or commit
+    subset: Text | None  # hub: the dataset's configuration
+    split: Text  # hub
+    revision: Text | None  # hub: a branch, tag or commit; null: the newest when it is first prepared
     streaming: bool  # hub: read over the network as it is needed instead of downloading all files first
     retries: NonNegative  # hub: attempts after a network error, each after twice the pause of the one before
     sources: dict[str, DataConfig]  # mixture
@@ -119,7 +124,7 @@ class TokenizerConfig:
     """How documents become tokens."""
 
     name: Literal["bpe", "hub"]
-    path: str | None  # hub: a repository's name, or a folder with its tokenizer.json
+    path: Place | None  # hub: a repository's name, or a folder with its tokenizer.json
     vocab_size: Annotated[int, Field(ge=258)]
     training_bytes: Positive | None  # bpe: it is trained on about so much text, taken evenly from all of it
 
@@ -140,7 +145,7 @@ class LoggerConfig:
 class Config:
     """A whole run."""
 
-    seed: NonNegative
+    seed: Annotated[int, Field(ge=0, lt=2**63)]
     device: Literal["cuda", "cpu"]
     model: ModelConfig
     kernels: KernelsConfig
@@ -149,3 +154,19 @@ class Config:
     data: DataConfig
     tokenizer: TokenizerConfig
     logger: LoggerConfig
+
+
+def check_heads(model: ModelConfig) -> None:
+    """Raises `UserError` if the heads do not fit the width, or each other."""
+    if model.d_model % (2 * model.n_heads):
+        width = 2 * model.n_heads * max(1, round(model.d_model / (2 * model.n_heads)))
+        raise UserError(
+            f"model.d_model={model.d_model} does not divide into model.n_heads={model.n_heads} heads of an even size; "
+            f"try model.d_model={width}"
+        )
+    if model.n_heads % model.n_kv_heads:
+        divisors = [n for n in range(1, model.n_heads + 1) if model.n_heads % n == 0]
+        raise UserError(
+            f"model.n_kv_heads={model.n_kv_heads} does not divide model.n_heads={model.n_heads}; "
+            f"allowed: {', '.join(map(str, divisors))}"
+        )

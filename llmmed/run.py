@@ -15,17 +15,17 @@ from typing import Any
 from rich.console import Console
 
 from llmmed import continuation, data, init_from, run_folder
-from llmmed.autotune.hardware import describe_hardware
-from llmmed.autotune.plan import KernelPlan, Mode
+from llmmed.autotune.plan import KernelPlan
 from llmmed.autotune.tuner import tune
-from llmmed.autotune.workload import Workload, called_ops, record_workload
+from llmmed.autotune.workload import called_ops, record_workload
 from llmmed.compose import as_dict
 from llmmed.config import Config
 from llmmed.errors import UserError
-from llmmed.files import finite, read_json, write_json
+from llmmed.files import finite, write_json
 from llmmed.init_from import InitialWeights
 from llmmed.kernels.catalog import load_kernels
 from llmmed.model import Transformer
+from llmmed.plan_of_checkpoint import plan_of_checkpoint
 from llmmed.reporting.kernel_table import print_kernel_table
 from llmmed.reporting.terminal import print_closing, print_header
 from llmmed.reporting.wandb_sink import open_wandb
@@ -110,7 +110,7 @@ def _run(config: Config, folder: Path, console: Console, started: float, stop: S
         init_from.warn_of_other_tokenizer(initial, dataset.tokenizer_file)
 
     workload = record_workload(config)
-    plan = _plan_of_checkpoint(newest, config, workload, mode)
+    plan = plan_of_checkpoint(newest, config, workload, mode) if newest is not None else None
     if plan is None:
         with console.status("tuning") as status:
             plan = tune(config, workload, mode=mode, report=lambda progress: status.update(str(progress)))
@@ -168,20 +168,6 @@ def _newest_checkpoint(config: Config, folder: Path, console: Console) -> Path |
         told = f"no whole checkpoint in {run_folder.shown(folder)} yet; starts at step 1"
         console.print(told, style="dim", markup=False)
     return newest
-
-
-def _plan_of_checkpoint(path: Path | None, config: Config, workload: Workload, mode: Mode) -> KernelPlan | None:
-    """The plan that a resumed run was training with, if this is still the machine and the step that it was made for."""
-    if path is None:
-        return None
-    plan = KernelPlan.from_json(read_json(path / "state.json")["plan"])
-    same = (
-        plan.policy == config.kernels.policy
-        and (plan.mode == mode or config.train.compile == "auto")
-        and plan.hardware == describe_hardware(config.device)
-        and plan.workload_fingerprint == workload.fingerprint()
-    )
-    return plan if same else None
 
 
 def _confirm_execution(config: Config, plan: KernelPlan, launched: set[str]) -> KernelPlan:

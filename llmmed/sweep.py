@@ -89,6 +89,7 @@ def run_job(composed: DictConfig, folder: Path, hydra_config: HydraConf) -> floa
         config = compose.validate(composed, overrides)
     except UserError as error:
         run_folder.write_status(folder, "failed", reason=str(error))
+        print(f"{label}: failed: {error}", flush=True)
         return None
     own = [o for o in hydra_config.overrides.hydra if not o.startswith(_OF_THE_SWEEP)]
     command = [sys.executable, "-m", "llmmed.cli", *overrides, *own, f"hydra.run.dir={quoted(folder)}"]

@@ -29,7 +29,7 @@ STEPS, EVAL_EVERY, CHECKPOINT_EVERY = 60, 4, 3
 TRAIN = [
     "experiment=smoke", "device=cpu", "kernels=pytorch", "data=text", "data.path=text.txt", "tokenizer.vocab_size=512",
     f"train.max_steps={STEPS}", f"train.eval_every={EVAL_EVERY}", f"train.checkpoint_every={CHECKPOINT_EVERY}",
-    "train.eval_batches=8", "train.log_every=1", "train.resume=auto",
+    "train.eval_tokens=4096", "train.log_every=1", "train.resume=auto",
 ]  # fmt: skip
 PATIENCE_SECONDS = 120  # for a moment to come
 OF_THE_MACHINE = ("tokens_per_second", "mfu", "memory_gib")  # in metrics.jsonl: no part of what is learnt

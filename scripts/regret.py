@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import contextlib
 import multiprocessing
-import os
 import sys
 import time
 from pathlib import Path
@@ -20,9 +19,10 @@ import torch
 from rich.console import Console
 from rich.table import Table
 
+from llmmed.autotune.compiled_ahead import compile_ahead
 from llmmed.autotune.confirm import Failed
 from llmmed.autotune.regret import Neighbour, Regret, measure_regret, neighbours
-from llmmed.autotune.step_clock import StepClock, compile_ahead
+from llmmed.autotune.step_clock import StepClock
 from llmmed.autotune.tuner import tune
 from llmmed.autotune.workload import record_workload
 from llmmed.compose import compose
@@ -30,6 +30,7 @@ from llmmed.config import Config
 from llmmed.errors import UserError
 from llmmed.files import write_json
 from llmmed.kernels.catalog import DEFAULT
+from llmmed.machine import cores
 from llmmed.training import prepare_backend, resolve_compile
 
 _LIMIT = 0.01
@@ -82,7 +83,7 @@ def main(arguments: list[str]) -> int:
 
 def _compile_ahead(config: Config, choices: list[dict[str, str]]) -> None:
     """Compiles all plans, several at a time: in the one process that times them they would take half of the time."""
-    processes = max(1, min(12, (os.cpu_count() or 2) // 2, len(choices)))
+    processes = max(1, min(12, cores() // 2, len(choices)))
     with multiprocessing.get_context("spawn").Pool(processes) as pool:
         pool.starmap(_compile, [(config, choice) for choice in choices], chunksize=1)
 

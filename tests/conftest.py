@@ -18,6 +18,8 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
             item.add_marker(pytest.mark.skip(reason="needs a CUDA GPU"))
         if item.get_closest_marker("interpreter") and not INTERPRETED:
             item.add_marker(pytest.mark.skip(reason="needs TRITON_INTERPRET=1"))
+    # The long ones first: no process is left with one of them when the others have ended.
+    items.sort(key=lambda item: item.get_closest_marker("slow") is None)
 
 
 @pytest.fixture(autouse=True)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import re
 from pathlib import Path
 
 import pytest
@@ -12,6 +13,7 @@ from llmmed import compose
 from llmmed.config import Config
 from llmmed.errors import UserError
 from llmmed.kernels import catalog
+from llmmed.model import parameter_count
 
 GROUPS = ("model", "kernels", "train", "data", "tokenizer", "optimizer", "logger", "experiment")
 
@@ -52,6 +54,17 @@ def test_every_shipped_option_composes(option: str, tmp_path: Path, monkeypatch:
     monkeypatch.chdir(tmp_path)
     (tmp_path / "notes.txt").write_text("The liver makes bile. " * 2000)
     assert isinstance(compose.compose([option, *NEEDED.get(option, [])]), Config)
+
+
+@pytest.mark.parametrize("size", ["small", "base", "medium", "large"])
+def test_a_model_has_as_many_parameters_as_its_file_says(size: str) -> None:
+    text = (compose.config_folder() / "model" / f"{size}.yaml").read_text(encoding="utf-8")
+    said = re.search(r"# (\S+) M parameters with a vocabulary of 49,152, (\S+) M with tied embeddings", text)
+    assert said is not None
+    for tied, millions in zip(("false", "true"), said.groups(), strict=True):
+        config = compose.compose([f"model={size}", "tokenizer.vocab_size=49152", f"model.tie_embeddings={tied}"])
+        assert config.model.tie_embeddings == (tied == "true")
+        assert f"{parameter_count(config.model) / 1e6:,.1f}" == millions
 
 
 def test_every_group_has_options() -> None:
@@ -101,6 +114,35 @@ def test_pins_are_the_discovered_ops() -> None:
 def test_yaml_without_a_schema_value_is_refused() -> None:
     with pytest.raises(UserError, match=r"optimizer\.lr"):
         compose.compose(["optimizer.lr=fast"])
+
+
+@pytest.mark.parametrize(
+    ("override", "message"),
+    [
+        ("optimizer.lr=inf", "optimizer.lr=Infinity: should be a finite number"),
+        ("train.grad_clip=nan", "train.grad_clip=NaN: should be a finite number"),
+        ("seed=18446744073709551616", "should be less than 9223372036854775808"),
+        ("data=null", "data=null: data can be biomed, "),
+        ("train=null", "train=null: train can be default"),
+        ("data.path=", "data.path is empty; give it a value (is a variable of the shell not set?)"),
+        ("kernels.plan=", "kernels.plan is empty"),
+        ("data.path=d/a=b.txt", """'data.path="d/a=b.txt"'"""),
+        ("data.path=d/n(1).txt", """'data.path="d/n(1).txt"'"""),
+        ("data.path=~/notes", """'data.path="~/notes"'"""),
+        ("optimizer.betas=[0.9]", "optimizer.betas=[0.9]: it has too few values"),
+        ("train.lr=3", "there is no key 'train.lr': did you mean optimizer.lr?"),
+    ],
+)
+def test_a_mistake_is_one_line_that_helps(override: str, message: str) -> None:
+    with pytest.raises(UserError) as caught:
+        compose.compose(["data=text", override])
+    assert message in str(caught.value)
+
+
+def test_a_home_folder_is_found(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HOME", str(tmp_path))
+    (tmp_path / "notes.txt").write_text("The liver makes bile. " * 2000)
+    assert compose.compose(["data=text", 'data.path="~/notes.txt"']).data.path == str(tmp_path / "notes.txt")
 
 
 def test_a_source_can_bring_a_tokenizer_that_the_user_overrides() -> None:

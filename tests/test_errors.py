@@ -10,6 +10,9 @@ from pathlib import Path
 
 import pytest
 
+from llmmed.compose import compose
+from llmmed.errors import UserError
+
 # What is typed, and what the line must say.
 MISTAKES = {
     "unknown option": (["model=huge"], ["model=huge", "tiny", "large"]),
@@ -34,6 +37,9 @@ MISTAKES = {
     "resume from nothing": (["train.resume=/no/such/run"], ["/no/such/run"]),
 }
 
+# One of each place that tells: Hydra, OmegaConf's grammar, the types, what only several keys tell, the run folder.
+FROM_THE_COMMAND_LINE = ["unknown option", "no override", "wrong type", "pin of an unknown op", "resume from nothing"]
+
 
 def train(arguments: list[str], folder: Path, repository: Path) -> tuple[subprocess.CompletedProcess[str], float]:
     command = [sys.executable, str(repository / "scripts" / "train.py"), *arguments]
@@ -51,7 +57,19 @@ def assert_one_line(done: subprocess.CompletedProcess[str], expected: list[str])
         assert words in lines[0]
 
 
-@pytest.mark.parametrize("name", MISTAKES)
+@pytest.mark.parametrize("name", sorted(set(MISTAKES) - set(FROM_THE_COMMAND_LINE)))
+def test_a_mistake_is_told_in_one_line(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "notes.txt").write_text("Text that nobody asked for. " * 1000)
+    arguments, expected = MISTAKES[name]
+    with pytest.raises(UserError) as caught:
+        compose(arguments)
+    assert "\n" not in str(caught.value)
+    for words in expected:
+        assert words in str(caught.value)
+
+
+@pytest.mark.parametrize("name", FROM_THE_COMMAND_LINE)
 def test_a_mistake_is_one_line(name: str, tmp_path: Path, repository: Path) -> None:
     arguments, expected = MISTAKES[name]
     done, seconds = train(arguments, tmp_path, repository)

@@ -15,7 +15,7 @@ EXPERIMENTS = sorted(path.stem for path in (config_folder() / "experiment").glob
 
 # What makes any of them short; everything else is the experiment's own.
 SHORT = ["device=cpu", "kernels=pytorch", "model.n_layers=2", "train.max_steps=2", "train.seq_len=32",
-         "train.micro_batch_size=2", "train.eval_batches=1", "train.log_every=1", "hydra.run.dir=run"]  # fmt: skip
+         "train.micro_batch_size=2", "train.eval_tokens=64", "train.log_every=1", "hydra.run.dir=run"]  # fmt: skip
 
 # In place of what only the Hub has: tests need no network.
 OFFLINE = ["data=synthetic", "tokenizer=bpe"]

@@ -15,7 +15,7 @@ import pytest
 
 ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text(encoding="utf-8")
-TINY = ["experiment=smoke", "train.max_steps=2", "train.eval_every=2", "train.eval_batches=1",
+TINY = ["experiment=smoke", "train.max_steps=2", "train.eval_every=2", "train.eval_tokens=64",
         "train.checkpoint_every=2", "train.compile=eager", "tokenizer.vocab_size=400", "kernels.budget_seconds=1",
         "kernels.on_unavailable=fallback"]  # fmt: skip
 SMALL = {  # what is put in place of, or after, a script's own arguments
@@ -25,7 +25,8 @@ SMALL = {  # what is put in place of, or after, a script's own arguments
     "benchmark.py": ["sizes=tiny", "train.seq_len=16", "train.micro_batch_size=2", "tokenizer.vocab_size=300",
                      "device=cpu", "seconds=12"],
 }  # fmt: skip
-STEP = ["contestants=plain_eager", "rounds=1", "blocks=2", "block_steps=1", "warm_up_steps=0", "profile_steps=0"]
+STEP = ["contestants=plain_eager", "rounds=1", "blocks=2", "block_steps=1", "warm_up_steps=0", "warm_up_seconds=0",
+        "profile_steps=0"]  # fmt: skip
 TEXT = ["data=synthetic"]  # of a run that does not say: the default's tokenizer would take most of the time
 
 

@@ -12,6 +12,7 @@ import time
 from pathlib import Path
 
 import pytest
+from omegaconf import OmegaConf
 
 from llmmed import gpus, run_folder, sweep
 from llmmed.errors import UserError
@@ -116,6 +117,20 @@ def test_optuna_minimizes_the_validation_loss_with_jobs_of_submitit(tmp_path: Pa
     best = (tmp_path / "sweep" / "optimization_results.yaml").read_text()
     assert f"best_value: {min(losses.values())}" in best
     assert len({name.partition("optimizer.lr=")[2] for name in losses}) == 2
+
+
+def test_a_mistake_in_a_job_is_told_where_it_would_run(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def refuse(*_: object) -> None:
+        raise UserError("optimizer.lr=-1: must be above 0")
+
+    monkeypatch.setattr(sweep.compose, "validate", refuse)
+    job = OmegaConf.create({"job": {"num": 1, "override_dirname": "optimizer.lr=-1"},
+                            "overrides": {"task": ["optimizer.lr=-1"]}})  # fmt: skip
+    assert sweep.run_job(OmegaConf.create(), tmp_path, job) is None  # type: ignore[arg-type]
+    assert "job 1: optimizer.lr=-1: failed: optimizer.lr=-1: must be above 0" in capsys.readouterr().out
+    assert run_folder.read_status(tmp_path).state == "failed"
 
 
 def test_a_job_that_somebody_stops_ends_alone(tmp_path: Path) -> None:

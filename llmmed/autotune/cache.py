@@ -6,36 +6,29 @@ evidence depends on, so an entry is never out of date; it is only no longer aske
 
 from __future__ import annotations
 
-import importlib.metadata
 import json
 import logging
+import os
 import shutil
 import sys
-from collections.abc import Collection, Iterable, Mapping
+from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import Any, Literal
 
 import torch
 from pydantic import BaseModel, ConfigDict, ValidationError
 
+from llmmed.autotune.evidence import Evidence
 from llmmed.autotune.hardware import UNKNOWN_GPU
-from llmmed.autotune.plan import Candidate, Ceilings, Hardware, KernelLaunch, Mode, StepEvidence, first_problem
+from llmmed.autotune.plan import Hardware, KernelLaunch, Mode, first_problem
+from llmmed.autotune.sources import all_found, project_hash, source_hash
 from llmmed.autotune.workload import Workload
 from llmmed.files import cache_folder, sha256_of, write_json
-from llmmed.kernels import base, catalog, operator, tunable
-from llmmed.model import transformer
+from llmmed.kernels import catalog, operator
 
 logger = logging.getLogger(__name__)
 
-
-class Evidence(BaseModel):
-    """What a tuning process found: per op and implementation, the ceilings if it measured any, the step's answer."""
-
-    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
-
-    ops: dict[str, dict[str, Candidate]]
-    ceilings: Ceilings | None = None
-    step: StepEvidence | None = None
+_VARIABLES = ("NVIDIA_TF32_OVERRIDE", "PYTORCH_CUDA_ALLOC_CONF", "PYTORCH_ALLOC_CONF")
 
 
 class _Entry(BaseModel):
@@ -80,31 +73,17 @@ def fingerprint(
         "candidate_seconds": candidate_seconds,
         "launches": {op: {n: [[x.site, x.chosen] for x in xs] for n, xs in by.items()} for op, by in launches.items()},
         "step": step,
-        "judges": _hash_files(sorted(Path(__file__).parent.glob("*.py"))),
-        "model": _hash_files(sorted(Path(transformer.__file__).parent.glob("*.py"))) if step else None,
-        "contract": _hash_files(map(Path, (base.__file__, operator.__file__, tunable.__file__, catalog.__file__))),
+        "environment": _environment(),
+        "project": project_hash(),
         "sources": {op: source_hash(op) for op in catalog.op_names()},  # all: one op's code may use another's
     }
     return sha256_of([json.dumps(facts, sort_keys=True)])
 
 
-def source_hash(op: str) -> str:
-    """Of every Python file in the op's folder, and of every implementation that another package registers for it."""
-    parts = [_hash_files(sorted(catalog.op_folder(op).rglob("*.py")))]
-    for point in sorted(importlib.metadata.entry_points(group=catalog.ENTRY_POINT_GROUP), key=str):
-        if point.name.partition(".")[0] != op:
-            continue
-        parts += [point.name, point.value]
-        if point.dist is not None:
-            module = point.dist.locate_file(point.module.replace(".", "/"))
-            files = [Path(f"{module}.py"), Path(str(module)) / "__init__.py"]
-            parts += [point.dist.version, _hash_files(file for file in files if file.exists())]
-    return sha256_of(parts)
-
-
 def usable(hardware: Hardware) -> bool:
-    """Whether this machine can be told from others. An unnamed GPU cannot, and nothing is kept for it."""
-    return hardware.device != UNKNOWN_GPU
+    """Whether this machine can be told from others, and all code from its later versions. An unnamed GPU cannot, nor a
+    package whose files are not found: nothing is kept then."""
+    return hardware.device != UNKNOWN_GPU and all_found()
 
 
 def load(key: str) -> Evidence | None:
@@ -139,8 +118,13 @@ def _path(key: str) -> Path:
     return cache_folder("plans") / f"{key}.json"
 
 
-def _hash_files(paths: Iterable[Path]) -> str:
-    return sha256_of(part for path in paths for part in (path.name, path.read_bytes()))
+def _environment() -> dict[str, str]:
+    """The variables that change what is compiled or how it computes; where caches lie changes nothing."""
+    return {
+        name: value
+        for name, value in sorted(os.environ.items())
+        if name in _VARIABLES or (name.startswith(("TORCHINDUCTOR_", "TRITON_")) and not name.endswith("_DIR"))
+    }
 
 
 def _installed() -> list[str]:

@@ -8,13 +8,11 @@ from __future__ import annotations
 
 import contextlib
 import logging
-import os
 import signal
 import subprocess
-import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
@@ -38,12 +36,13 @@ from llmmed.autotune.journal import (
     Tried,
 )
 from llmmed.autotune.plan import Candidate, Ceilings, Mode, Status, StepEvidence, StepTrial
+from llmmed.autotune.process import end, started_process
+from llmmed.autotune.warming import Warming, warming_processes
 
 logger = logging.getLogger(__name__)
 
 _POLL_SECONDS = 0.05
-_LEAST_WARMING, _MOST_WARMING = 3, 15  # processes; with fewer it is not worth their start
-_WARMING_SECONDS = 45.0  # at most: a compiler that hangs is dealt with by those who judge
+_SEARCHING = 0.04  # of the budget: what the search for launches may take
 _DONE = {
     "verify": "verified",
     "launch": "launched in other ways",
@@ -65,11 +64,13 @@ _DOING = {
 
 @dataclass(frozen=True)
 class Limits:
-    """Seconds: for one candidate's turn, and the `time.perf_counter()` at which tuning ends."""
+    """Seconds: for one candidate's turn, for all searches for launches, and the `time.perf_counter()` at which tuning
+    ends."""
 
     candidate_seconds: float
     budget_seconds: float
     deadline: float
+    searching_seconds: float = 5.0
 
 
 @dataclass(frozen=True)
@@ -93,8 +94,9 @@ class Findings:
     """What is known so far: verdicts by op and name, the ops that are measured, the ceilings.
 
     `launched` are the candidates, by op, whose launches are settled. `step` is what the step said, `step_reason` why it
-    said nothing. `finished` says that nothing was cut short, by the budget or because no process could be started.
-    `seconds` are those that each stage took.
+    said nothing, `default_runs` whether that is the default's fault, `last_match_died` what a process died of when all
+    trials were over. `cut_short` says why not all was done: the budget, or no process could be started. `seconds` are
+    those that each stage took.
     """
 
     ops: dict[str, dict[str, Candidate]] = field(default_factory=dict)
@@ -104,7 +106,9 @@ class Findings:
     trials: list[StepTrial] = field(default_factory=list)
     step: StepEvidence | None = None
     step_reason: str = ""
-    finished: bool = False
+    default_runs: bool = True
+    last_match_died: str = ""
+    cut_short: str = ""
     seconds: dict[str, float] = field(default_factory=dict)
 
     def add(self, event: Event) -> None:
@@ -123,6 +127,7 @@ class Findings:
             self.trials.append(event.trial)
         elif isinstance(event, StepDone):
             self.step, self.step_reason = event.evidence, event.reason
+            self.default_runs = event.evidence is not None
 
     def left(self, tasks: list[Task]) -> list[Task]:
         """The tasks without what is done."""
@@ -149,15 +154,19 @@ def tune_in_child(
     limits: Limits,
     report: Callable[[Progress], None],
     timed: Callable[[Findings], None] | None = None,
+    findings: Findings | None = None,
 ) -> Findings:
     """Tries every candidate of every task, in order, then, if asked to, the best of them in the step.
 
     Each candidate gets a verdict, the last resort being `not_tried`. What a task names as verified is measured with the
-    rest, and not verified again. `timed` is told what is known whenever an op's times have come.
+    rest, and not verified again. `timed` is told what is known whenever an op's times have come. `findings` is what is
+    known already, and grows: whatever ends this, it has what was found until then.
     """
-    findings = Findings(ops={task.op: dict(task.verified) for task in tasks})
+    findings = Findings() if findings is None else findings
+    for task in tasks:
+        findings.ops.setdefault(task.op, {}).update(task.verified)
     reason = ""
-    with tempfile.TemporaryDirectory(prefix="llmmed-tuning-") as name:
+    with tempfile.TemporaryDirectory(prefix="llmmed-tuning-") as name, contextlib.ExitStack() as stack:
         folder = Path(name)
         attempt = 0
         first = Job(
@@ -166,34 +175,37 @@ def tune_in_child(
             mode=mode,
             deterministic=deterministic,
             matmul_precision=torch.get_float32_matmul_precision(),
-            tasks=tasks,
+            tasks=findings.left(tasks),
+            step=step,
             seconds=limits.deadline - time.perf_counter(),
         )
+        warming: Warming | None = None
         while True:
             left, confirm = findings.left(tasks), _confirmation(step, findings)
             if not left and confirm is None:
                 break
             path = folder / f"job{attempt}.json"
-            with started_process("llmmed.autotune.worker", [str(path), device], path.with_suffix(".log")) as process:
-                if device == "cuda" and attempt == 0:  # while the tuning process starts and waits for its job
-                    began = time.perf_counter()
-                    _warm_up(first, folder, limits, report)
-                    findings.seconds["warm"] = time.perf_counter() - began
-                job = first.model_copy(
-                    update={
-                        "journal": folder / f"journal{attempt}.jsonl",
-                        "tasks": left,
-                        "ceilings": findings.ceilings,
-                        "step": confirm,
-                        "seconds": limits.deadline - time.perf_counter(),
-                    }
-                )
-                job.write(path)
-                reason = _Attempt(job, tasks, findings, limits, report, timed).follow(process, path.with_suffix(".log"))
+            job = first.model_copy(
+                update={
+                    "journal": folder / f"journal{attempt}.jsonl",
+                    "tasks": left,
+                    "ceilings": findings.ceilings,
+                    "step": confirm,
+                    "seconds": limits.deadline - time.perf_counter(),
+                    "searching_seconds": _searching_seconds(limits, findings),
+                    "warm": folder / "warm" if warming_processes(first) else None,
+                }
+            )
+            job.write(path)
+            with started_process("llmmed.autotune.worker", [str(path)], path.with_suffix(".log")) as process:
+                if attempt == 0 and job.warm is not None:
+                    warming = stack.enter_context(Warming.started(first, folder, limits.candidate_seconds))
+                watched = _Attempt(job, tasks, findings, limits, report, timed, warming)
+                reason = watched.follow(process, path.with_suffix(".log"))
             if reason:
                 break
             attempt += 1
-    findings.finished = not reason
+    findings.cut_short = reason
     _fill_in(findings, tasks, reason)
     return findings
 
@@ -203,32 +215,16 @@ def _confirmation(step: StepTask | None, findings: Findings) -> StepTask | None:
     if step is None or findings.step is not None or findings.step_reason:
         return None
     known = {op: step.known.get(op, {}) | findings.ops.get(op, {}) for op in {*step.known, *findings.ops}}
-    return step.model_copy(update={"known": known, "trials": list(findings.trials)})
+    proved = {(op, name) for op, by_name in known.items() for name, c in by_name.items() if c.status == "verified"}
+    trials = [trial for trial in findings.trials if (trial.op, trial.name) in proved]  # of an earlier run, perhaps
+    found = {"known": known, "trials": trials, "last_match_died": findings.last_match_died}
+    return step.model_copy(update=found)
 
 
-def _warm_up(job: Job, folder: Path, limits: Limits, report: Callable[[Progress], None]) -> None:
-    """Fills the compilers' caches from several processes, since one compiles on a single core."""
-    candidates = sum(len(task.verify) + len(task.verified) for task in job.tasks)
-    count = min((os.cpu_count() or 2) - 1, candidates, _MOST_WARMING)
-    if count < _LEAST_WARMING:
-        return
-    path = folder / "warm.json"
-    job.write(path)
-    seconds = limits.budget_seconds - (limits.deadline - time.perf_counter())
-    report(Progress("warm", "", "", 0, candidates, seconds))
-    deadline = min(time.perf_counter() + min(_WARMING_SECONDS, limits.candidate_seconds), limits.deadline)
-    with contextlib.ExitStack() as stack:
-        claims, log = folder / "claims", folder / "warm.log"
-        claims.mkdir()
-        # Each is one of many: what would take all cores for itself takes one.
-        alone = {"OMP_NUM_THREADS": "1", "TORCHINDUCTOR_COMPILE_THREADS": "1"}
-        warm = [str(path), str(claims)]
-        started = [stack.enter_context(started_process("llmmed.autotune.warm", warm, log, alone)) for _ in range(count)]
-        for process in started:
-            with contextlib.suppress(subprocess.TimeoutExpired):
-                process.wait(max(0.0, deadline - time.perf_counter()))
-        slowest = sorted((path.read_text(encoding="utf-8") for path in claims.iterdir()), reverse=True)[:5]
-        logger.info("compiled %d units ahead; the slowest, in s:%s", len(list(claims.iterdir())), "".join(slowest))
+def _searching_seconds(limits: Limits, findings: Findings) -> float:
+    """What is left for the search for launches, after what processes before took of it."""
+    most = min(limits.searching_seconds, _SEARCHING * limits.budget_seconds)
+    return max(0.0, most - findings.seconds.get("launch", 0.0))
 
 
 class _Attempt:
@@ -236,9 +232,10 @@ class _Attempt:
 
     def __init__(
         self, job: Job, tasks: list[Task], findings: Findings, limits: Limits, report: Callable[[Progress], None],
-        timed: Callable[[Findings], None] | None,
+        timed: Callable[[Findings], None] | None, warming: Warming | None,
     ) -> None:  # fmt: skip
         self._job = job
+        self._warming = warming
         self._timed = timed
         self._findings = findings
         self._limits = limits
@@ -263,6 +260,8 @@ class _Attempt:
                 self._findings.step_reason = "there is nothing to choose"
             return ""
         if time.perf_counter() >= self._limits.deadline:
+            if self._findings.step is not None:  # some of the modes may be missing
+                self._findings.step = self._findings.step.model_copy(update={"finished": False})
             return f"kernels.budget_seconds={self._limits.budget_seconds:g} was used up"
         last_words = last_line(log)
         if process.returncode not in (0, -signal.SIGKILL):
@@ -275,6 +274,7 @@ class _Attempt:
         if self._open is not None and self._open.stage == "step":
             ended = f"the process {how_it_ended(process.returncode)}{f': {last_words}' if last_words else ''}"
             self._findings.step_reason = f"the default plan in the step: {ended}"
+            self._findings.default_runs = False
             return ""
         if self._learnt:
             return ""
@@ -287,6 +287,8 @@ class _Attempt:
         """Follows the process until it ends or has to. Returns what took too long, if anything did."""
         while process.poll() is None:
             self._read()
+            if self._warming is not None:
+                self._warming.look()
             now = time.perf_counter()
             if self._done or now >= self._limits.deadline:
                 return None
@@ -335,6 +337,10 @@ class _Attempt:
         limit = f"took longer than kernels.candidate_seconds={self._limits.candidate_seconds:g}"
         reason = limit if too_slow else f"the process {how_it_ended(exit_code)}"
         told = f": {last_words}" if last_words and not too_slow and exit_code > 0 else ""
+        if culprit.stage == "step" and not culprit.op:
+            if self._findings.step is None:  # else it was another mode, which then is not taken
+                self._findings.last_match_died = f"{reason} {doing}{told}"
+            return
         if culprit.stage == "step":
             trial = StepTrial(
                 op=culprit.op, name=culprit.name, against="", status="failed", reason=f"{reason} {doing}{told}"
@@ -348,34 +354,6 @@ class _Attempt:
         known = self._findings.ops.setdefault(culprit.op, {})
         before = known.get(culprit.name, Candidate(status="not_tried"))
         known[culprit.name] = before.model_copy(update={"status": status, "reason": f"{reason} {doing}{told}"})
-
-
-@contextlib.contextmanager
-def started_process(
-    module: str, arguments: list[str], log: Path, variables: Mapping[str, str] | None = None
-) -> Iterator[subprocess.Popen[bytes]]:
-    """A process, in a group of its own, so that its compilers end with it, whatever happens here."""
-    # The child finds what this process finds (`-P`: and nothing else), the implementations of other packages too.
-    environment = os.environ | {"PYTHONPATH": os.pathsep.join(entry or os.getcwd() for entry in sys.path)}
-    environment |= variables or {}
-    command = [sys.executable, "-P", "-m", module, *arguments]
-    with log.open("wb") as output:
-        process = subprocess.Popen(
-            command, stdin=subprocess.PIPE, stdout=output, stderr=output, env=environment, start_new_session=True
-        )
-    try:
-        yield process
-    finally:
-        end(process)
-
-
-def end(process: subprocess.Popen[bytes]) -> None:
-    """Ends a process of `started_process` and all that it started, however far they are."""
-    with contextlib.suppress(ProcessLookupError):
-        os.killpg(process.pid, signal.SIGKILL)
-    process.wait()
-    assert process.stdin is not None
-    process.stdin.close()
 
 
 def _fill_in(findings: Findings, tasks: list[Task], reason: str) -> None:

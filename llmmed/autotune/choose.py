@@ -51,7 +51,15 @@ def choose(op: str, candidates: Mapping[str, Candidate], margin: float) -> Decis
     return Decision(chosen, told[chosen].reason, told, warning)
 
 
-def confirmed(op: str, alone: Decision, step: StepEvidence | None, trials: Sequence[StepTrial]) -> Decision:
+def confirmed(
+    op: str,
+    alone: Decision,
+    step: StepEvidence | None,
+    trials: Sequence[StepTrial],
+    *,
+    unanswered: str = "",
+    default_runs: bool = True,
+) -> Decision:
     """What the step makes of a choice by measurement.
 
     Args:
@@ -59,14 +67,13 @@ def confirmed(op: str, alone: Decision, step: StepEvidence | None, trials: Seque
         alone: What its implementations show each by itself.
         step: What the step says of whole plans, None if it did not come to that.
         trials: Of the op in the step, in order.
+        unanswered: Why the step did not come to that, nothing if it was not to.
+        default_runs: Whether the default plan runs in the step, as far as is known.
     """
     last = {trial.name: trial for trial in trials}
-    if step is not None:
-        chosen = step.chosen.choice[op]
-    else:
-        accepted = [trial.name for trial in trials if trial.status == "accepted"]
-        refused = alone.chosen in last and not accepted
-        chosen = accepted[-1] if accepted else DEFAULT if refused else alone.chosen
+    if step is None:
+        return _unconfirmed(alone, last, unanswered, default_runs)
+    chosen = step.chosen.choice[op]
     told = dict(alone.candidates)
     for name, trial in last.items():
         kept = name == chosen
@@ -77,11 +84,36 @@ def confirmed(op: str, alone: Decision, step: StepEvidence | None, trials: Seque
             reason = f"accepted at first ({trial.reason}), then given up"
         told[name] = told[name].model_copy(update={"reason": reason})
     if chosen == DEFAULT and last:
-        told[DEFAULT] = told[DEFAULT].model_copy(update={"reason": "the default: no rival makes the step better"})
-    if step is not None and chosen != alone.chosen and alone.chosen not in last:
+        given_up = step.chosen == step.default and any(trial.status == "accepted" for trial in last.values())
+        why = step.reason if given_up else "no rival makes the step better"
+        told[DEFAULT] = told[DEFAULT].model_copy(update={"reason": f"the default: {why}"})
+    if chosen != alone.chosen and alone.chosen not in last:
         untried = f"{told[alone.chosen].reason} alone; not tried in the step: kernels.budget_seconds was used up"
         told[alone.chosen] = told[alone.chosen].model_copy(update={"reason": untried})
         told[chosen] = told[chosen].model_copy(update={"reason": "kept: its rival was not tried in the step"})
+    return Decision(chosen, told[chosen].reason, told, alone.warning)
+
+
+def _unconfirmed(alone: Decision, last: Mapping[str, StepTrial], unanswered: str, default_runs: bool) -> Decision:
+    """Without the step's answer the default stays, unless it is not proved or does not run; then no implementation
+    takes its place that the step has refused."""
+    told, chosen = dict(alone.candidates), alone.chosen
+    refused = {name for name, trial in last.items() if trial.status != "accepted"}
+    if told[DEFAULT].status == "verified" and default_runs:
+        chosen = DEFAULT
+    elif chosen in refused:
+        proved = [n for n, c in told.items() if c.status == "verified" and c.timed and n not in refused]
+        chosen = min(proved, key=lambda name: _total(told[name]), default=DEFAULT)
+    reasons = {name: last[name].reason for name in refused}
+    if chosen != alone.chosen:
+        silent = f"the step was not asked: {unanswered}" if not last else f"the step gave no answer: {unanswered}"
+        faster = told[alone.chosen].speedup
+        alone_reason = f"faster alone ({faster:.2f}x)" if faster is not None else told[alone.chosen].reason
+        reasons = {alone.chosen: f"{alone_reason}; {silent}"} | reasons
+        reasons[chosen] = f"{'the default' if chosen == DEFAULT else 'the fastest that is left'}: {silent}"
+    if chosen != DEFAULT and not default_runs:
+        reasons[chosen] = f"{reasons.get(chosen, told[chosen].reason)}; not confirmed: PyTorch's plan does not run"
+    told |= {name: told[name].model_copy(update={"reason": reason}) for name, reason in reasons.items()}
     return Decision(chosen, told[chosen].reason, told, alone.warning)
 
 
@@ -160,20 +192,22 @@ def _with_reason(
 def _reason(name: str, candidate: Candidate, chosen: str, winner: Candidate, default: Candidate, margin: float) -> str:
     if not candidate.timed or candidate.status != "verified":
         return _verdict(candidate) if name != chosen else f"the default; {_verdict(candidate)}"
-    gain = "" if candidate.speedup is None else f"{candidate.speedup:.2g}x {DEFAULT}"
+    times = "" if candidate.speedup is None else f"{candidate.speedup:.2f}x"
+    gain = f"{times} {DEFAULT}" if times else ""
     if name == chosen:
         if name == DEFAULT:
             return "the default: no verified rival is faster"
         return f"fastest: {gain}" if gain else f"fastest of those verified; {DEFAULT} is not"
     if name == DEFAULT or not (default.timed and default.status == "verified"):
-        return f"slower than {chosen} ({_total(winner) / _total(candidate):.2g}x)"
+        return f"slower than {chosen} ({_total(winner) / _total(candidate):.2f}x)"
     if _overlap(candidate, default):
-        return f"within noise of {DEFAULT} ({candidate.speedup:.3g}x)"
+        slower = "slower, " if _total(candidate) > _total(default) else ""
+        return f"{slower}within noise of {DEFAULT} ({times})"
     if _total(candidate) > _total(default):
         return f"slower than {DEFAULT} ({gain})"
     if not _beats(candidate, default, margin):
-        return f"gains less than kernels.margin={margin:g} over {DEFAULT} ({candidate.speedup:.3g}x)"
-    return f"slower than {chosen} ({_total(winner) / _total(candidate):.2g}x); {gain}"
+        return f"gains less than kernels.margin={margin:g} over {DEFAULT} ({times})"
+    return f"slower than {chosen} ({_total(winner) / _total(candidate):.2f}x); {gain}"
 
 
 def _verdict(candidate: Candidate) -> str:

@@ -18,6 +18,7 @@ Objective = Literal["time", "memory"]
 
 _HOPELESS = 1.15  # alone, times what it would replace: beyond, the step is not asked
 _REVISITED = 0.01  # of the step: a flip that matters less is looked at again once the plan around it has changed
+_NOT_AS_A_WHOLE = "the plan that was left does not run as a whole"
 _EQUAL_MEMORY = 0.01  # of the step's: below, two plans take the same
 
 
@@ -134,6 +135,8 @@ def confirm(
     told: Callable[[StepTrial], None],
     time_is_up: Callable[[], bool],
     time_for_second_looks: Callable[[], bool] = lambda: True,
+    answered: Callable[[StepEvidence], None] = lambda evidence: None,
+    last_match_died: str = "",
 ) -> StepEvidence:
     """Starts from a plan, tries flips, and holds what is left against that plan once more.
 
@@ -148,8 +151,10 @@ def confirm(
         memory_budget_gib: What a plan may take, None for any.
         before: Trials of a process that died.
         told: Hears of every trial at once.
-        time_is_up: Asked before each trial.
+        time_is_up: Asked before each trial, and before each mode.
         time_for_second_looks: Asked before each flip that is tried once more; without it, the contest is complete.
+        answered: Hears of the answer once there is one, and again with each mode: what comes after may not end well.
+        last_match_died: What became of a process before this one in the last match, which then is not held again.
 
     Raises:
         Failed: not even the default plan runs.
@@ -161,35 +166,54 @@ def confirm(
         base, flips, arena, terms,
         before=before, told=told, time_is_up=time_is_up, time_for_second_looks=time_for_second_looks,
     )  # fmt: skip
-    if left == dict(base):
-        default, chosen, keeps, reason = start, start, True, "no other implementation makes the step better"
-    else:
-        match = arena.whole(base, left)
-        default, chosen = match.first, match.second
-        keeps, reason = _keeps_its_seat(match, terms, margin)
-    if keeps:
-        chosen = default
-    modes, best, gain = {mode: chosen.ms}, mode, margin * chosen.ms
-    for other in other_modes if not time_is_up() else ():
-        try:
-            match = arena.whole(chosen.choice, chosen.choice, other)
-        except Failed:
-            continue
-        modes[other] = match.second.ms
-        if match.gain_ms > gain and match.gain_ms_low > 0:
-            best, gain = other, match.gain_ms
-    return StepEvidence(
+    default, chosen, reason = start, start, "no other implementation makes the step better"
+    if not trials:
+        reason = "no other implementation was tried: kernels.budget_seconds was used up"
+    elif last_match_died and left != dict(base):
+        reason = f"{_NOT_AS_A_WHOLE}: {last_match_died}"
+    elif left != dict(base):
+        default, chosen, reason = _last_match(arena, base, left, start, terms, margin)
+    evidence = StepEvidence(
         trial_depth=arena.trial_depth,
         depths=arena.depths,
         trials=trials,
         default=default,
         chosen=chosen,
         reason=reason,
-        mode=best,
-        modes=modes,
+        mode=mode,
+        modes={mode: chosen.ms},
         memory_budget_gib=memory_budget_gib,
         finished=finished,
     )
+    answered(evidence)
+    least = margin * chosen.ms
+    for other in other_modes:
+        if time_is_up():
+            evidence = evidence.model_copy(update={"finished": False})
+            answered(evidence)
+            break
+        try:
+            match = arena.whole(chosen.choice, chosen.choice, other)
+        except Failed:
+            continue
+        found: dict[str, object] = {"modes": evidence.modes | {other: match.second.ms}}
+        if match.gain_ms > least and match.gain_ms_low > 0 and _takes_no_more(match, terms):
+            least, found["mode"] = match.gain_ms, other
+        evidence = evidence.model_copy(update=found)
+        answered(evidence)
+    return evidence
+
+
+def _last_match(
+    arena: Arena, base: Choice, left: Choice, start: StepTimes, terms: Terms, margin: float
+) -> tuple[StepTimes, StepTimes, str]:
+    """The plan that was left against the default: the default's times, those of the one that stays, and why."""
+    try:
+        match = arena.whole(base, left)
+    except Failed as failure:
+        return start, start, f"{_NOT_AS_A_WHOLE}: {failure}"
+    keeps, reason = _keeps_its_seat(match, terms, margin)
+    return match.first, match.first if keeps else match.second, reason
 
 
 def contest(
@@ -232,7 +256,8 @@ def contest(
     for op, name in state.to_revisit(base):
         if not time_for_second_looks():
             break
-        state.attempt(op, name)
+        if state.champion[op] != name:
+            state.attempt(op, name)
     return state.champion, state.trials, True
 
 
@@ -306,19 +331,22 @@ class _State:
 
     def to_revisit(self, base: Choice) -> list[tuple[str, str]]:
         """Close decisions that were made against another plan than the one that is left, the closest first."""
-        found: dict[str, tuple[str, str]] = {}
-        closeness: dict[str, float] = {}
+        last = {(trial.op, trial.name): index for index, trial in enumerate(self.trials)}
         last_change = max((i for i, t in enumerate(self.trials) if t.status == "accepted"), default=-1)
-        for index, trial in enumerate(self.trials):
+        found: dict[tuple[str, str], float] = {}
+        for (op, name), index in last.items():
+            trial = self.trials[index]
             close = trial.gain_ms is not None and abs(trial.gain_ms) < _REVISITED * self._terms.step_ms
-            if index >= last_change or not close:
+            if index >= last_change or not close or trial.status == "failed":
                 continue
-            closeness[trial.op] = abs(trial.gain_ms or 0.0)
-            if trial.status == "rejected":
-                found[trial.op] = (trial.op, trial.name)
-            elif self.champion[trial.op] == trial.name:
-                found[trial.op] = (trial.op, base[trial.op])
-        return sorted(found.values(), key=lambda flip: closeness[flip[0]])
+            if trial.status == "accepted" and self.champion[op] != name:
+                continue
+            rival = (op, name if trial.status == "rejected" else base[op])
+            looked_at = last.get(rival, -1)
+            settled = looked_at > last_change or (looked_at >= 0 and self.trials[looked_at].status == "failed")
+            if rival[1] != self.champion[op] and not settled:
+                found.setdefault(rival, abs(trial.gain_ms or 0.0))
+        return sorted(found, key=lambda flip: found[flip])
 
 
 def _keeps_its_seat(match: Match, terms: Terms, margin: float) -> tuple[bool, str]:
@@ -329,14 +357,26 @@ def _keeps_its_seat(match: Match, terms: Terms, margin: float) -> tuple[bool, st
     time = f"the step is {abs(share):.1%} {'faster' if share >= 0 else 'slower'} than PyTorch's"
     if before is not None and after is not None:
         memory = f"takes {after / 1024:.2f} GiB instead of {before / 1024:.2f}"
-        if terms.budget_mib is not None and before > terms.budget_mib:
+        if terms.budget_mib is not None and max(before, after) > terms.budget_mib:
             limit = f"{terms.budget_mib / 1024:.2f} GiB"
-            return False, f"PyTorch's plan does not fit {limit}; this one {memory}, and {time}"
-        if terms.objective == "memory":
-            return after >= before * (1 - _EQUAL_MEMORY), f"{memory}; {time}"
+            if before <= terms.budget_mib:
+                return True, f"the plan that was left needs more than {limit}: {memory}, and {time}"
+            return after >= before, f"PyTorch's plan does not fit {limit}; this one {memory}, and {time}"
+        if terms.objective == "memory" and abs(after - before) > _EQUAL_MEMORY * before:
+            return after > before, f"{memory}; {time}"
     if share > margin and match.gain_ms_low > 0:
         return False, time
     return True, f"gains no more than kernels.margin={margin:g} or the noise: {time}"
+
+
+def _takes_no_more(match: Match, terms: Terms) -> bool:
+    """Whether the memory of the second, the first in another mode, is within the terms."""
+    before, after = _mib(match.first.peak_memory_gib), _mib(match.second.peak_memory_gib)
+    if before is None or after is None:
+        return True
+    if terms.budget_mib is not None and after > max(before, terms.budget_mib):
+        return False
+    return terms.objective == "time" or after <= before * (1 + _EQUAL_MEMORY)
 
 
 def _mib(gib: float | None) -> float | None:

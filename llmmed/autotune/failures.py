@@ -3,23 +3,30 @@
 from __future__ import annotations
 
 import re
-
-import torch
+from collections.abc import Iterator
 
 from llmmed.autotune.plan import Status
 from llmmed.kernels.base import Unavailable
+from llmmed.training.memory import is_out
 
 
 def classify(error: BaseException) -> tuple[Status, str]:
     """The status of a candidate that raised, and the reason for the user."""
-    if isinstance(error, torch.cuda.OutOfMemoryError | MemoryError):
-        return "out_of_memory", "out of memory"
     if isinstance(error, Unavailable):
         return "unavailable", str(error)
+    if any(is_out(cause) for cause in _chain(error)):
+        return "out_of_memory", "out of memory"
     modules = {kind.__module__ for kind in type(error).__mro__}
     if any(module.startswith(("torch._dynamo", "torch._inductor", "triton")) for module in modules):
         return "failed_to_compile", one_line(error)
     return "crashed", one_line(error)
+
+
+def _chain(error: BaseException | None) -> Iterator[Exception]:
+    """The exception and what it was raised for: a compiler, or a capture that is broken off, hides what happened."""
+    while isinstance(error, Exception):
+        yield error
+        error = error.__cause__ or error.__context__
 
 
 _PLACE = re.compile(r"at \d+:\d+:")  # Triton begins with it, then shows the source, and says last what is wrong

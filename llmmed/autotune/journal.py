@@ -20,6 +20,7 @@ from llmmed.files import write_atomically
 from llmmed.kernels.base import Call
 
 Stage = Literal["warm", "verify", "launch", "load", "measure", "ceilings", "step"]
+LAST_MATCH = "the plan that was left"  # against the default: as `Begun.name`, where no op is named
 
 
 class _Frozen(BaseModel):
@@ -29,6 +30,7 @@ class _Frozen(BaseModel):
 class Task(_Frozen):
     """What to do for one op. `verify` is still to be judged; `verified` has passed and waits to be measured.
 
+    Those of `verify` that are in `at_own_calls` have passed the op's cases before: they are judged at the calls alone.
     `launches` are those of somebody's plan, by implementation, to be checked where others are searched; `launched` the
     implementations for which either is done.
     """
@@ -40,6 +42,7 @@ class Task(_Frozen):
     measure: bool
     launches: dict[str, list[KernelLaunch]] = Field(default_factory=dict)
     launched: list[str] = Field(default_factory=list)
+    at_own_calls: list[str] = Field(default_factory=list)
 
     @classmethod
     def of(
@@ -53,6 +56,10 @@ class Task(_Frozen):
     ) -> Task:
         return cls(op=op, calls=call_counts(calls), verify=verify, measure=measure, launches=launches or {})
 
+    def cases(self, name: str) -> tuple[()] | None:
+        """The op's cases that an implementation is judged at: none of them, or None for all."""
+        return () if name in self.at_own_calls else None
+
     def counts(self) -> dict[Call, int]:
         """The calls and how often a micro-batch makes each."""
         return dict(Workload.from_json({"calls": [call.model_dump() for call in self.calls]}).calls)
@@ -62,13 +69,15 @@ class StepTask(_Frozen):
     """What to confirm in the step, when all else is done.
 
     `config` is the run's as JSON, `pinned` the ops that are not up for choice, `known` the candidates as far as they
-    are known, `trials` what processes before this one found.
+    are known, `trials` what processes before this one found, `last_match_died` what one of them died of when all
+    trials were over, if one did.
     """
 
     config: dict[str, Any]
     pinned: dict[str, str]
     known: dict[str, dict[str, Candidate]]
     trials: list[StepTrial] = Field(default_factory=list)
+    last_match_died: str = ""
 
 
 class Job(_Frozen):
@@ -82,7 +91,9 @@ class Job(_Frozen):
     tasks: list[Task]
     ceilings: Ceilings | None = None  # measured already, by a process before this one
     step: StepTask | None = None
-    seconds: float  # until tuning ends
+    seconds: float  # until tuning ends, from when the job is written
+    searching_seconds: float = 5.0  # of those, for the search for launches
+    warm: Path | None = None  # the folder of the processes that compile for it, if there are any
 
     def write(self, path: Path) -> None:
         write_atomically(path, self.model_dump_json())
@@ -94,7 +105,7 @@ class Job(_Frozen):
 
 class Begun(_Frozen):
     """What is tried next; what it does to the process is its own doing. `ceilings` belong to no candidate, and neither
-    does the default plan in the step."""
+    does the default plan in the step. Of a whole plan in the step `name` is `LAST_MATCH`, or a mode."""
 
     event: Literal["begun"] = "begun"
     stage: Stage
@@ -141,7 +152,8 @@ class Tried(_Frozen):
 
 
 class StepDone(_Frozen):
-    """The step's whole answer, or why there is none."""
+    """The step's answer. A later one takes the place of the first. `reason` says why the default does not run: in any
+    mode, where there is no answer, else in the modes that were tried before."""
 
     event: Literal["step"] = "step"
     evidence: StepEvidence | None

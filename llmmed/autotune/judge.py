@@ -73,22 +73,32 @@ def judge(name: str, truth: Truth, found: Tensor, dtype: torch.dtype) -> tuple[F
 
     `name` is what the message calls it; `dtype` is the compute dtype.
     """
-    if not found.isfinite().all():
-        count = int((~found.isfinite()).sum())
-        return Finding(math.inf, f"{name}: {count} of {found.numel()} elements are not finite"), math.inf
     value = truth.value
     error, base = found.double() - value, truth.default.double() - value
     eps, compute_eps = torch.finfo(found.dtype).eps, torch.finfo(dtype).eps
-    parts = _parts(error, base, value, truth.masks)
-    whole = parts[0]
+    names, counts, sums, sizes = _parts(error, base, value, truth.masks)
+    norms = sums.sqrt()  # [parts, 3]
     if dtype == torch.float32:
-        trust = min(max(1.0, truth.conditioning / _CANCELS), _MOST_LENIENT)
+        trusted = torch.full_like(norms[0, 0], min(max(1.0, truth.conditioning / _CANCELS), _MOST_LENIENT))
     else:
         ceiling = _CEILING[dtype] + 4 * compute_eps * truth.conditioning
-        trust = min(1.0, ceiling * whole.truth / max(whole.base, 1e-300))  # how much of the default's error counts
-    free = eps * (_FREE_FLOAT32 if found.dtype == torch.float32 else _FREE)
+        trusted = (ceiling * norms[0, 2] / norms[0, 1].clamp(min=1e-300)).clamp(max=1.0)  # how much of its error counts
     amplified = min(max(1.0, truth.conditioning), _MOST_AMPLIFIED) if value.numel() == 1 else 1.0
     roundings = 2 * compute_eps * amplified
+    element = _element(value, base, error, trusted, eps, roundings)
+    # Read from the device at once: a GPU is slow to be asked.
+    finite = found.isfinite().sum().double()
+    trust, finite_count, ratio, off, limit, *rest = torch.cat(
+        [torch.stack([trusted, finite]), element, sizes, norms.flatten()]
+    ).tolist()
+    if finite_count < found.numel():
+        count = found.numel() - int(finite_count)
+        return Finding(math.inf, f"{name}: {count} of {found.numel()} elements are not finite"), math.inf
+    counts += map(int, rest[: len(sizes)])
+    rest = rest[len(sizes) :]
+    parts = [_Part(n, c, *rest[3 * i : 3 * i + 3]) for i, (n, c) in enumerate(zip(names, counts, strict=True))]
+    whole = parts[0]
+    free = eps * (_FREE_FLOAT32 if found.dtype == torch.float32 else _FREE)
     findings = []
     for part in parts:
         named = part.name in truth.masks
@@ -98,7 +108,7 @@ def judge(name: str, truth: Truth, found: Tensor, dtype: torch.dtype) -> tuple[F
         once = compute_eps / 2 if named or truth.one_row else 0.0
         allowed = _FACTOR * base_size + (free + few + once) * max(part.truth, share * whole.truth)
         findings.append(_finding(f"{name}{f' in {part.name}' if part.name else ''}", part.error, allowed, part.truth))
-    findings.append(_elementwise(name, value, base, error, trust, eps, roundings))
+    findings.append(Finding(ratio, f"{name}: error of one element {off:.1e}, allowed {limit:.1e}"))
     worst = max(findings, key=lambda finding: finding.ratio)
     if findings[0].ratio > 1:  # the plainest thing to say
         worst = Finding(worst.ratio, findings[0].message)
@@ -130,20 +140,18 @@ def _finding(name: str, error: float, allowed: float, size: float) -> Finding:
     return Finding(_ratio(error, allowed), f"{name}: {kind} {error / unit:.1e}, allowed {allowed / unit:.1e}")
 
 
-def _elementwise(
-    name: str, truth: Tensor, base: Tensor, error: Tensor, trust: float, eps: float, roundings: float
-) -> Finding:
+def _element(truth: Tensor, base: Tensor, error: Tensor, trust: Tensor, eps: float, roundings: float) -> Tensor:
+    """The worst single element: the ratio of its error to what is allowed, the error, and that."""
     if not truth.numel():
-        return Finding(0.0, name)
+        return error.new_zeros(3)
     # A handful of elements may meet a default that is right by luck: they get a rounding or two of their own.
     few = roundings / truth.numel() * truth.abs().max()
     if eps == torch.finfo(torch.float32).eps:
         few = few + _FACTOR_ELEMENT * _FREE_FLOAT32 * eps * truth.square().mean().sqrt()
     allowed = _FACTOR_ELEMENT * trust * base.abs().max() + few + 2 * eps * truth.abs()
-    ratios = torch.where(error == 0, 0.0, error.abs() / allowed)
-    at = ratios.argmax()
-    ratio, off, limit = torch.stack([x.flatten()[at] for x in (ratios, error.abs(), allowed)]).tolist()
-    return Finding(ratio, f"{name}: error of one element {off:.1e}, allowed {limit:.1e}")
+    ratios = torch.where(error == 0, 0.0, error.abs() / allowed).flatten()
+    at = ratios.argmax().view(1)  # an index of one dimension stays on the device
+    return torch.cat([each.flatten().index_select(0, at) for each in (ratios, error.abs(), allowed)])
 
 
 @dataclass(frozen=True)
@@ -157,24 +165,30 @@ class _Part:
     truth: float
 
 
-def _parts(error: Tensor, base: Tensor, truth: Tensor, masks: Mapping[str, Tensor]) -> list[_Part]:
-    """The whole, without a name, then its parts. Read from the device at once: a GPU is slow to be asked."""
+def _parts(
+    error: Tensor, base: Tensor, truth: Tensor, masks: Mapping[str, Tensor]
+) -> tuple[list[str], list[int], Tensor, Tensor]:
+    """The whole, without a name, then its parts: names, how many elements each has, sums of squares [parts, 3].
+
+    The masks' parts come last; how many elements those have is on the device, [masks].
+    """
     squares = torch.stack([error, base, truth]).square()
-    names, counts, sums = [""], [truth.numel()], [squares.reshape(3, -1).sum(1)]
+    names, counts, sums = [""], [truth.numel()], [squares.reshape(3, -1).sum(1, keepdim=True)]
     if truth.ndim:
         table = squares.reshape(3, -1, truth.shape[-1])
         for axis, label in ((1, "rows"), (2, "columns")):
             size = table.shape[axis]
+            if size < 2:
+                continue
             lines = table.sum(3 - axis)  # [3, size]
-            step = max(1, -(-size // _BLOCKS))
-            for start in range(0, size, step) if size > 1 else ():
-                block = lines[:, start : start + step]
-                names.append(f"{label} {start} to {start + block.shape[1] - 1}")
-                counts.append(block.shape[1] * truth.numel() // size)
-                sums.append(block.sum(1))
-    for name, mask in masks.items():
-        names.append(name)
-        counts.append(int(mask.sum()))
-        sums.append((squares * mask).reshape(3, -1).sum(1))
-    norms = torch.stack(sums).sqrt().tolist()
-    return [_Part(n, c, *norm) for n, c, norm in zip(names, counts, norms, strict=True)]
+            step = -(-size // _BLOCKS)
+            blocks = -(-size // step)
+            sums.append(torch.nn.functional.pad(lines, (0, blocks * step - size)).view(3, blocks, step).sum(2))
+            for start in range(0, size, step):
+                end = min(start + step, size)
+                names.append(f"{label} {start} to {end - 1}")
+                counts.append((end - start) * truth.numel() // size)
+    names += masks
+    sums += [(squares * mask).reshape(3, -1).sum(1, keepdim=True) for mask in masks.values()]
+    sizes = [mask.sum().double() for mask in masks.values()]
+    return names, counts, torch.cat(sums, 1).T, torch.stack(sizes) if sizes else error.new_zeros(0)

@@ -18,7 +18,7 @@ from __future__ import annotations
 import functools
 import math
 import time
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from statistics import median
 from typing import Any
@@ -149,7 +149,7 @@ def take_turns(
     attempt(lambda name, subject: _warm_up(subject, clock), list(subjects))
     if memory is not None:
         attempt(lambda name, subject: memory(name, clock.peak_memory_mib(subject)), list(subjects))
-    for index in range(_rounds(subjects.values(), seconds)):
+    for index in range(_rounds([s.work_seconds + clock.hiding_seconds(s) for s in subjects.values()], seconds)):
         names = list(subjects)
         first = index % max(1, len(names))
         attempt(lambda name, subject: passes[name].append(clock.run(subject)), names[first:] + names[:first])
@@ -186,13 +186,13 @@ def measure_ceilings(device: torch.device, product_dtypes: Sequence[torch.dtype]
 def median_interval(samples: Sequence[float]) -> tuple[float, float, float]:
     """The median and the ends of its 95 % confidence interval, by order statistics: no distribution is assumed.
 
-    With few samples the interval is their whole range.
+    The ends have the same number of samples beyond them, as few as 95 % ask for (the binomial distribution, to half a
+    sample). With few samples the interval is their whole range.
     """
     ordered = sorted(samples)
     n = len(ordered)
-    half = 1.96 * math.sqrt(n) / 2
-    low = max(0, math.floor(n / 2 - half))
-    high = min(n - 1, math.ceil(n / 2 + half))
+    low = max(0, math.floor((n - 1 - 1.96 * math.sqrt(n)) / 2))
+    high = n - 1 - low
     return median(ordered), ordered[low], ordered[high]
 
 
@@ -252,7 +252,8 @@ class _Subject:
         self.inputs = inputs
         self.leaves = [v for v in inputs.values() if isinstance(v, Tensor) and v.requires_grad]
         self.upstream: list[Tensor] | None = None
-        self.pass_seconds = 0.0  # of one warm pass, everything around it included
+        self.host_seconds = 0.0  # that the host takes to issue one warm pass
+        self.work_seconds = math.inf  # of one warm pass, everything around it included but what hides its launches
 
     def forward(self) -> list[Tensor]:
         outputs = self.function(**self.inputs)
@@ -275,6 +276,9 @@ class _Subject:
 
 
 class _CpuClock:
+    def hiding_seconds(self, subject: _Subject) -> float:
+        return 0.0
+
     def run(self, subject: _Subject) -> Pass:
         start = time.perf_counter()
         outputs = subject.forward()
@@ -295,7 +299,7 @@ class _CudaClock:
 
     def run(self, subject: _Subject) -> Pass:
         events = [torch.cuda.Event(enable_timing=True) for _ in range(4)]
-        self._hide_launches(subject.pass_seconds)
+        self._sleep(self.hiding_seconds(subject))
         self._flush.zero_()
         events[0].record()
         start = time.perf_counter()
@@ -315,7 +319,7 @@ class _CudaClock:
     def device_ms(self, action: Callable[[], object]) -> float:
         """Device time of a few launches, with a cold L2."""
         start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-        self._hide_launches(1e-4)
+        self._sleep(_hiding_seconds(1e-4))
         self._flush.zero_()
         start.record()
         action()
@@ -333,12 +337,20 @@ class _CudaClock:
         torch.cuda.synchronize(self._device)
         return (torch.cuda.max_memory_allocated(self._device) - before) / 2**20
 
-    def _hide_launches(self, host_seconds: float) -> None:
-        """Keeps the device busy for longer than the host needs, so that launches are queued before the first starts."""
-        torch.cuda._sleep(int(self._cycles_per_ms * (0.1 + 1.5e3 * min(host_seconds, 0.02))))
+    def hiding_seconds(self, subject: _Subject) -> float:
+        """For how long the device sleeps before a pass."""
+        return _hiding_seconds(subject.host_seconds)
+
+    def _sleep(self, seconds: float) -> None:
+        torch.cuda._sleep(int(self._cycles_per_ms * 1e3 * seconds))
 
 
 _Clock = _CpuClock | _CudaClock
+
+
+def _hiding_seconds(host_seconds: float) -> float:
+    """For how long to keep the device busy, so that all launches are queued before the first starts."""
+    return 1e-4 + 1.5 * min(host_seconds, 0.02)
 
 
 def _warm_up(subject: _Subject, clock: _Clock) -> None:
@@ -348,9 +360,13 @@ def _warm_up(subject: _Subject, clock: _Clock) -> None:
     previous = math.inf
     started = time.perf_counter()
     for index in range(most):
-        begun = time.perf_counter()
+        hiding, begun = clock.hiding_seconds(subject), time.perf_counter()
         sample = clock.run(subject)
-        subject.pass_seconds = time.perf_counter() - begun
+        if index:  # the first one compiles
+            subject.work_seconds = min(subject.work_seconds, time.perf_counter() - begun - hiding)
+            issuing = ((sample.host_forward or 0.0) + (sample.host_backward or 0.0)) / 1e3
+            # The least of all: one that waits for the device has waited for the sleep, too, which must not grow of it.
+            subject.host_seconds = min(subject.host_seconds or math.inf, issuing)
         current = sample.forward + sample.backward
         enough = index + 1 >= least and time.perf_counter() - started > _SECONDS["cpu"]
         if enough or (index + 1 >= least and abs(current - previous) <= _STABLE * previous):
@@ -358,8 +374,8 @@ def _warm_up(subject: _Subject, clock: _Clock) -> None:
         previous = current
 
 
-def _rounds(subjects: Iterable[_Subject], seconds: float) -> int:
+def _rounds(pass_seconds: Sequence[float], seconds: float) -> int:
     """As many rounds as the time allows to all candidates together, within bounds."""
-    times = [subject.pass_seconds for subject in subjects]
     least, most = _ROUNDS
-    return max(least, min(most, int(seconds * len(times) / max(sum(times), 1e-9)))) if times else 0
+    number = len(pass_seconds)
+    return max(least, min(most, int(seconds * number / max(sum(pass_seconds), 1e-9)))) if number else 0

@@ -25,7 +25,7 @@ from llmmed.autotune.workload import called_ops, record_micro_batch
 from llmmed.compose import accumulation_steps
 from llmmed.config import Config
 from llmmed.kernels.base import Kernels
-from llmmed.kernels.catalog import default_choice, load_kernels
+from llmmed.kernels.catalog import DEFAULT, default_choice, load_kernels
 from llmmed.kernels.tunable import Launches
 from llmmed.model import Transformer, compute_dtype, parameter_count
 
@@ -40,6 +40,9 @@ _PRECISE = 0.002  # of the step: with the difference known to this, more rounds 
 # Two right plans round differently; this much of a gradient's norm is no error, nor four times what the default's own
 # two ways of running it differ by. The gate has judged the ops before: here it is stale or foreign memory that shows.
 _DIFFERENCE = {torch.float32: 2e-3, torch.bfloat16: 0.06, torch.float16: 0.03}
+# Times that (of float16 for TF32's products, which keep as many digits): a default that differs by more from itself is
+# no measure for others.
+_WORST_DEFAULT = 4
 
 _Plan = tuple[tuple[str, str], ...]  # op and implementation, sorted: a choice that can be a key
 
@@ -84,14 +87,23 @@ class StepClock:
         whether the whole model can be tried.
 
         Raises:
-            Failed: this plan cannot be built in the run's mode.
+            Failed: this plan cannot be built in the run's mode, or computes something else in it.
         """
         launched = self._build(choice, self._check_depth, "eager")
         self._truth = launched.gradients(self._batches[1])
         del launched
         base = self._subject(choice, self._check_depth)
-        floor = _DIFFERENCE[compute_dtype(self._config.train.precision)]
-        self._allowed = {n: max(floor, 4 * d) for n, d in self._differences(base).items()}
+        dtype = compute_dtype(self._config.train.precision)
+        tf32 = dtype == torch.float32 and torch.get_float32_matmul_precision() != "highest"
+        floor, most = _DIFFERENCE[dtype], _WORST_DEFAULT * _DIFFERENCE[torch.float16 if tf32 else dtype]
+        differences = self._differences(base)
+        for name, difference in differences.items():
+            if not difference <= most:
+                raise Failed(
+                    f"{self._mode}, the default's gradient of {name} differs by {difference:.1e} from eager's, "
+                    f"allowed {most:.1e}"
+                )
+        self._allowed = {n: min(max(floor, 4 * d), 2 * most) for n, d in differences.items()}
         if self._on_gpu and self.layers > self._check_depth and self._whole_model_can_be_tried(choice):
             self._weights = deepened(self._config, self._weights)
             self.trial_depth, self.depths = self.layers, (self.layers, self.layers)
@@ -123,15 +135,18 @@ class StepClock:
         memory: list[tuple[float | None, float | None]] = []
         for depth in dict.fromkeys(self.depths):
             first, second = self._subject(choice, depth), self._subject(other, depth, mode)
-            pairs.append(self._pairs(first.run, second.run))
+            try:
+                pairs.append(self._pairs(first.run, second.run))
+            except Exception as error:
+                raise Failed(_failure(error)) from error
             memory.append((first.memory_mib, second.memory_mib))
-        updates = [self._update_ms(each) for each in (choice, other)]
+        updates, update_gains = self._updates(choice, other)
         first_times, second_times = (
             self._times(each, [[pair[i] for pair in depth] for depth in pairs], [m[i] for m in memory], updates[i])
             for i, each in enumerate((choice, other))
         )
         gains = self._at_full_depth([[a - b for a, b in depth] for depth in pairs])
-        return Match(first_times, second_times, *(gain + updates[0] - updates[1] for gain in gains))
+        return Match(first_times, second_times, *_sum_of(gains, update_gains))
 
     def _whole_model_can_be_tried(self, choice: Choice) -> bool:
         """Whether two plans with all layers fit beside each other, and a trial does not take too long."""
@@ -151,9 +166,12 @@ class StepClock:
     def _times(
         self, choice: Choice, samples: list[list[float]], memory: list[float | None], update: float
     ) -> StepTimes:
-        # Where a busy machine makes the deeper model the faster one, the line falls: the whole takes at least as long.
-        least = median(samples[-1])
-        middle, low, high = (max(least, found) for found in self._at_full_depth(samples))
+        middle, low, high = self._at_full_depth(samples)
+        if len(samples) > 1:
+            # Where a busy machine makes the deeper model the faster one, the line falls: the whole takes at least as
+            # long. So do the ends of its interval.
+            least = self._at_full_depth(samples[-1:])
+            middle, low, high = (max(pair) for pair in zip(least, (middle, low, high), strict=True))
         return StepTimes(
             choice=dict(choice),
             ms=middle + update,
@@ -235,7 +253,8 @@ class StepClock:
         try:
             pool = self._shared_pool() if mode == "graphs" else None
             model = at_depth(self._config, self._weights, self._load(choice), depth)
-            return Subject(self._config, model, self._batches[0], self._scale, mode, pool)
+            timed = depth in self.depths  # else it is checked, and no more
+            return Subject(self._config, model, self._batches[0], self._scale, mode, pool, takes_memory=timed)
         except Exception as error:  # whatever a plan raises rejects that plan alone
             raise Failed(_failure(error)) from error
 
@@ -282,16 +301,31 @@ class StepClock:
         finally:
             release(self.device)
 
-    def _update_ms(self, choice: Choice) -> float:
-        """The optimizer's update, where it calls ops of the table; what is the same under every plan is left out."""
-        if self.called(choice) <= self._in_model:
-            return 0.0
-        update = optimizer_update(self._config, self._load(choice))
-        for _ in range(WARM_UP):
-            update()
-        found = median(self._sample(update, 2) for _ in range(_ROUNDS[self.device.type][0]))
-        release(self.device)
-        return found
+    def _updates(self, choice: Choice, other: Choice) -> tuple[tuple[float, float], tuple[float, float, float]]:
+        """The optimizer's update under two plans, and what the second saves with its interval, in ms. Zero where it
+        calls no ops of the table; what is the same under every plan is left out."""
+        nothing = (0.0, 0.0, 0.0)
+        ops = (self.called(choice) | self.called(other)) - self._in_model
+        if not ops:
+            return (0.0, 0.0), nothing
+        try:
+            different = any(choice.get(op, DEFAULT) != other.get(op, DEFAULT) for op in ops)
+            updates = [
+                optimizer_update(self._config, self._load(c)) for c in ((choice, other) if different else (choice,))
+            ]
+            for _ in range(WARM_UP):
+                for update in updates:
+                    update()
+            if different:
+                pairs = self._pairs(*updates)
+                first, second = (median(pair[i] for pair in pairs) for i in range(2))
+                return (first, second), median_interval([a - b for a, b in pairs])
+            alike = median(self._sample(updates[0], 2) for _ in range(_ROUNDS[self.device.type][0]))
+            return (alike, alike), nothing
+        except Exception as error:
+            raise Failed(_failure(error)) from error
+        finally:
+            release(self.device)
 
     @property
     def _on_gpu(self) -> bool:
@@ -302,14 +336,15 @@ class StepClock:
             torch.cuda.synchronize(self.device)
 
 
+def _sum_of(a: tuple[float, float, float], b: tuple[float, float, float]) -> tuple[float, float, float]:
+    """Of two medians with their intervals, measured independently: the errors add up in squares."""
+    low, high = (math.hypot(a[0] - a[end], b[0] - b[end]) for end in (1, 2))
+    return a[0] + b[0], a[0] + b[0] - low, a[0] + b[0] + high
+
+
 def _precise(pairs: list[tuple[float, float]]) -> bool:
     _, low, high = median_interval([a - b for a, b in pairs])
     return high - low <= 2 * _PRECISE * median(a for a, _ in pairs)
-
-
-def compile_ahead(config: Config, choice: Choice) -> None:
-    """Compiles what the model calls under a plan, as a single layer, so that it is in the compilers' caches on disk."""
-    StepClock(shallow(config, 1), "compiled")._subject(choice)
 
 
 def _static_mib(config: Config) -> float:

@@ -20,11 +20,14 @@ WARM_UP = 3
 
 
 class Subject:
-    """A plan at some depth, warmed up and ready to run on a fixed batch [batch, seq + 1]."""
+    """A plan at some depth, warmed up and ready to run on a fixed batch [batch, seq + 1].
+
+    `takes_memory` says whether its peak is measured, which takes another pass.
+    """
 
     def __init__(
         self, config: Config, model: Transformer, batch: Tensor, scale: Tensor, mode: Mode,
-        pool: torch.cuda._POOL_HANDLE | None,
+        pool: torch.cuda._POOL_HANDLE | None, *, takes_memory: bool = True,
     ) -> None:  # fmt: skip
         self._names = [name for name, _ in model.named_parameters()]
         self._parameters = list(model.parameters())
@@ -33,7 +36,7 @@ class Subject:
         self._batch, self._scale = batch, scale
         self._micro_step: LaunchedMicroStep | GraphedMicroStep = LaunchedMicroStep(model, self._parameters)
         self.run()  # compiles
-        self.memory_mib = self._peak_mib() if batch.device.type == "cuda" else None
+        self.memory_mib = self._peak_mib() if takes_memory and batch.device.type == "cuda" else None
         if mode == "graphs":
             self._micro_step = GraphedMicroStep(model, self._parameters, accumulates=False, pool=pool)
         for _ in range(WARM_UP):

@@ -5,6 +5,7 @@ This is the parent's side. It loads no candidate and makes no CUDA context: it r
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import time
 from collections.abc import Callable, Mapping
@@ -17,9 +18,12 @@ import torch
 from llmmed.autotune import cache
 from llmmed.autotune.child import Limits, Progress, tune_in_child
 from llmmed.autotune.choose import Decision, choose, confirmed, force
+from llmmed.autotune.evidence import Evidence, evidence_of, findings_of, lasting
 from llmmed.autotune.hardware import describe_hardware
 from llmmed.autotune.journal import StepTask, Task, call_counts
-from llmmed.autotune.plan import Candidate, Hardware, KernelLaunch, KernelPlan, Mode, OpPlan, StepTrial
+from llmmed.autotune.plan import Candidate, Hardware, KernelLaunch, KernelPlan, Mode, OpPlan
+from llmmed.autotune.sources import source_hash
+from llmmed.autotune.turns import turn
 from llmmed.autotune.workload import Workload
 from llmmed.compose import as_dict
 from llmmed.config import Config, KernelsConfig
@@ -53,15 +57,23 @@ def tune(
             _decide(op, order, known[op], config.kernels)  # raises, if it must, before anything is tried
     tasks = _tasks(calls, orders, known, mode)
     hardware = describe_hardware(config.device)
-    found_out = _find_evidence(config, workload, tasks, orders, known, mode, hardware, report, started)
-    evidence, trials = found_out.evidence, found_out.trials
+    with contextlib.ExitStack() as held:
+        found_out = _find_evidence(config, workload, tasks, orders, known, mode, hardware, report, started, held)
+    evidence = found_out.evidence
     ops = {}
     for op in calls:
         found = known[op] | evidence.ops.get(op, {})
         ordered = {name: found[name] for name in _names(op, found)}
         decision = _decide(op, orders[op], ordered, config.kernels)
         if orders[op] is None:
-            decision = confirmed(op, decision, evidence.step, [trial for trial in trials if trial.op == op])
+            decision = confirmed(
+                op,
+                decision,
+                evidence.step,
+                [trial for trial in evidence.trials if trial.op == op],
+                unanswered=evidence.step_reason,
+                default_runs=evidence.default_runs,
+            )
         if decision.warning:
             logger.warning("%s", decision.warning)
         _warn_of_refused_launches(op, orders[op], decision)
@@ -70,7 +82,7 @@ def tune(
             reason=decision.reason,
             calls=call_counts(calls[op]),
             candidates=decision.candidates,
-            source_sha256=cache.source_hash(op),
+            source_sha256=source_hash(op),
         )
     return KernelPlan(
         policy=config.kernels.policy,
@@ -195,10 +207,9 @@ def _tasks(
 
 @dataclass(frozen=True)
 class _FoundOut:
-    """What tuning gave: evidence, trials in the step (also where that came to no end), seconds by stage."""
+    """What tuning gave: evidence, and seconds by stage."""
 
-    evidence: cache.Evidence
-    trials: list[StepTrial] = field(default_factory=list)
+    evidence: Evidence
     seconds: dict[str, float] = field(default_factory=dict)
     cached: bool = False
 
@@ -213,10 +224,11 @@ def _find_evidence(
     hardware: Hardware,
     report: Callable[[Progress], None],
     started: float,
+    held: contextlib.ExitStack,
 ) -> _FoundOut:
-    """From the cache, or from a tuning process."""
+    """From the cache, or from a tuning process. `held` is what keeps others from tuning the same meanwhile."""
     if not tasks:
-        return _FoundOut(cache.Evidence(ops={}))
+        return _FoundOut(Evidence(ops={}))
     kernels = config.kernels
     step = _step_task(config, orders, known) if any(task.measure for task in tasks) else None
     key = cache.fingerprint(
@@ -233,24 +245,36 @@ def _find_evidence(
     )
     kept = kernels.cache != "none" and cache.usable(hardware)
     if kept and kernels.cache == "use":
-        evidence = cache.load(key)
-        if evidence is not None:
-            return _FoundOut(evidence, evidence.step.trials if evidence.step else [], cached=True)
-    findings = tune_in_child(
-        tasks,
-        device=config.device,
-        mode=mode,
-        deterministic=config.train.deterministic,
-        step=step,
-        limits=Limits(kernels.candidate_seconds, kernels.budget_seconds, started + kernels.budget_seconds),
-        report=report,
-    )
-    if step is not None and findings.step is None:
-        logger.info("not confirmed in the step: %s", findings.step_reason or "tuning was cut short")
-    evidence = cache.Evidence(ops=findings.ops, ceilings=findings.ceilings, step=findings.step)
-    if kept and findings.finished and (findings.step is None or findings.step.finished):
-        cache.store(key, evidence)
-    return _FoundOut(evidence, findings.trials, findings.seconds)
+        asked = time.perf_counter()
+        held.enter_context(turn(key, kernels.budget_seconds))
+        started += time.perf_counter() - asked  # the budget is for tuning
+    before = cache.load(key) if kept and kernels.cache == "use" else None
+    if before is not None and before.finished:
+        return _FoundOut(before, cached=True)
+    findings, ended = findings_of(before, tasks), False
+    try:
+        tune_in_child(
+            tasks,
+            device=config.device,
+            mode=mode,
+            deterministic=config.train.deterministic,
+            step=step,
+            limits=Limits(kernels.candidate_seconds, kernels.budget_seconds, started + kernels.budget_seconds),
+            report=report,
+            findings=findings,
+        )
+        ended = True
+    finally:  # an interruption too: the next run goes on from here
+        evidence = evidence_of(findings, before, finished=ended)
+        worth_keeping = lasting(evidence)
+        if kept and worth_keeping.ops:
+            cache.store(key, worth_keeping)
+    if findings.step is not None and findings.step_reason:
+        logger.warning("the step is tried in %s mode: %s", findings.step.mode, findings.step_reason)
+    if step is not None and evidence.step is None:
+        level = logging.INFO if findings.default_runs else logging.WARNING
+        logger.log(level, "not confirmed in the step: %s", evidence.step_reason)
+    return _FoundOut(evidence, findings.seconds)
 
 
 def _step_task(
@@ -265,7 +289,7 @@ def _depends_on(config: Config, step: StepTask) -> dict[str, Any]:
     values, kernels = as_dict(config), config.kernels
     train = ("seq_len", "micro_batch_size", "global_batch_tokens", "precision", "compile", "activation_checkpointing")
     return {
-        "model": values["model"],
+        "model": {name: value for name, value in values["model"].items() if name not in ("name", "init_from")},
         "train": {name: values["train"].get(name) for name in train},
         "optimizer": values["optimizer"]["name"],
         "terms": [kernels.objective, kernels.margin, kernels.memory_budget_gib],

@@ -198,12 +198,15 @@ def _remembered(op: Op, seed: int, device: torch.device) -> Callable[[Trial], _F
 def _facts(op: Op, seed: int, device: torch.device, trial: Trial) -> _Facts | None:
     """None if not even the default has a finite answer."""
     generator = torch.Generator(device=device).manual_seed(seed)
-    inputs = op.make_inputs(trial.call, trial.regime, generator, device)
+    with _trusted("reference"):
+        inputs = op.make_inputs(trial.call, trial.regime, generator, device)
     tensors = trial.call.tensors.items()
     leaves = tuple(name for name, spec in tensors if spec.requires_grad and name in op.differentiable)
-    default = load_function(op.name, get_implementation(op.name, DEFAULT))
+    with _trusted("default"):
+        default = load_function(op.name, get_implementation(op.name, DEFAULT))
+        shown = _outputs(default(**inputs))
     directions = []
-    for output in _outputs(default(**inputs)):
+    for output in shown:
         drawn = (
             torch.randn(output.shape, generator=generator, device=device) if output.ndim else torch.ones_like(output)
         )
@@ -211,17 +214,30 @@ def _facts(op: Op, seed: int, device: torch.device, trial: Trial) -> _Facts | No
     size = trial.upstream
     for _ in range(8):
         upstream = [arriving(drawn * size, dtype, trial.layout) for drawn, dtype in directions]
-        expected = _evaluate(op.reference, _cast(inputs, torch.float64), leaves, [u.double() for u in upstream])
-        found = _evaluate(default, inputs, leaves, upstream)
+        with _trusted("reference"):
+            expected = _evaluate(op.reference, _cast(inputs, torch.float64), leaves, [u.double() for u in upstream])
+        with _trusted("default"):
+            found = _evaluate(default, inputs, leaves, upstream)
         if all(_fits(expected[name], found[name]) for name in found):
             single = found
             if trial.call.compute_dtype != torch.float32:
-                single = _evaluate(default, _cast(inputs, torch.float32), leaves, [u.float() for u in upstream])
+                with _trusted("default"):
+                    single = _evaluate(default, _cast(inputs, torch.float32), leaves, [u.float() for u in upstream])
             return _Facts(inputs, leaves, tuple(upstream), _truths(op, inputs, expected, found, single))
         if not leaves:
             return None
         size /= 64
     return None
+
+
+@contextlib.contextmanager
+def _trusted(which: str) -> Iterator[None]:
+    """Around what candidates are held against: where it raises, that is no doing of the one that is being judged."""
+    try:
+        yield
+    except Exception as error:
+        status, reason = classify(error)
+        raise _Rejected(status, f"the {which} cannot be evaluated here: {reason}") from error
 
 
 def _truths(

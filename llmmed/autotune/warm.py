@@ -2,8 +2,9 @@
 
 Each warm-up process makes a share of the calls once, forward and backward: Triton's on meta tensors, where a launch
 compiles and does nothing else, those of `torch.compile` for real. What stays is in the compilers' caches on disk.
-Nothing is judged here, since processes that share a GPU wait long for its answers. Whatever goes wrong here goes wrong
-again where it is judged.
+Nothing is judged here, since processes that share a GPU wait long for its answers. So what runs for real comes first;
+then, while the process that judges is at it, op by op, what it needs next (`Board`); and last, at the lowest priority,
+plans of the step (`StepAhead`). Whatever goes wrong here goes wrong again where it is judged.
 
 Run as `python -m llmmed.autotune.warm <job.json> <folder>` by `child.py`; the processes that share a folder share the
 work.
@@ -15,41 +16,63 @@ import contextlib
 import os
 import sys
 import time
+from collections import Counter
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from llmmed.autotune.board import ALL, CLOCK, Board
 from llmmed.autotune.journal import Job, Task
 from llmmed.autotune.launch_search import open_sites
 from llmmed.autotune.measure import compiled_alone
 from llmmed.autotune.plan import Mode
+from llmmed.autotune.process import end_with_parent, offer_to_out_of_memory_killer, take_settings
+from llmmed.autotune.step_ahead import StepAhead
 from llmmed.autotune.verify import Layout, arriving, exact_products, trials
 from llmmed.kernels.ahead_of_time import compiling_only, run_on_meta
 from llmmed.kernels.base import Call, Op
 from llmmed.kernels.catalog import DEFAULT, get_implementation, get_op, load_function
 from llmmed.kernels.tunable import Launches
 
+_NICE = 15  # the process that judges goes first
+
 
 def main() -> None:
-    job, claims = Job.read(Path(sys.argv[1])), Path(sys.argv[2])
+    end_with_parent()
+    offer_to_out_of_memory_killer()
+    os.nice(_NICE)
+    job, board = Job.read(Path(sys.argv[1])), Board(Path(sys.argv[2]))
     device = torch.device(job.device)
-    torch.set_float32_matmul_precision(job.matmul_precision)
-    for index, unit in enumerate(sorted(_units(job.tasks, job.mode, device), key=_Unit.weight, reverse=True)):
-        if not _claim(claims / str(index)):
+    take_settings(job)
+    step = StepAhead(job, board) if job.step is not None and job.mode != "eager" else None
+    if step is not None:
+        step.compile_default()
+    units = sorted(_units(job.tasks, job.mode, device), key=_Unit.order)
+    board.announce(Counter(unit.awaited_by for unit in units))
+    for index, unit in enumerate(units):
+        if not board.claim(str(index)):
             continue
         # A candidate may raise anything at all; it is judged elsewhere.
         began = time.perf_counter()
         with contextlib.suppress(Exception):
             unit.run(device)
-        seconds = time.perf_counter() - began
-        (claims / str(index)).write_text(f"\n{seconds:6.1f} {unit.name} {unit.call.describe()}", encoding="utf-8")
-    with contextlib.suppress(Exception):
-        torch.cuda.synchronize(device)
+            _leave(device)
+        text = f"{time.perf_counter() - began:6.1f} {unit.name} {unit.call.describe()}"
+        board.finish(unit.awaited_by, str(index), text)
+    if step is not None:
+        step.compile_flips()
     os._exit(0)
+
+
+def _leave(device: torch.device) -> None:
+    """Hands the GPU back: others are about to judge, and want its time and its memory."""
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+        torch.cuda.empty_cache()
 
 
 @dataclass(frozen=True)
@@ -57,7 +80,7 @@ class _Unit:
     """One call of a candidate that tuning will make: as the gate makes it, or compiled, as the clock does.
 
     All layouts belong to one unit, since they mostly share their kernels: two processes would compile the same twice.
-    With `launches` it is a call as the search for launch parameters makes it.
+    With `launches` it is a call as the search for launch parameters makes it. `position` is the op's among the tasks.
     """
 
     op: Op
@@ -66,6 +89,19 @@ class _Unit:
     layouts: tuple[Layout, ...]
     compiled: bool
     launches: Launches = field(default_factory=dict)
+    position: int = 0
+
+    @property
+    def awaited_by(self) -> str:
+        """The op whose candidates can be verified when this is done, or all, or the clock."""
+        if self.compiled or _per_shape(self.op.name, self.name):
+            return ALL
+        return CLOCK if self.launches else self.op.name
+
+    def order(self) -> tuple[int, int, int]:
+        """First what runs on the GPU, which those who judge want for themselves; then op by op, as they come."""
+        stage = {ALL: 0, CLOCK: 2}.get(self.awaited_by, 1)
+        return stage, self.position if stage == 1 else 0, -self.weight()
 
     def weight(self) -> int:
         """What takes longest comes first: `torch.compile`, then products in float32, unrolled without tensor cores."""
@@ -99,23 +135,28 @@ class _Unit:
 
 
 def _units(tasks: list[Task], mode: Mode, device: torch.device) -> Iterator[_Unit]:
-    for task in tasks:
-        op, calls = get_op(task.op), list(task.counts())
-        for name in [*task.verify, *task.verified] if task.measure else ():
-            if compiled_alone(get_implementation(task.op, name), mode):
-                yield from (_Unit(op, name, call, ("contiguous",), compiled=True) for call in calls)
-        for name in task.verify:
-            tried = trials(op, calls, None, device, few_shapes=_per_shape(task.op, name)) if name != DEFAULT else ()
-            layouts: dict[Call, dict[Layout, None]] = {}
-            for trial in tried:
-                layouts.setdefault(trial.call, {})[trial.layout] = None
-            for call, found in layouts.items():
-                yield _Unit(op, name, call, tuple(found), compiled=False)
-        for name in task.verified:
-            yield from (_Unit(op, name, call, ("contiguous",), compiled=False) for call in calls if name != DEFAULT)
-        for name in task.verify:
-            if name not in task.launches:
-                yield from _searched(op, name, calls, device)
+    for position, task in enumerate(tasks):
+        yield from (replace(unit, position=position) for unit in _units_of(task, mode, device))
+
+
+def _units_of(task: Task, mode: Mode, device: torch.device) -> Iterator[_Unit]:
+    op, calls = get_op(task.op), list(task.counts())
+    for name in [*task.verify, *task.verified] if task.measure else ():
+        if compiled_alone(get_implementation(task.op, name), mode):
+            yield from (_Unit(op, name, call, ("contiguous",), compiled=True) for call in calls)
+    for name in task.verify:
+        few, cases = _per_shape(task.op, name), task.cases(name)
+        tried = trials(op, calls, None, device, few_shapes=few, cases=cases) if name != DEFAULT else ()
+        layouts: dict[Call, dict[Layout, None]] = {}
+        for trial in tried:
+            layouts.setdefault(trial.call, {})[trial.layout] = None
+        for call, found in layouts.items():
+            yield _Unit(op, name, call, tuple(found), compiled=False)
+    for name in task.verified:
+        yield from (_Unit(op, name, call, ("contiguous",), compiled=False) for call in calls if name != DEFAULT)
+    for name in (*task.verify, *task.verified):
+        if name not in task.launches and name not in task.launched:
+            yield from _searched(op, name, calls, device)
 
 
 def _searched(op: Op, name: str, calls: list[Call], device: torch.device) -> Iterator[_Unit]:
@@ -132,15 +173,6 @@ def _searched(op: Op, name: str, calls: list[Call], device: torch.device) -> Ite
 
 def _per_shape(op: str, name: str) -> bool:
     return get_implementation(op, name).per_shape
-
-
-def _claim(path: Path) -> bool:
-    """Whether this process is the first to want a piece of work."""
-    try:
-        path.touch(exist_ok=False)
-    except FileExistsError:
-        return False
-    return True
 
 
 def _arriving(output: Tensor, layout: Layout) -> Tensor:

@@ -1,8 +1,8 @@
 """The tuning process: verifies every candidate, measures those that passed, and journals each before it is tried.
 
-Run as `python -m llmmed.autotune.worker <job.json> <device>` by `child.py`, perhaps before the job is written: then it
-makes itself ready and waits. It may die of a candidate at any time: what it found until then is in the journal, and the
-next process goes on without the culprit.
+Run as `python -m llmmed.autotune.worker <job.json>` by `child.py`. It may die of a candidate at any time: what it found
+until then is in the journal, and the next process goes on without the culprit. Where others compile ahead, it verifies
+an op as soon as they are done with it, and takes times when they are done with all.
 """
 
 from __future__ import annotations
@@ -11,21 +11,21 @@ import contextlib
 import gc
 import math
 import os
-import signal
 import sys
-import threading
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 import torch
 
+from llmmed.autotune.board import ALL, Board
 from llmmed.autotune.choose import choose
-from llmmed.autotune.confirm import Choice, Duel, Failed, confirm, shortlist
+from llmmed.autotune.confirm import Choice, Duel, Failed, Match, confirm, shortlist
 from llmmed.autotune.failures import classify, one_line
 from llmmed.autotune.journal import (
+    LAST_MATCH,
     Begun,
     CeilingsFound,
     Done,
@@ -42,6 +42,7 @@ from llmmed.autotune.journal import (
 from llmmed.autotune.launch_search import check_launches, gate_at, search_launches
 from llmmed.autotune.measure import Pass, compiled_alone, measure_ceilings, measure_op, take_turns
 from llmmed.autotune.plan import Candidate, Ceilings, Mode, StepTrial, launches_of
+from llmmed.autotune.process import end_with_parent, offer_to_out_of_memory_killer, take_settings
 from llmmed.autotune.step_clock import StepClock
 from llmmed.autotune.verify import Verdict, forget, verify
 from llmmed.compose import from_dict
@@ -50,28 +51,23 @@ from llmmed.kernels.base import Call, Op, Unavailable
 from llmmed.kernels.catalog import DEFAULT, get_implementation, get_op, load_function, take_launches
 from llmmed.kernels.operator import INTERPRETED
 from llmmed.kernels.tunable import Launches, Site
-from llmmed.training.execution import take_deterministic_kernels
 
 _SECOND_LOOKS = 0.4  # of the budget: until then, flips that were close are tried again once the plan has changed
-_SEARCHING = (0.04, 5.0)  # of the budget, and in seconds: what the search for launches may take
+_ROOM = 64 * 2**30  # bytes of a GPU's memory
 _SECONDS_A_LAUNCH = {"cuda": 0.03, "cpu": 0.2}  # of timed passes
-_SHAPES_PER_FUNCTION = 1024  # the gate alone tries dozens; PyTorch's limit of 8 is meant for a training step
 
 
 def main() -> None:
-    path, device = Path(sys.argv[1]), sys.argv[2]
-    end_with_parent()
-    _offer_to_out_of_memory_killer()
-    if device == "cuda" and not path.exists():
-        _prepare(device)
-    while not path.exists():
-        time.sleep(0.01)
+    path = Path(sys.argv[1])
     job = Job.read(path)
-    torch._dynamo.config.recompile_limit = _SHAPES_PER_FUNCTION
-    torch._dynamo.config.accumulated_recompile_limit = _SHAPES_PER_FUNCTION
-    torch.set_float32_matmul_precision(job.matmul_precision)
-    if job.deterministic:
-        take_deterministic_kernels()
+    end_with_parent()
+    offer_to_out_of_memory_killer()
+    take_settings(job)
+    if job.warm is not None and Board(job.warm).is_awaited():
+        _prepare(job.device)
+    _settle()
+    started = time.time() - path.stat().st_mtime  # seconds ago, most of which PyTorch took
+    job = job.model_copy(update={"seconds": job.seconds - started})
     with JournalWriter(job.journal) as journal:
         Worker(job, journal).run()
     os._exit(0)  # at once: what a candidate left behind, say a thread, must not hold the process
@@ -89,28 +85,45 @@ class Worker:
         self._ceilings = job.ceilings
         self._step = job.step
         self._deadline = time.perf_counter() + job.seconds
-        self._searching_left = min(_SEARCHING[1], _SEARCHING[0] * job.seconds)
+        self._searching_left = job.searching_seconds
+        self._board = Board(job.warm) if job.warm is not None else None
+        self._searches_left = 0
         self._known = {op: dict(found) for op, found in job.step.known.items()} if job.step else {}
 
     def run(self) -> None:
-        wanted = self._device.type == "cuda" and any(task.measure for task in self._tasks)
-        if wanted and self._ceilings is None:
-            self._ceilings = self._measure_ceilings()
+        passed = {task.op: dict(task.verified) for task in self._tasks}
         for task in self._tasks:
             op, calls = get_op(task.op), task.counts()
-            passed = dict(task.verified)
+            if task.verify:
+                self._wait_for_compilers(*((ALL, task.op) if _has_room(self._device) else ()))
             for name in task.verify:
-                candidate = self._verify(op, name, calls)
+                candidate = self._verify(op, name, calls, task.cases(name))
                 if candidate.status == "verified":
-                    passed[name] = candidate
+                    passed[task.op][name] = candidate
             forget()
-            for name in [name for name in passed if name not in task.launched]:
-                passed[name] = self._find_launches(op, name, passed[name], calls, task)
-            if task.measure and passed:
-                self._measure(op, passed, calls)
+        self._wait_for_compilers()  # before any time is taken
+        if self._device.type == "cuda" and self._ceilings is None and any(task.measure for task in self._tasks):
+            self._ceilings = self._measure_ceilings()
+        self._searches_left = sum(len(_unsearched(task, passed[task.op])) for task in self._tasks)
+        for task in self._tasks:
+            op, calls, found = get_op(task.op), task.counts(), passed[task.op]
+            for name in [name for name in found if name not in task.launched]:
+                found[name] = self._find_launches(op, name, found[name], calls, task)
+            if task.measure and found:
+                self._measure(op, found, calls)
+            _settle()
         if self._step is not None:
             self._confirm(self._step)
         self._journal.write(Done())
+
+    def _wait_for_compilers(self, *units: str) -> None:
+        """Until those who compile ahead are done with these units, or with all: they would be compiled twice, and what
+        runs on the GPU beside would spoil times."""
+        if self._board is None or not self._board.is_awaited(*units):
+            return
+        self._journal.write(Begun(stage="warm"))
+        while self._board.is_awaited(*units):
+            time.sleep(0.02)
 
     def _measure_ceilings(self) -> Ceilings | None:
         self._journal.write(Begun(stage="ceilings"))
@@ -118,7 +131,7 @@ class Worker:
         self._journal.write(CeilingsFound(ceilings=ceilings))
         return ceilings
 
-    def _verify(self, op: Op, name: str, calls: Mapping[Call, int]) -> Candidate:
+    def _verify(self, op: Op, name: str, calls: Mapping[Call, int], cases: Collection[str] | None) -> Candidate:
         self._journal.write(Begun(stage="verify", op=op.name, name=name))
         try:
             implementation = get_implementation(op.name, name)
@@ -128,7 +141,9 @@ class Worker:
         except Exception as error:  # noqa: BLE001 - whatever a candidate raises rejects that candidate alone
             candidate = Candidate(status="crashed", reason=f"raised while it was loaded: {one_line(error)}")
         else:
-            verdict = verify(op, implementation, function, calls, self._device, deterministic=self._deterministic)
+            verdict = verify(
+                op, implementation, function, calls, self._device, deterministic=self._deterministic, cases=cases
+            )
             candidate = _as_candidate(verdict)
         self._conclude(op.name, name, candidate)
         return candidate
@@ -138,7 +153,7 @@ class Worker:
     ) -> Candidate:
         """A verified candidate with how its kernels are launched: as somebody's plan says, or else by a search."""
         implementation, device = get_implementation(op.name, name), self._device
-        if not implementation.tunable or INTERPRETED:
+        if not _can_be_searched(op.name, name):
             return candidate
         function = load_function(op.name, implementation)
         begun = Begun(stage="launch", op=op.name, name=name)
@@ -165,10 +180,12 @@ class Worker:
                 op, call, functions, device=device, seconds=seconds, turn=lambda variant: None, failed=told
             )
 
-        def time_is_up() -> bool:
-            return time.perf_counter() - started > self._searching_left
-
         given = task.launches.get(name)
+        share = self._searching_left / max(1, self._searches_left)  # what one leaves is for those that follow
+
+        def time_is_up() -> bool:
+            return time.perf_counter() - started > share
+
         try:
             if given is not None:
                 found = check_launches(op, implementation, function, calls, given, device=device, gate=gate)
@@ -182,7 +199,8 @@ class Worker:
             implementation.take_launches({})
             found = []
         if given is None:
-            self._searching_left -= time.perf_counter() - started
+            self._searching_left = max(0.0, self._searching_left - (time.perf_counter() - started))
+            self._searches_left -= 1
         self._journal.write(Launched(op=op.name, name=name, launches=found))
         forget()
         _release(device)
@@ -248,7 +266,7 @@ class Worker:
             self._journal.write(Begun(stage="step"))
             clock = _Announcing(config, mode, launches_of(self._known), self._journal)
             try:
-                evidence = confirm(
+                confirm(
                     clock,
                     base,
                     flips,
@@ -259,13 +277,16 @@ class Worker:
                     memory_budget_gib=kernels.memory_budget_gib or _memory_of(self._device),
                     before=task.trials,
                     told=told,
+                    answered=lambda evidence, reason=reason: self._journal.write(  # type: ignore[misc]
+                        StepDone(evidence=evidence, reason=reason)
+                    ),
+                    last_match_died=task.last_match_died,
                     time_for_second_looks=lambda: time.perf_counter() < second_looks_end,
                     time_is_up=lambda clock=clock: time.perf_counter() + 2 * clock.slowest > self._deadline,  # type: ignore[misc]
                 )
             except Failed as failure:
                 reason = reason or f"{mode}: {failure}"
                 continue
-            self._journal.write(StepDone(evidence=evidence))
             return
         self._journal.write(StepDone(evidence=None, reason=reason))
 
@@ -311,6 +332,27 @@ class _Announcing(StepClock):
         finally:
             self.slowest = max(self.slowest, time.perf_counter() - started)
 
+    def whole(self, choice: Choice, other: Choice, mode: Mode | None = None) -> Match:
+        name = mode or ("" if choice == other else LAST_MATCH)
+        self._journal.write(Begun(stage="step", name=name))
+        return super().whole(choice, other, mode)
+
+
+def _can_be_searched(op: str, name: str) -> bool:
+    return bool(get_implementation(op, name).tunable) and not INTERPRETED
+
+
+def _unsearched(task: Task, passed: Mapping[str, Candidate]) -> list[str]:
+    """The implementations whose launches are to be searched."""
+    left = [name for name in passed if name not in task.launched and name not in task.launches]
+    return [name for name in left if _can_be_searched(task.op, name)]
+
+
+def _has_room(device: torch.device) -> bool:
+    """Whether a GPU has room for the processes that compile, each of which holds half a GiB, beside one that judges:
+    where memory ran out, a right candidate would be rejected."""
+    return device.type != "cuda" or torch.cuda.get_device_properties(device).total_memory >= _ROOM
+
 
 def _memory_of(device: torch.device) -> float | None:
     """What a plan may take of a GPU, in GiB: a little is left to the driver, the compiler and other programs."""
@@ -352,20 +394,17 @@ def _damage(device: torch.device) -> str | None:
     return None
 
 
+def _settle() -> None:
+    """Takes what is there for good, a third of a million objects of PyTorch's, out of every later search for garbage,
+    which it would make 0.2 s long."""
+    gc.collect()
+    gc.freeze()
+
+
 def _release(device: torch.device) -> None:
     gc.collect()
     if device.type == "cuda":
         torch.cuda.empty_cache()
-
-
-def end_with_parent() -> None:
-    """The parent holds the other end of standard input. When that closes, this process group ends, compilers too."""
-
-    def wait() -> None:
-        os.read(sys.stdin.fileno(), 1)
-        os.killpg(0, signal.SIGKILL)
-
-    threading.Thread(target=wait, daemon=True).start()
 
 
 def _prepare(device: str) -> None:
@@ -373,12 +412,6 @@ def _prepare(device: str) -> None:
     with contextlib.suppress(Exception):  # what does not work here is told where it is needed
         torch.compile(lambda x: x + 1)(torch.zeros(16, device=device))
         torch._dynamo.reset()
-
-
-def _offer_to_out_of_memory_killer() -> None:
-    """Where memory runs out on Linux, a candidate is to die and not the run."""
-    with contextlib.suppress(OSError):
-        Path("/proc/self/oom_score_adj").write_text("1000", encoding="utf-8")
 
 
 if __name__ == "__main__":

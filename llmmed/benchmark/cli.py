@@ -115,7 +115,7 @@ def run(
     tables.show(result, console)
     pictures = draw(result, folder)
     written = [f"{result.kind}.json", f"{result.kind}.csv", *(path.name for path in pictures)]
-    told = f"{result.seconds:.0f} s; in {run_folder.shown(folder)}: {', '.join(written)}"
+    told = f"took {result.seconds:.0f} s; in {run_folder.shown(folder)}: {', '.join(written)}"
     console.print(f"\n{told}", markup=False, soft_wrap=True)
     return result
 

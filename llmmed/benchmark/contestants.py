@@ -1,7 +1,12 @@
 """Who takes part in `benchmark=step`, and how each trains: same weights, batches, optimizer, clipping and precision.
 
 Ours keeps parameters in float32 and casts explicitly; the rivals do what their users do: float32 parameters under
-autocast, fused AdamW or `torch.optim.Muon`, `clip_grad_norm_`, gradients set to None.
+autocast, fused AdamW or `torch.optim.Muon`, `clip_grad_norm_`, gradients set to None. Three things are not the same:
+
+* under autocast Hugging Face's residual stream, norms and rotary positions stay in float32, as its own code has it;
+* Hugging Face gets no attention mask, since batches are never padded, so that attention takes causal kernels;
+* with Muon the plain model's fused projections (query, key and value; gate and up) are one matrix each, so that their
+  updates are orthogonalised together, where the others' are apart.
 """
 
 from __future__ import annotations
@@ -23,7 +28,7 @@ from llmmed.autotune.plan import KernelPlan, Mode
 from llmmed.autotune.tuner import tune
 from llmmed.autotune.workload import record_workload
 from llmmed.benchmark import plain_llama
-from llmmed.benchmark.breakdown import annotated, in_range
+from llmmed.benchmark.profiled_groups import annotated, in_range
 from llmmed.compose import accumulation_steps
 from llmmed.config import Config
 from llmmed.kernels.base import Kernels, Unavailable
@@ -86,24 +91,24 @@ def _ours(mode: Mode) -> tuple[str, ...]:
 # The order in which they run, every size of one before the next: what is cut off by `seconds` stands last.
 CONTESTANTS = (
     Contestant("ours_auto", "llmmed, kernels=auto", ("kernels=auto",)),
+    Contestant("plain_graphs", "plain PyTorch, torch.compile with CUDA graphs", mode="graphs"),
     Contestant("plain_compiled", "plain PyTorch, torch.compile", mode="compiled"),
     Contestant("hf_liger", "Hugging Face + Liger, eager", mode="eager", liger=True),
-    Contestant("plain_eager", "plain PyTorch, eager", mode="eager"),
-    Contestant("hf_eager", "Hugging Face, eager", mode="eager"),
-    Contestant("plain_graphs", "plain PyTorch, torch.compile with CUDA graphs", mode="graphs"),
     Contestant("ours_graphs", "llmmed, kernels=pytorch, graphs", _ours("graphs"), "graphs"),
     Contestant("hf_compiled", "Hugging Face, torch.compile", mode="compiled"),
-    Contestant("plain_liger", "plain PyTorch + Liger's fused loss, eager", mode="eager", liger=True),
-    Contestant(
-        "plain_fp16", "plain PyTorch, eager, fp16 + GradScaler", ("train.precision=fp16",), "eager", gpu_only=True
-    ),
-    Contestant("ours_eager", "llmmed, kernels=pytorch, eager", _ours("eager"), "eager"),
-    Contestant("ours_compiled", "llmmed, kernels=pytorch, compiled", _ours("compiled"), "compiled"),
     Contestant(
         "plain_compiled_liger", "plain PyTorch + Liger's fused loss, torch.compile", mode="compiled", liger=True
     ),
+    Contestant("plain_eager", "plain PyTorch, eager", mode="eager"),
+    Contestant("hf_eager", "Hugging Face, eager", mode="eager"),
     Contestant(
         "plain_compiled_torch", "plain PyTorch, F.linear_cross_entropy, torch.compile", mode="compiled", torch_loss=True
+    ),
+    Contestant("plain_liger", "plain PyTorch + Liger's fused loss, eager", mode="eager", liger=True),
+    Contestant("ours_compiled", "llmmed, kernels=pytorch, compiled", _ours("compiled"), "compiled"),
+    Contestant("ours_eager", "llmmed, kernels=pytorch, eager", _ours("eager"), "eager"),
+    Contestant(
+        "plain_fp16", "plain PyTorch, eager, fp16 + GradScaler", ("train.precision=fp16",), "eager", gpu_only=True
     ),
 )
 
@@ -160,8 +165,10 @@ class _Ours:
             return
         kernels = self._model.kernels
         self._model.set_kernels(_marked(kernels))
-        yield
-        self._model.set_kernels(kernels)
+        try:
+            yield
+        finally:
+            self._model.set_kernels(kernels)
 
 
 _PARTS = {
@@ -258,10 +265,24 @@ def _hugging_face(weights: Transformer, contestant: Contestant, config: Config) 
         apply_liger_kernel_to_llama()
     from transformers import LlamaConfig, LlamaForCausalLM
 
+    _leave_causality_to_attention()
     fields = hf_config_dict(config.model, max_seq_len=config.train.seq_len, attn_implementation="sdpa", use_cache=False)
     model: nn.Module = LlamaForCausalLM(LlamaConfig(**fields))
     model.load_state_dict(to_hf_state_dict(weights, config.model), strict=not config.model.tie_embeddings)
     return _LossOnly(model.to(config.device))
+
+
+def _leave_causality_to_attention() -> None:
+    """Gives attention no mask, since batches are never padded: it is then causal by itself.
+
+    In a compiled step transformers makes a dense mask otherwise, which no flash or cuDNN kernel takes.
+    """
+    try:
+        from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
+    except ImportError:
+        print("this transformers is older than 4.53: compiled, it makes a dense mask; pip install -U transformers")
+    else:
+        ALL_MASK_ATTENTION_FUNCTIONS["sdpa"] = lambda *args, **kwargs: None
 
 
 class _LossOnly(nn.Module):

@@ -17,18 +17,17 @@ from llmmed.autotune.measure import Measurement, measure_op
 from llmmed.autotune.tuner import tune
 from llmmed.autotune.verify import forget, verify
 from llmmed.autotune.workload import record_workload
-from llmmed.benchmark.tables import milliseconds
 from llmmed.compose import compose
 from llmmed.config import Config
 from llmmed.errors import UserError
 from llmmed.kernels.base import Call, TensorSpec, Unavailable, tensor_spec
 from llmmed.kernels.catalog import DEFAULT, get_implementation, get_op, load_function
 from llmmed.kernels.operator import INTERPRETED
+from llmmed.reporting.numbers import ABSENT, digits
 from llmmed.training import prepare_backend, resolve_compile
 
 TRITON = "triton"
 IGNORE_INDEX = -100
-_ABSENT = "\N{EN DASH}"
 
 
 class Comparison(TypedDict):
@@ -225,8 +224,8 @@ def _table(found: Mapping[str, Comparison]) -> Table:
     table.add_column("use", no_wrap=True)
     table.add_column("why", overflow="fold")
     for op, each in found.items():
-        speedup = _ABSENT if each["speedup"] is None else f"{each['speedup']:.2f}"
-        times = (milliseconds(each[key]) or _ABSENT for key in ("pytorch_time", "triton_time"))
+        speedup = ABSENT if each["speedup"] is None else f"{each['speedup']:.2f}"
+        times = (digits(each[key]) or ABSENT for key in ("pytorch_time", "triton_time"))
         table.add_row(op, *times, speedup, "Triton" if each["use_triton"] else "PyTorch", each["reason"])
     return table
 

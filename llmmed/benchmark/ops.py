@@ -1,4 +1,6 @@
-"""Times every implementation of every op: verified once for each compute dtype, then measured at every size and mode.
+"""Times every implementation of every op at every size and mode, once it is verified there.
+
+The op's cases are gone through once for each compute dtype, a size's own calls before they are timed.
 
 A pass is one size, dtype and mode, all ops after another, in a process of its own: the autotuner's, so that a candidate
 that crashes or hangs costs that candidate alone.
@@ -72,6 +74,7 @@ def run_ops(
         tell(index / len(passes), each.title)
         found, measured = _run(each, settings, verdicts, deadline, report, keep_op)
         rows += found
+        rows += list(_copies(each, rows))
         if measured is not None:
             ceilings[each.title] = measured
         tell((index + 1) / len(passes), each.title)
@@ -85,6 +88,7 @@ class _Pass:
     mode: Mode
     config: Config
     calls: dict[str, dict[Call, int]]  # by op; every distinct call once
+    measured_before: dict[str, tuple[str, DtypeName]]  # ops whose calls are those of another size or dtype
 
     @property
     def title(self) -> str:
@@ -93,31 +97,41 @@ class _Pass:
 
 @dataclass
 class _Verdicts:
-    """What is known of candidates without their times: by op and dtype, and of failures under the clock by mode too."""
+    """What is known of candidates without their times: by op and dtype, and of failures under the clock by mode too.
+
+    `at_size` are those that passed at a size's own calls, with their error there.
+    """
 
     gate: dict[tuple[str, str], dict[str, Candidate]] = field(default_factory=dict)
+    at_size: dict[tuple[str, str, str], dict[str, Candidate]] = field(default_factory=dict)
     clock: dict[tuple[str, str, Mode], dict[str, Candidate]] = field(default_factory=dict)
 
     def learn(self, each: _Pass, op: str, name: str, found: Candidate) -> None:
         gate = self.gate.setdefault((op, each.dtype), {})
         verified = found.relative_error is not None and found.status != "wrong"
         if verified:
-            gate[name] = Candidate(
-                status="verified", relative_error=found.relative_error, worst_ratio=found.worst_ratio
-            )
+            passed = Candidate(status="verified", relative_error=found.relative_error, worst_ratio=found.worst_ratio)
+            gate[name] = self.at_size.setdefault((op, each.dtype, each.size), {})[name] = passed
         if found.status in _CARRIED:
             where = f" (at size {each.size})" if found.status != "unavailable" else ""
             bad = found.model_copy(update={"reason": found.reason + where})
             (self.clock.setdefault((op, each.dtype, each.mode), {}) if verified else gate)[name] = bad
 
     def of(self, each: _Pass, op: str) -> dict[str, Candidate]:
-        return self.gate.get((op, each.dtype), {}) | self.clock.get((op, each.dtype, each.mode), {})
+        """Of those whose verdict is known at this size."""
+        bad = {name: c for name, c in self.gate.get((op, each.dtype), {}).items() if c.status != "verified"}
+        passed = self.at_size.get((op, each.dtype, each.size), {})
+        return passed | bad | self.clock.get((op, each.dtype, each.mode), {})
+
+    def passed_elsewhere(self, each: _Pass, op: str) -> set[str]:
+        """Of those that have passed the op's cases, and perhaps not this size's calls."""
+        return {name for name, c in self.gate.get((op, each.dtype), {}).items() if c.status == "verified"}
 
 
 def _passes(settings: OpsSettings, overrides: Sequence[str]) -> list[_Pass]:
-    """By dtype, then size, then mode. An op whose calls do not depend on the dtype is not measured in a second one."""
+    """By dtype, then size, then mode. An op whose calls do not depend on the one or the other is not measured again."""
     passes: list[_Pass] = []
-    seen: set[tuple[Mode, tuple[Call, ...]]] = set()
+    seen: dict[tuple[Mode, tuple[Call, ...]], tuple[str, DtypeName]] = {}
     sizes: list[str | None] = [*settings.sizes] or [None]
     for dtype in settings.dtypes:
         for size in sizes:
@@ -128,11 +142,20 @@ def _passes(settings: OpsSettings, overrides: Sequence[str]) -> list[_Pass]:
                     raise UserError(f"ops={op}: a step with optimizer={config.optimizer.name} does not call it")
             calls = {op: dict.fromkeys(workload[op], 1) for op in settings.op_names if op in workload}
             for mode in settings.modes:
-                fresh = {op: found for op, found in calls.items() if (mode, tuple(found)) not in seen}
-                seen.update((mode, tuple(found)) for found in calls.values())
-                if fresh:
-                    passes.append(_Pass(config.model.name, dtype, mode, config, fresh))
+                before = {op: seen[mode, tuple(found)] for op, found in calls.items() if (mode, tuple(found)) in seen}
+                fresh = {op: found for op, found in calls.items() if op not in before}
+                seen.update({(mode, tuple(found)): (config.model.name, dtype) for found in fresh.values()})
+                passes.append(_Pass(config.model.name, dtype, mode, config, fresh, before))
     return passes
+
+
+def _copies(each: _Pass, rows: Sequence[OpRow]) -> Iterator[OpRow]:
+    """What was measured at another size or in another dtype, with the very calls of this one."""
+    for op, (size, dtype) in each.measured_before.items():
+        for row in [row for row in rows if (row.op, row.size, row.dtype, row.mode) == (op, size, dtype, each.mode)]:
+            note = f"the same calls as {size} in {dtype}, measured there"
+            told = "; ".join(filter(None, (row.reason, note if row.total_ms is not None else "")))
+            yield row.model_copy(update={"size": each.size, "dtype": each.dtype, "reason": told})
 
 
 def _run(
@@ -157,7 +180,9 @@ def _run(
         verified = {name: candidate for name, candidate in known.items() if candidate.status == "verified"}
         fresh = [name for name in names if name not in known and name not in settled[op]]
         task = Task.of(op, calls, fresh, measure=True)
-        tasks.append(task.model_copy(update={"verified": verified}))
+        passed = verdicts.passed_elsewhere(each, op)
+        known_part = {"verified": verified, "at_own_calls": [name for name in fresh if name in passed]}
+        tasks.append(task.model_copy(update=known_part))
     findings = tune_in_child(
         tasks,
         device=each.config.device,

@@ -8,10 +8,11 @@ from pathlib import Path
 
 from llmmed.benchmark import results
 from llmmed.benchmark.results import OpsResult, Origin, Result, StepResult
-from llmmed.benchmark.tables import OPS_NOTE, STEP_NOTE, header, markdown
+from llmmed.benchmark.tables import header, markdown, note
 from llmmed.files import write_atomically
 from llmmed.reporting.benchmark_plots import draw
 
+_DEFAULT_PAGE = Path("docs/results.md")  # as in configs/benchmark.yaml
 _TITLES = {
     "ops_time": "Time of each op against the model's size",
     "ops_speedup": "Speed-up over PyTorch",
@@ -45,6 +46,7 @@ def write_page(folders: Sequence[Path], page: Path) -> list[Path]:
             write_atomically(target / picture.name, picture.read_bytes())
         sections.append("\n".join(_section(result, target, pictures, page)))
     command = "python scripts/benchmark.py report=" + ",".join(f"{page.with_suffix('')}/{name}" for name in kept)
+    command += f" page={page}" if page != _DEFAULT_PAGE else ""
     intro = f"# Results\n\nWritten by `{command}` from the JSON beside this page; change nothing here by hand.\n"
     write_atomically(page, "\n".join([intro, *sections]))
     return [*written, page]
@@ -56,7 +58,7 @@ def _section(result: Result, target: Path, pictures: Sequence[Path], page: Path)
     data = os.path.relpath(target, page.parent)
     files = (f"{result.kind}.json", f"{result.kind}.csv")
     yield f"All numbers: {', '.join(f'[{file}]({data}/{file})' for file in files)}.\n"
-    yield OPS_NOTE + "\n" if isinstance(result, OpsResult) else STEP_NOTE + "\n"
+    yield f"{note(result)}\n"
     for picture in pictures:
         title = next(words for stem, words in _TITLES.items() if picture.stem.startswith(stem))
         yield f"![{title}]({data}/{picture.name})\n"
@@ -66,8 +68,9 @@ def _section(result: Result, target: Path, pictures: Sequence[Path], page: Path)
 def _origin(origin: Origin, seconds: float) -> Iterator[str]:
     changed = f" with {origin.changed_files} changed files" if origin.changed_files else ""
     hardware = origin.hardware
-    yield f"* Machine: {header(origin)}; CUDA {hardware.cuda or 'none'}, Python {hardware.python}, {hardware.cpu}"
-    yield f"* Date: {origin.date}; commit {origin.commit or 'unknown'}{changed}; {seconds:,.0f} s"
+    cpu = f", {hardware.cpu}" if hardware.cpu != hardware.device else ""
+    yield f"* Machine: {header(origin)}; CUDA {hardware.cuda or 'none'}, Python {hardware.python}{cpu}"
+    yield f"* Date: {origin.date}; commit {origin.commit or 'unknown'}{changed}; took {seconds:,.0f} s"
     yield f"* Command: `{origin.command}`\n"
 
 

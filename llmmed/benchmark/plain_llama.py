@@ -61,10 +61,13 @@ def torch_loss(head: nn.Linear, x: Tensor, targets: Tensor) -> Tensor:
 
 
 def _liger_loss(head: nn.Linear, x: Tensor, targets: Tensor) -> Tensor:
-    """Liger's fused form."""
+    """Liger's fused form. It sums the weight's gradient in float32, as everybody else does."""
     from liger_kernel.ops.fused_linear_cross_entropy import LigerFusedLinearCrossEntropyFunction
 
-    loss: Tensor = LigerFusedLinearCrossEntropyFunction.apply(x, head.weight.to(x.dtype), targets)[0]
+    bias = class_weights = softcap = None
+    loss: Tensor = LigerFusedLinearCrossEntropyFunction.apply(
+        x, head.weight.to(x.dtype), targets, bias, class_weights, -100, 0.0, 0.0, "mean", softcap, False, torch.float32
+    )[0]
     return loss
 
 

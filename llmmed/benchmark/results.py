@@ -100,7 +100,7 @@ class StepRow(_Frozen):
     first_step_again_seconds: float | None = None  # the same in a later round, with the caches of the first
     first_loss: float | None = None  # nats a token, from the same weights and batch as everybody's
     first_gradient_norm: float | None = None
-    last_loss: float | None = None
+    last_loss: float | None = None  # of the last warm-up step, up to which all have made the same steps
     device_ms: dict[str, float] | None = None  # of a step, by what it does
     samples: list[float] = Field(default_factory=list)  # tokens/s of every block
     kernels: dict[str, str] | None = None  # the plan of ours

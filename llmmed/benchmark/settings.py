@@ -13,7 +13,7 @@ from pydantic import ConfigDict, Field, TypeAdapter, ValidationError
 from pydantic.dataclasses import dataclass
 
 from llmmed import compose
-from llmmed.config import Config, NonNegative, Positive, PositiveFloat
+from llmmed.config import Config, NonNegative, NonNegativeFloat, Positive, PositiveFloat
 from llmmed.errors import UserError
 from llmmed.kernels import catalog
 
@@ -62,6 +62,7 @@ class StepSettings(Common):
     blocks: Positive
     block_steps: Positive
     warm_up_steps: NonNegative
+    warm_up_seconds: NonNegativeFloat
     profile_steps: NonNegative
     contestant_seconds: PositiveFloat
 
@@ -72,10 +73,15 @@ _ADAPTER: TypeAdapter[OpsSettings | StepSettings] = TypeAdapter(
 )
 
 
-def compose_benchmark(overrides: Sequence[str] = ()) -> tuple[Settings, Config]:
-    """Composes `configs/benchmark.yaml` with overrides as on the command line. Raises `UserError`."""
-    written = as_lists(overrides)
-    return validate(compose.compose_yaml(written, config_name=CONFIG_NAME), written)
+def compose_benchmark(overrides: Sequence[str] = (), own: Sequence[str] = ()) -> tuple[Settings, Config]:
+    """Composes `configs/benchmark.yaml` with overrides as on the command line. Raises `UserError`.
+
+    `own` come after them: what a benchmark itself sets for a contestant or a dtype.
+    """
+    written = [*as_lists(overrides), *as_lists(own)]
+    settings, config = validate(compose.compose_yaml(written, config_name=CONFIG_NAME), written)
+    _refuse_what_would_not_count(settings, as_lists(overrides))
+    return settings, config
 
 
 def validate(composed: DictConfig, overrides: Sequence[str] = ()) -> tuple[Settings, Config]:
@@ -95,11 +101,11 @@ def validate(composed: DictConfig, overrides: Sequence[str] = ()) -> tuple[Setti
     return settings, compose.validate(run, overrides)
 
 
-def config_of(size: str | None, dtype: DtypeName | None, overrides: Sequence[str]) -> Config:
-    """The run's configuration with another model or another compute dtype. Raises `UserError`."""
+def config_of(size: str | None, dtype: DtypeName | None, overrides: Sequence[str], own: Sequence[str] = ()) -> Config:
+    """The run's configuration with another model, compute dtype, or what a contestant sets. Raises `UserError`."""
     changes = [f"model={size}"] if size else []
     changes += [f"train.precision={PRECISION[dtype]}"] if dtype else []
-    return compose_benchmark([*(o for o in overrides if not o.startswith("sizes=")), *changes])[1]
+    return compose_benchmark([o for o in overrides if not o.startswith("sizes=")], [*changes, *own])[1]
 
 
 def as_lists(arguments: Sequence[str]) -> list[str]:
@@ -124,3 +130,39 @@ def _check(settings: Settings, overrides: Sequence[str]) -> None:
         for op in settings.ops:
             if op not in (ALL, *catalog.op_names()):
                 raise UserError(f"ops={op}: there is no such op; the ops are {', '.join(catalog.op_names())}, or all")
+    else:
+        from llmmed.benchmark.contestants import CONTESTANTS  # which imports much
+
+        names = [contestant.name for contestant in CONTESTANTS]
+        for index, name in enumerate(settings.contestants):
+            if name not in (ALL, *names):
+                raise UserError(f"contestants={name}: there is no such one; there are {', '.join(names)}, or all")
+            if name in settings.contestants[:index]:
+                raise UserError(f"contestants=...: {name} is there twice")
+
+
+_ELSEWHERE = {  # keys that a benchmark sets itself -> what to write instead
+    "ops": {
+        "train.precision": "a benchmark of ops goes through dtypes itself; write dtypes=float16",
+        "train.compile": "a benchmark of ops goes through modes itself; write modes=eager,graphs",
+    },
+    "step": {
+        "kernels": "each contestant has kernels of its own; write contestants=ours_auto,ours_graphs",
+        "kernels.policy": "each contestant has kernels of its own; write contestants=ours_auto,ours_graphs",
+        "train.compile": "each contestant has a mode of its own; write contestants=ours_eager,plain_eager",
+        "optimizer.schedule": "all contestants train at a constant rate, and speed does not hang on it; leave it out",
+        "optimizer.warmup_steps": "all contestants train at a constant rate from the first step on; leave it out",
+    },
+}
+
+
+def _refuse_what_would_not_count(settings: Settings, overrides: Sequence[str]) -> None:
+    for override in overrides:
+        key, _, value = override.lstrip("+").partition("=")
+        if instead := _ELSEWHERE[settings.kind].get(key):
+            raise UserError(f"{override}: {instead}")
+        if isinstance(settings, StepSettings) and key == "train.activation_checkpointing" and value != "none":
+            ours = [name for name in settings.contestants if name.startswith("ours_")]
+            if ours != settings.contestants:
+                told = ",".join(ours or ["ours_auto"])
+                raise UserError(f"{override}: llmmed's contestants alone take it; write contestants={told} beside it")

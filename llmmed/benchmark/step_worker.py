@@ -5,20 +5,22 @@ Run as `python -m llmmed.benchmark.step_worker <job.json>` by `step.py`.
 
 from __future__ import annotations
 
+import math
 import os
 import sys
 import time
+from collections.abc import Mapping
 from pathlib import Path
 
 import torch
 from pydantic import BaseModel, ConfigDict, Field
 
 from llmmed import compose
-from llmmed.autotune.failures import classify
+from llmmed.autotune.failures import classify, one_line
 from llmmed.autotune.plan import Status
-from llmmed.autotune.worker import end_with_parent
-from llmmed.benchmark.breakdown import measure_breakdown
+from llmmed.autotune.process import end_with_parent
 from llmmed.benchmark.contestants import CONTESTANTS, Contestant, Trainee, build
+from llmmed.benchmark.profiled_groups import measure_breakdown
 from llmmed.benchmark.settings import StepSettings, compose_benchmark
 from llmmed.compose import accumulation_steps
 from llmmed.config import Config
@@ -28,8 +30,11 @@ from llmmed.files import write_atomically
 _BATCHES = 4  # different ones, in turns
 
 
+_SCALE_TRIES = 12  # of the first step in fp16, each with half the loss scale
+
+
 class _Frozen(BaseModel):
-    model_config = ConfigDict(extra="forbid", frozen=True)
+    model_config = ConfigDict(extra="forbid", frozen=True, ser_json_inf_nan="constants")
 
 
 class StepJob(_Frozen):
@@ -71,7 +76,7 @@ def main() -> None:
     compose.register()
     contestant = next(each for each in CONTESTANTS if each.name == job.contestant)
     try:
-        settings, config = compose_benchmark(job.overrides)
+        settings, config = compose_benchmark(own=job.overrides)
         assert isinstance(settings, StepSettings)
         found = compete(contestant, settings, config, job)
     except UserError as error:
@@ -84,7 +89,7 @@ def main() -> None:
 
 
 def compete(contestant: Contestant, settings: StepSettings, config: Config, job: StepJob) -> StepFound:
-    """Builds, trains and measures. Raises whatever the contestant raises."""
+    """Builds, trains and measures. Its times are on disk before it is profiled. Raises what the contestant raises."""
     from llmmed.training.metrics import peak_tflops
 
     device = torch.device(config.device)
@@ -94,21 +99,26 @@ def compete(contestant: Contestant, settings: StepSettings, config: Config, job:
     steps = _Steps(trainee, _batches(config, device), device)
     loss, norm = steps.run(1)
     first_step_seconds = time.time() - job.started - trainee.excluded_seconds
+    if config.train.precision == "fp16":
+        loss, norm = _until_the_scale_fits(steps, loss, norm)
     first_loss, first_norm = loss.item(), norm.item()
-    steps.run(settings.warm_up_steps)
+    if settings.warm_up_steps:
+        loss, _ = steps.run(settings.warm_up_steps)
+    last_loss = loss.item()
+    if reason := _not_finite({"first loss": first_loss, "first gradient norm": first_norm, "last loss": last_loss}):
+        return StepFound(status="wrong", reason=reason)
+    settling = time.perf_counter()
+    while time.perf_counter() - settling < settings.warm_up_seconds:
+        steps.run(settings.block_steps)
     samples = []
     for _ in range(settings.blocks):
         begun = time.perf_counter()
         loss, _ = steps.run(settings.block_steps)
         samples.append(settings.block_steps * config.train.global_batch_tokens / (time.perf_counter() - begun))
-    last_loss = loss.item()
+    if reason := _not_finite({"last loss": loss.item()}):
+        return StepFound(status="wrong", reason=reason)
     memory = torch.cuda.max_memory_allocated(device) / 2**30 if device.type == "cuda" else None
-    device_ms = None
-    if settings.profile_steps:
-        with trainee.annotated():
-            steps.run(1)
-            device_ms = measure_breakdown(steps.one, settings.profile_steps, device)
-    return StepFound(
+    found = StepFound(
         status="verified",
         samples=samples,
         peak_memory_gib=memory,
@@ -117,9 +127,33 @@ def compete(contestant: Contestant, settings: StepSettings, config: Config, job:
         first_loss=first_loss,
         first_gradient_norm=first_norm,
         last_loss=last_loss,
-        device_ms=device_ms,
         kernels=trainee.plan.choice if trainee.plan is not None else None,
     )
+    if not settings.profile_steps:
+        return found
+    unfinished = found.model_copy(update={"reason": "not profiled: the profiler did not end"})
+    write_atomically(job.result, unfinished.model_dump_json())
+    try:
+        with trainee.annotated():
+            steps.run(1)
+            device_ms = measure_breakdown(steps.one, settings.profile_steps, device)
+    except Exception as error:  # noqa: BLE001 - whatever the profiler raises, the times are good
+        return found.model_copy(update={"reason": f"not profiled: {one_line(error)}"})
+    return found.model_copy(update={"device_ms": device_ms})
+
+
+def _not_finite(values: Mapping[str, float]) -> str:
+    """What cannot have come from training; empty if all is well."""
+    return ", ".join(f"{name} is {value}" for name, value in values.items() if not math.isfinite(value))
+
+
+def _until_the_scale_fits(steps: _Steps, loss: torch.Tensor, norm: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """The first step again while its gradients overflow: such a step changes the loss scale alone."""
+    for _ in range(_SCALE_TRIES):
+        if math.isfinite(norm.item()) or not math.isfinite(loss.item()):
+            break
+        loss, norm = steps.first_again()
+    return loss, norm
 
 
 class _Steps:
@@ -133,6 +167,10 @@ class _Steps:
         found = self._trainee.step(self._index, self._batches[self._index % len(self._batches)])
         self._index += 1
         return found
+
+    def first_again(self) -> tuple[torch.Tensor, torch.Tensor]:
+        self._index = 0
+        return self.run(1)
 
     def run(self, count: int) -> tuple[torch.Tensor, torch.Tensor]:
         found = (torch.empty(0), torch.empty(0))

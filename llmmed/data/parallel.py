@@ -8,7 +8,6 @@ the tokenizers library's own threads.
 from __future__ import annotations
 
 import concurrent.futures
-import os
 import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -17,6 +16,7 @@ from contextlib import contextmanager
 from typing import TypeVar
 
 from llmmed.data.worker import Worker, started
+from llmmed.machine import cores
 
 Task = TypeVar("Task")
 Report = Callable[[str], None]
@@ -24,10 +24,6 @@ Report = Callable[[str], None]
 _MOST_PROCESSES = 8
 _SMALL = 16 * 2**20  # bytes of text that are not worth starting processes for
 _SECONDS_BETWEEN_LINES = 15.0
-
-
-def cores() -> int:
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def run(

@@ -22,9 +22,10 @@ from llmmed.data.parallel import Report
 from llmmed.data.split import Split, drop_leaks, split
 from llmmed.data.spool import Listed, spool
 from llmmed.errors import UserError
-from llmmed.files import read_json, write_atomically, write_json
+from llmmed.files import read_json, sha256_of_file, write_atomically, write_json
 
 _COPIED_AT_ONCE = 2**24  # bytes
+_ENDINGS = ", ".join(text.SUFFIXES)
 
 
 @dataclass(frozen=True)
@@ -75,6 +76,7 @@ def build(config: Config, work: Path, report: Report) -> None:
     tokenizer.write_settings(result, str(tokenizer.read(result / "tokenizer.json").id_to_token(end_token)))
     dtype = "uint16" if vocab_size <= 2**16 else "uint32"
     facts: dict[str, Any] = {"vocab_size": vocab_size, "end_token": end_token, "sources": {}}
+    facts["tokenizer_sha256"] = sha256_of_file(result / "tokenizer.json")
     for key, part in parts.items():
         pieces = _tokenised(part, result / "tokenizer.json", end_token, dtype, _named("tokenising", key), report)
         (result / key).mkdir(exist_ok=True)
@@ -104,13 +106,18 @@ def _scanned(key: str, source: DataConfig, work: Path, report: Report) -> _Part:
     scans = [folder / f"{number:05}.scan.npz" for number in range(len(its_shards))]
     tasks = [shards.Scan(shard, path) for shard, path in zip(its_shards, scans, strict=True) if not path.exists()]
     parallel.run(shards.scan, tasks, [task.shard.size for task in tasks], _named("reading", key), report)
-    documents = source.max_documents
-    return _Part(folder, its_shards, scans, split(scans, source.validation_fraction, documents))
+    files = [shard.file for shard in its_shards]
+    its_split = split(scans, source.validation_fraction, source.max_documents, files)
+    if its_split.note:
+        report(its_split.note)
+    return _Part(folder, its_shards, scans, its_split)
 
 
 def _shards(source: DataConfig, folder: Path, report: Report) -> list[text.Shard]:
     report(f"reading {source.name} documents")
     if source.name == "text":
+        if others := text.left_out(source):
+            report(f"data.path={source.path}: ignored are {others}; files that are read end with {_ENDINGS}")
         return text.shards(source)
     with parallel.progress("fetching" if source.name == "hub" else "reading", 0, report) as advance:
         if source.name == "hub":

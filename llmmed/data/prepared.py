@@ -5,13 +5,15 @@ from __future__ import annotations
 import contextlib
 import errno
 import fcntl
+import hashlib
 import json
 import os
 import shutil
-from collections.abc import Iterator
+import time
+from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
@@ -23,35 +25,37 @@ from llmmed.data.parallel import Report
 from llmmed.data.preparation import build, check_vocabulary, sources_of
 from llmmed.data.shards import PARTS
 from llmmed.errors import UserError
-from llmmed.files import cache_folder, read_json, sha256_of
+from llmmed.files import cache_folder, read_json, sha256_of, sha256_of_file, write_json
 
 if TYPE_CHECKING:
     import numpy.typing as npt
 
     Tokens = npt.NDArray[np.integer]
 
-_VERSION = 2  # of what is stored; a change of the preparation raises it
+_VERSION = 3  # of what is stored: whoever changes which tokens come out of a text raises it
+_FACTS = ("documents", "bytes", "tokens", "sha256")  # that the manifest has of each part of a source
+_DAYS_KEPT = 30  # what a preparation that was given up has left behind
+_HASHED_AT_ONCE = 2**24  # tokens
 _SYNTHETIC_TOKENS = 2**23
+_VERIFIED = "verified.json"  # size and time of the files whose hashes were found right
 
 
 @dataclass(frozen=True)
 class Dataset:
     """Packed tokens, documents separated by `end_token`.
 
-    `fingerprint` is a hash of the tokens themselves; `from_cache` says that nothing had to be prepared.
+    `fingerprint` is a hash of the tokens themselves.
     """
 
     name: str
     train: Tokens | Mixture
     validation: Tokens | Mixture
-    vocab_size: int  # ids are below it
     tokenizer_file: Path | None
     end_token: int
     bytes_per_token: float | None  # of the validation text, for bits per byte
     train_documents: int
     validation_documents: int
     fingerprint: str
-    from_cache: bool
 
 
 def check(config: Config) -> None:
@@ -78,17 +82,18 @@ def _prepared(config: Config, report: Report) -> Dataset:
         return _synthetic(config)
     recipe = _recipe(config)
     folder = cache_folder("data") / recipe[:32]
-    dataset = _open(folder, config, from_cache=True)
+    dataset = _open(folder, config)
     if dataset is not None:
         return dataset
     with _alone(folder.with_suffix(".lock"), report):
-        dataset = _open(folder, config, from_cache=True)  # another run may have prepared it meanwhile
+        dataset = _open(folder, config)  # another run may have prepared it meanwhile
         if dataset is not None:
             return dataset
         if folder.exists():
             report(f"the prepared data in {folder} is damaged; preparing it again")
             shutil.rmtree(folder, ignore_errors=True)
         work = folder.with_suffix(".work")
+        _clear_abandoned(folder.parent, work, report)
         work.mkdir(exist_ok=True)
         try:
             build(config, work, report)
@@ -103,7 +108,7 @@ def _prepared(config: Config, report: Report) -> Dataset:
             raise UserError(f"data.path={config.data.path}: files changed while they were being prepared; start again")
         os.replace(work / "result", folder)
         shutil.rmtree(work, ignore_errors=True)
-    dataset = _open(folder, config, from_cache=False)
+    dataset = _open(folder, config)
     if dataset is None:
         raise UserError(f"the prepared data cannot be read back from {folder}; is the disk full?")
     return dataset
@@ -114,13 +119,12 @@ def _check_source(source: DataConfig, seq_len: int) -> None:
         raise UserError(f"data=biomed needs the package {missing}; pip install 'llmmed[biomed]', or use data=text")
     if source.name == "hub" and source.path is None:
         raise UserError("data=hub needs data.path=<a dataset's name on the Hugging Face Hub, or a folder>")
-    if source.name == "text":
-        size = sum(path.stat().st_size for path in text.files(source))
-        if size < seq_len and not any(path.suffix == ".parquet" for path in text.files(source)):
-            raise UserError(
-                f"train.seq_len={seq_len} is longer than the data: data.path={source.path} has {size} bytes, "
-                f"which are fewer tokens still; use a shorter train.seq_len or more text"
-            )
+    if source.name == "text" and not text.holds(source, seq_len):
+        size = sum(path.stat().st_size for path in text.files(source))  # raises where there is nothing at all
+        raise UserError(
+            f"train.seq_len={seq_len} is longer than the data: data.path={source.path} has {size} bytes, "
+            f"which are fewer tokens still; use a shorter train.seq_len or more text"
+        )
 
 
 def _check_mixture(data: DataConfig) -> None:
@@ -142,8 +146,7 @@ def _recipe(config: Config) -> str:
         "sources": {key: _source_facts(source) for key, source in sources_of(config.data).items()},
         "tokenizer": [asdict(config.tokenizer), _stats(config.tokenizer.path)],
     }
-    code = [path.read_bytes() for path in sorted(Path(__file__).parent.glob("*.py"))]
-    return sha256_of([json.dumps(facts, sort_keys=True), *code])
+    return sha256_of([json.dumps(facts, sort_keys=True)])
 
 
 def _source_facts(source: DataConfig) -> dict[str, object]:
@@ -173,6 +176,7 @@ def _stat(path: Path) -> list[str | int]:
 def _alone(lock: Path, report: Report) -> Iterator[None]:
     """One process at a time; the lock goes with the process, however that ends."""
     with lock.open("w") as file:
+        os.utime(lock)
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
@@ -181,22 +185,27 @@ def _alone(lock: Path, report: Report) -> Iterator[None]:
         yield
 
 
-def _open(folder: Path, config: Config, *, from_cache: bool) -> Dataset | None:
+def _open(folder: Path, config: Config) -> Dataset | None:
     """The prepared data, memory-mapped, or None if it is not there or not what its manifest says."""
     try:
         facts = read_json(folder / "manifest.json")
-        tokens = {
-            name: {key: np.load(folder / key / f"{name}.npy", mmap_mode="r") for key in facts["sources"]}
-            for name in PARTS
+        vocab_size, end_token = int(facts["vocab_size"]), int(facts["end_token"])
+        sources = {
+            key: {name: {fact: source[name][fact] for fact in _FACTS} for name in PARTS}
+            for key, source in facts["sources"].items()
         }
-        sources = facts["sources"]
+        if set(sources) != set(sources_of(config.data)):
+            return None
+        tokens = {
+            name: {key: np.load(folder / key / f"{name}.npy", mmap_mode="r") for key in sources} for name in PARTS
+        }
         if any(len(array) != sources[key][name]["tokens"] for name in PARTS for key, array in tokens[name].items()):
             return None
-        if not (folder / "tokenizer.json").exists():
+        if not _is_whole(folder, facts["tokenizer_sha256"], sources, tokens):
             return None
-    except (OSError, ValueError, KeyError):
+    except (OSError, ValueError, KeyError, TypeError, AttributeError):
         return None
-    check_vocabulary(config, facts["vocab_size"])
+    check_vocabulary(config, vocab_size)
     weights = config.data.weights if config.data.name == "mixture" else {".": 1.0}
     mixtures = {name: Mixture(tokens[name], weights) for name in PARTS}
     held_out = {key: source["validation"] for key, source in sources.items()}
@@ -205,17 +214,51 @@ def _open(folder: Path, config: Config, *, from_cache: bool) -> Dataset | None:
         name=config.data.path or "hub" if config.data.name == "hub" else config.data.name,
         train=_plain(mixtures["train"]),
         validation=_plain(mixtures["validation"]),
-        vocab_size=facts["vocab_size"],
         tokenizer_file=folder / "tokenizer.json",
-        end_token=facts["end_token"],
+        end_token=end_token,
         bytes_per_token=mixtures["validation"].mean({k: v["bytes"] / v["tokens"] for k, v in held_out.items()})
         if all(part["tokens"] for part in held_out.values())
         else None,
         train_documents=sum(source["train"]["documents"] for source in sources.values()),
         validation_documents=sum(part["documents"] for part in held_out.values()),
         fingerprint=sha256_of(hashes + ([json.dumps(weights)] if len(sources) > 1 else [])),
-        from_cache=from_cache,
     )
+
+
+def _is_whole(
+    folder: Path, tokenizer_sha256: str, sources: Mapping[str, Any], tokens: Mapping[str, Mapping[str, Tokens]]
+) -> bool:
+    """Whether the files have the hashes of the manifest: read once, and again if their size or time changed."""
+    seen = {str(path.relative_to(folder)): _stat(path)[1:] for path in sorted(folder.rglob("*.npy"))}
+    seen["tokenizer.json"] = _stat(folder / "tokenizer.json")[1:]
+    record = folder / _VERIFIED
+    with contextlib.suppress(FileNotFoundError, ValueError):
+        if read_json(record) == seen:
+            return True
+    if sha256_of_file(folder / "tokenizer.json") != tokenizer_sha256:
+        return False
+    for name, arrays in tokens.items():
+        for key, array in arrays.items():
+            digest = hashlib.sha256()
+            for start in range(0, len(array), _HASHED_AT_ONCE):
+                digest.update(array[start : start + _HASHED_AT_ONCE].tobytes())
+            if digest.hexdigest() != sources[key][name]["sha256"]:
+                return False
+    with contextlib.suppress(OSError):  # a cache of somebody else's, that can only be read, is verified every time
+        write_json(record, seen)
+    return True
+
+
+def _clear_abandoned(root: Path, ours: Path, report: Report) -> None:
+    """Removes what preparations left that nobody has gone on with for long, for instance of text that has changed."""
+    for work in sorted(root.glob("*.work")):
+        lock = work.with_suffix(".lock")  # touched by every attempt
+        if work == ours or (lock.exists() and time.time() - lock.stat().st_mtime < _DAYS_KEPT * 86_400):
+            continue
+        with lock.open("a") as file, contextlib.suppress(BlockingIOError):
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            report(f"removing {work}: a preparation that was not gone on with for {_DAYS_KEPT} days")
+            shutil.rmtree(work, ignore_errors=True)
 
 
 def _plain(mixture: Mixture) -> Tokens | Mixture:
@@ -234,12 +277,10 @@ def _synthetic(config: Config) -> Dataset:
         name="synthetic",
         train=tokens[held_out:],
         validation=tokens[:held_out],
-        vocab_size=vocab_size,
         tokenizer_file=None,
         end_token=0,
         bytes_per_token=None,
         train_documents=0,
         validation_documents=0,
         fingerprint=sha256_of(["synthetic", str(config.seed), str(size), str(vocab_size)]),
-        from_cache=False,
     )

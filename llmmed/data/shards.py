@@ -60,8 +60,8 @@ def scan(task: Scan) -> None:
     """Raises `UserError` for text that cannot be read, with its position."""
     whole, heads, lengths = [], [], []
     for document in text.read(task.shard):
-        whole.append(_hash(document))
-        heads.append(_hash(head(document)))
+        whole.append(hash_of(document))
+        heads.append(hash_of(head(document)))
         lengths.append(len(document))
     content = io.BytesIO()
     np.savez(
@@ -119,15 +119,20 @@ def head(document: str) -> str:
 
 
 def cut(document: str, position: int) -> tuple[str, str]:
-    """Two parts, at the first end of a line, sentence or word after `position` where there is one."""
+    """Two parts, at the first end of a line, sentence or word in the half of what follows `position`, or right there.
+
+    The half, so that the one line end near the end of a text does not leave the second part with nothing.
+    """
+    latest = (position + len(document)) // 2
     for end in ("\n", ". ", " "):
-        found = document.find(end, position)
-        if 0 < found + len(end) < len(document):
+        found = document.find(end, position, latest)
+        if found >= 0:
             return document[: found + len(end)], document[found + len(end) :]
     return document[:position], document[position:]
 
 
-def _hash(document: str) -> int:
+def hash_of(document: str) -> int:
+    """64 bits, the same on every machine."""
     return int.from_bytes(hashlib.sha256(document.encode()).digest()[:8], "big")
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import json
 import re
+from collections import Counter
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,6 +18,7 @@ if TYPE_CHECKING:
     import pyarrow.parquet
 
 SUFFIXES = (".txt", ".jsonl", ".parquet")
+_PACKED = (".gz", ".bz2", ".xz", ".zst", ".zip", ".tar", ".tgz", ".7z")
 SHARD_BYTES = 8 * 2**20
 _BLANK_LINES = re.compile(r"\n\s*\n")
 _CONTINUATION_BYTES = bytes(range(0x80, 0xC0))  # of UTF-8: no character begins with one
@@ -32,6 +34,7 @@ class Shard:
     end: int
     field: str
     size: int  # in bytes, to tell progress
+    file: str | None = None  # of paragraphs that stay together: its name within the folder
 
 
 def files(config: DataConfig) -> list[Path]:
@@ -41,22 +44,47 @@ def files(config: DataConfig) -> list[Path]:
     path = Path(config.path)
     if not path.exists():
         raise UserError(f"data.path={config.path}: there is no such file or folder")
-    found = sorted(p for p in path.rglob("*") if p.suffix in SUFFIXES and p.is_file()) if path.is_dir() else [path]
-    if not found or found[0].suffix not in SUFFIXES:
-        raise UserError(f"data.path={config.path}: nothing to read; files end with {', '.join(SUFFIXES)}")
+    everything = _below(path)
+    found = sorted(p for p in everything if _kind(p) in SUFFIXES)
+    if not found:
+        packed = "; unpack what is packed" if any(_kind(p) in _PACKED for p in everything) else ""
+        raise UserError(
+            f"data.path={config.path}: nothing to read; files end with {', '.join(SUFFIXES)}, and what is there is "
+            f"{_counts(everything) or 'nothing'}{packed}"
+        )
     if not any(p.stat().st_size for p in found):
         raise UserError(f"data.path={config.path}: {'the file is' if len(found) == 1 else 'all files are'} empty")
     return found
 
 
+def holds(config: DataConfig, size: int) -> bool:
+    """Whether there are so many bytes to read, or a .parquet file, which is packed. Looks no further than it must."""
+    if config.path is None:
+        return False
+    path, found = Path(config.path), 0
+    for file in path.rglob("*") if path.is_dir() else [path]:
+        if _kind(file) in SUFFIXES and file.is_file():
+            found += max(file.stat().st_size, size if _kind(file) == ".parquet" and file.stat().st_size else 0)
+            if found >= size:
+                return True
+    return False
+
+
+def left_out(config: DataConfig) -> str | None:
+    """How many files of the folder are not read, by what they end with, or None if all are."""
+    return _counts([path for path in _below(Path(str(config.path))) if _kind(path) not in SUFFIXES]) or None
+
+
 def shards(config: DataConfig, shard_bytes: int = SHARD_BYTES) -> list[Shard]:
     """All files cut where documents end, into parts of about `shard_bytes`. Raises `UserError`."""
-    found = []
-    for path in files(config):
+    found, paths = [], files(config)
+    several = sum(_kind(path) == ".txt" for path in paths) > 1
+    for path in paths:
+        file = path.relative_to(str(config.path)).as_posix() if several and _kind(path) == ".txt" else None
         with _telling_of_loss(path):
-            cut = _row_groups if path.suffix == ".parquet" else _byte_ranges
+            cut = _row_groups if _kind(path) == ".parquet" else _byte_ranges
             for start, end, size in cut(path, shard_bytes):
-                found.append(Shard(str(path), start, end, config.text_field, size))
+                found.append(Shard(str(path), start, end, config.text_field, size, file))
     return found
 
 
@@ -67,11 +95,24 @@ def read(shard: Shard) -> Iterator[str]:
     A paragraph longer than a shard is cut at the end of a line.
     """
     path = Path(shard.path)
-    reader = {".txt": _txt, ".jsonl": _jsonl, ".parquet": _parquet}[path.suffix]
+    reader = {".txt": _txt, ".jsonl": _jsonl, ".parquet": _parquet}[_kind(path)]
     with _telling_of_loss(path):
         for document in reader(path, shard):
             if stripped := document.strip():
                 yield stripped
+
+
+def _below(path: Path) -> list[Path]:
+    return [found for found in path.rglob("*") if found.is_file()] if path.is_dir() else [path]
+
+
+def _kind(path: Path) -> str:
+    return path.suffix.lower()
+
+
+def _counts(paths: list[Path]) -> str:
+    counts = Counter(_kind(path) or "without an ending" for path in paths)
+    return ", ".join(f"{count} {kind}" for kind, count in sorted(counts.items()))
 
 
 def unpaired_surrogate(document: str) -> str | None:
@@ -100,15 +141,20 @@ def _jsonl(path: Path, shard: Shard) -> Iterator[str]:
         file.seek(position)
         while position < shard.end and (line := file.readline()):
             if line.strip():
-                yield _record(_decode(line, path, position), _line_at(path, position), shard.field)
+                document = _record(_decode(line, path, position), _line_at(path, position), shard.field)
+                if document is not None:
+                    yield document
             position += len(line)
 
 
-def _record(line: str, where: Callable[[], str], field: str) -> str:
+def _record(line: str, where: Callable[[], str], field: str) -> str | None:
+    """The text of a record; None where it is null, as in the other formats."""
     try:
         record = json.loads(line)
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise UserError(f"{where()}: not a line of JSON ({error})") from None
+    if isinstance(record, dict) and field in record and record[field] is None:
+        return None
     if not isinstance(record, dict) or not isinstance(record.get(field), str):
         known = ", ".join(record) if isinstance(record, dict) else type(record).__name__
         raise UserError(f"{where()}: no text in field '{field}' (data.text_field); the record has {known}")
@@ -139,12 +185,40 @@ def _parquet(path: Path, shard: Shard) -> Iterator[str]:
     if shard.field not in table.schema_arrow.names:
         known = ", ".join(table.schema_arrow.names)
         raise UserError(f"{path}: no column '{shard.field}' (data.text_field); it has {known}")
+    if not _is_text(table.schema_arrow, shard.field):
+        kind = _type_of(table.schema_arrow, shard.field)
+        texts = [name for name in table.schema_arrow.names if _is_text(table.schema_arrow, name)]
+        raise UserError(
+            f"{path}: column '{shard.field}' (data.text_field) holds {kind}, not text; "
+            f"text is in {', '.join(texts) or 'no column'}"
+        )
     groups = list(range(shard.start, shard.end))
     try:
         for batch in table.iter_batches(batch_size=256, row_groups=groups, columns=[shard.field]):
             yield from (value for value in batch.column(0).to_pylist() if isinstance(value, str))
     except (UnicodeDecodeError, pyarrow.ArrowInvalid) as error:
         raise UserError(f"{path}: row groups {shard.start} to {shard.end - 1} cannot be read ({error})") from None
+
+
+def _is_text(schema: pyarrow.Schema, column: str) -> bool:
+    """Also for a column of nothing but nulls, which has no type of its own."""
+    import pyarrow.types
+
+    kind = _type_of(schema, column)
+    tests = (
+        pyarrow.types.is_string,
+        pyarrow.types.is_large_string,
+        pyarrow.types.is_string_view,
+        pyarrow.types.is_null,
+    )
+    return any(test(kind) for test in tests)
+
+
+def _type_of(schema: pyarrow.Schema, column: str) -> pyarrow.DataType:
+    import pyarrow.types
+
+    kind = schema.types[schema.names.index(column)]
+    return kind.value_type if pyarrow.types.is_dictionary(kind) else kind
 
 
 def _open_parquet(path: Path) -> pyarrow.parquet.ParquetFile:
@@ -171,7 +245,7 @@ def _row_groups(path: Path, shard_bytes: int) -> Iterator[tuple[int, int, int]]:
 
 
 def _byte_ranges(path: Path, shard_bytes: int) -> Iterator[tuple[int, int, int]]:
-    end_of_document = _end_of_line if path.suffix == ".jsonl" else _end_of_paragraph
+    end_of_document = _end_of_line if _kind(path) == ".jsonl" else _end_of_paragraph
     size = path.stat().st_size
     with path.open("rb") as file:
         start = 0

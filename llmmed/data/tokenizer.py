@@ -83,9 +83,12 @@ def load(config: TokenizerConfig, retries: int, report: Callable[[str], None]) -
 
 
 def read(file: Path) -> Tokenizer:
+    """A tokenizer for text that may say anything: what is spelled like a special token is characters like any other."""
     from tokenizers import Tokenizer
 
-    return Tokenizer.from_file(str(file))
+    tokenizer = Tokenizer.from_file(str(file))
+    tokenizer.encode_special_tokens = True
+    return tokenizer
 
 
 def vocabulary_size(tokenizer: Tokenizer) -> int:

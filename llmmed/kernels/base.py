@@ -234,7 +234,8 @@ class Kernels:
             object.__setattr__(self, name, function)
 
     def __getattr__(self, name: str) -> Callable[..., Any]:
-        raise AttributeError(f"no kernel for op '{name}' in this table; it has {', '.join(sorted(self.functions))}")
+        functions = self.__dict__.get("functions", {})  # there are none yet while a copy is being made
+        raise AttributeError(f"no kernel for op '{name}' in this table; it has {', '.join(sorted(functions))}")
 
     def __iter__(self) -> Iterator[str]:
         return iter(self.functions)

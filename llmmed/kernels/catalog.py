@@ -10,6 +10,7 @@ from __future__ import annotations
 import functools
 import importlib
 import importlib.metadata
+import importlib.util
 import logging
 import re
 import shutil
@@ -62,7 +63,7 @@ def get_implementation(op: str, name: str) -> Implementation:
         KeyError: no such op or implementation.
         Unavailable: its module cannot be imported here.
     """
-    from llmmed.kernels.base import Unavailable
+    from llmmed.kernels.base import Implementation, Unavailable
 
     if name not in implementation_names(op):
         raise KeyError(name)
@@ -73,16 +74,19 @@ def get_implementation(op: str, name: str) -> Implementation:
             found = importlib.import_module(_modules(op)[name]).IMPL
         else:
             found = _entry_points(op)[name].load()
-    except Exception as error:  # a candidate that breaks on import must not take the run with it
+    except (Exception, SystemExit) as error:  # a candidate that breaks on import must not take the run with it
         raise Unavailable(f"cannot be imported: {type(error).__name__}: {error}") from error
+    if not isinstance(found, Implementation):
+        raise Unavailable(f"is no Implementation but {type(found).__name__}")
     if found.name != name:
         raise Unavailable(f"calls itself '{found.name}' but stands in a module or entry point named '{name}'")
-    implementation: Implementation = found
-    return implementation
+    return found
 
 
 def load_kernels(choice: Mapping[str, str], launches: Mapping[str, Mapping[str, Launches]] | None = None) -> Kernels:
     """The table for a choice of one implementation an op. Raises `KeyError` and `Unavailable` like the above.
+
+    `Unavailable` also where `compiled` of an op would have to compile another op's implementation that cannot be.
 
     `launches`, by op and implementation, say how kernels are launched, by default where they say nothing. That holds
     for the process: two tables with the same implementation launch it alike, as the later one says.
@@ -93,11 +97,25 @@ def load_kernels(choice: Mapping[str, str], launches: Mapping[str, Mapping[str, 
     table = Kernels(functions, dict(choice))
     for op, name in choice.items():
         implementation = get_implementation(op, name)
+        _check_that_it_compiles(op, name, implementation, choice)
         function = implementation.load()
         take_launches(op, implementation, (launches or {}).get(op, {}).get(name, {}))
         functions[op] = functools.partial(function, kernels=table) if implementation.uses else function
     table.__post_init__()
     return table
+
+
+def _check_that_it_compiles(op: str, name: str, implementation: Implementation, choice: Mapping[str, str]) -> None:
+    """Raises `Unavailable` where `compiled` calls what no compiler can trace, which would fail at the first call."""
+    from llmmed.kernels.base import Unavailable
+
+    for used in sorted(with_uses(implementation.uses, choice) if name == COMPILED else ()):
+        inner = get_implementation(used, choice[used])
+        if choice[used] != COMPILED and not inner.compiles:
+            raise Unavailable(
+                f"'{COMPILED}' of op '{op}' compiles op '{used}' too, whose implementation '{inner.name}' cannot be "
+                f"compiled; choose another for one of them"
+            )
 
 
 def take_launches(op: str, implementation: Implementation, launches: Launches) -> None:

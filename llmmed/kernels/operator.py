@@ -15,6 +15,7 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensor
 
 from llmmed.kernels.base import Unavailable
 
@@ -48,8 +49,30 @@ def require_triton() -> None:
 
 def as_rows(tensor: Tensor) -> Tensor:
     """`tensor` as [rows, last dimension] with unit stride in the last; a view where the strides allow it."""
-    rows = tensor.reshape(-1, tensor.shape[-1])
-    return rows if rows.stride(-1) == 1 else rows.contiguous()
+    return unit_stride(tensor.reshape(-1, tensor.shape[-1]))
+
+
+def unit_stride(tensor: Tensor) -> Tensor:
+    """`tensor`, or a contiguous copy where the elements of its last dimension are apart."""
+    return tensor if tensor.stride(-1) == 1 else tensor.contiguous()
+
+
+def through_dispatcher(tensor: Tensor) -> bool:
+    """Whether an operator is to be called, which a compiler sees and which has a fake: where a kernel is traced, or a
+    tensor has no memory and no `absent_gpu` is planned for. Else its function may be called, which costs less.
+    """
+    if torch.compiler.is_compiling() or type(tensor) is FakeTensor:
+        return True
+    return tensor.is_meta and _absent_gpu is None
+
+
+def refuse_second_derivative(name: str) -> None:
+    """Raises `RuntimeError` in a backward pass that is to be differentiated itself (`create_graph=True`).
+
+    Autograd does not see into a kernel: it would take what is missing for zero, and say nothing.
+    """
+    if torch.is_grad_enabled():
+        raise RuntimeError(f"{name} has no second derivative; use kernels=pytorch")
 
 
 def sm_count(device: torch.device) -> int:
@@ -153,9 +176,10 @@ def make_operator(
             become the gradient of several arguments, or views of it the gradients; None for an argument that is None.
         n_outputs: How many of `forward`'s results are public.
     """
-    parameters = inspect.signature(forward).parameters
-    positions = [list(parameters).index(argument) for argument in gradients]
-    defaults = [p.default for p in parameters.values()]
+    signature = inspect.signature(forward)
+    names = list(signature.parameters)
+    positions = [names.index(argument) for argument in gradients]
+    defaults = {n: p.default for n, p in signature.parameters.items() if p.default is not inspect.Parameter.empty}
 
     forward_op = torch.library.custom_op(f"{name}_forward", forward, mutates_args=())
     forward_op.register_fake(_told_to_compilers(fake_forward))
@@ -175,7 +199,7 @@ def make_operator(
             torch.zeros(shape, dtype=dtype, device=device) if gradient is None else gradient
             for gradient, (shape, dtype, device) in zip(output_gradients[:n_outputs], ctx.output_specs, strict=True)
         ]
-        found: list[Any] = [None] * len(parameters)
+        found: list[Any] = [None] * len(names)
         for position, gradient in zip(positions, spread(*function(*upstream, *saved)), strict=True):
             found[position] = gradient if ctx.needs_input_grad[position] else None
         return found
@@ -200,15 +224,20 @@ def make_operator(
 
         @staticmethod
         def backward(ctx: Any, *output_gradients: Tensor | None) -> Any:
+            refuse_second_derivative(name)
             return tuple(run_backward(ctx, output_gradients, backward))
 
+    def complete(args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, ...]:
+        rest = names[len(args) :]
+        given = {**{n: defaults[n] for n in rest if n in defaults}, **kwargs}
+        if len(args) > len(names) or given.keys() != set(rest):
+            signature.bind(*args, **kwargs)  # raises the TypeError that says what is wrong
+        return args + tuple(given[n] for n in rest)
+
     def operator(*args: Any, **kwargs: Any) -> Any:
-        arguments = args
-        if kwargs or len(args) < len(parameters):
-            rest = list(parameters)[len(args) :]
-            arguments = args + tuple(kwargs.get(n, defaults[len(args) + i]) for i, n in enumerate(rest))
-        through_dispatcher = torch.compiler.is_compiling() or (arguments[0].is_meta and _absent_gpu is None)
-        results = forward_op(*arguments) if through_dispatcher else Direct.apply(*arguments)
+        # Eager mode's hot path gives all by position.
+        arguments = complete(args, kwargs) if kwargs or len(args) != len(names) else args
+        results = forward_op(*arguments) if through_dispatcher(arguments[0]) else Direct.apply(*arguments)
         return results[0] if n_outputs == 1 else results[:n_outputs]
 
     operator.__name__ = name.rpartition("::")[2]

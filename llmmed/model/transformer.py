@@ -16,7 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from llmmed.config import Config, ModelConfig
+from llmmed.config import Config, ModelConfig, check_heads
 from llmmed.errors import UserError
 from llmmed.kernels.base import Kernels
 from llmmed.model.precision import compute_dtype as dtype_of
@@ -58,7 +58,7 @@ class Transformer(nn.Module):
         checkpoint_blocks: bool = False,
     ) -> None:
         super().__init__()
-        _check_heads(config)
+        check_heads(config)
         self.config = config
         self.kernels = kernels
         self.compute_dtype = compute_dtype
@@ -251,17 +251,3 @@ def _loss(kernels: Kernels, hidden_states: Tensor, head: Tensor, targets: Tensor
 
 def _parameter(*shape: int, device: torch.device | str) -> nn.Parameter:
     return nn.Parameter(torch.empty(shape, dtype=torch.float32, device=device))
-
-
-def _check_heads(config: ModelConfig) -> None:
-    if config.d_model % (2 * config.n_heads):
-        raise UserError(
-            f"model.d_model={config.d_model} does not divide into model.n_heads={config.n_heads} heads of even size; "
-            f"try model.d_model={2 * config.n_heads * max(1, config.d_model // (2 * config.n_heads))}"
-        )
-    if config.n_heads % config.n_kv_heads:
-        divisors = [n for n in range(1, config.n_heads + 1) if config.n_heads % n == 0]
-        raise UserError(
-            f"model.n_kv_heads={config.n_kv_heads} does not divide model.n_heads={config.n_heads}; "
-            f"allowed: {', '.join(map(str, divisors))}"
-        )

@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING
 
 from llmmed.benchmark.results import OpRow, OpsResult, StepResult, StepRow
 from llmmed.files import write_atomically
+from llmmed.reporting.numbers import digits
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -24,8 +25,12 @@ if TYPE_CHECKING:
 _BLACK, _ORANGE, _SKY, _GREEN, _YELLOW, _BLUE, _RED, _PURPLE = (
     "#000000", "#E69F00", "#56B4E9", "#009E73", "#F0E442", "#0072B2", "#D55E00", "#CC79A7",
 )  # fmt: skip
+_GREY = "#999999"
 _KNOWN = {"pytorch": (_BLACK, "o"), "compiled": (_BLUE, "s"), "triton": (_RED, "^"), "liger": (_GREEN, "D")}
-_OTHERS = ((_ORANGE, "v"), (_PURPLE, "X"), (_SKY, "P"), (_BLACK, "*"), (_GREEN, "<"), (_BLUE, ">"))
+_OTHERS = (
+    (_ORANGE, "v"), (_PURPLE, "X"), (_SKY, "P"), (_BLACK, "*"), (_GREEN, "<"), (_BLUE, ">"), (_GREY, "p"),
+    (_ORANGE, "h"), (_PURPLE, "8"), (_SKY, "H"), (_RED, "d"), (_GREY, "."),
+)  # fmt: skip
 _FAMILIES = {"ours": (_BLUE, ""), "plain": (_ORANGE, "//"), "hf": (_GREEN, "..")}
 GROUPS = {  # of a step's device time -> colour and hatch
     "products": (_BLUE, ""),
@@ -35,7 +40,7 @@ GROUPS = {  # of a step's device time -> colour and hatch
     "swiglu": (_YELLOW, "\\\\"),
     "loss": (_RED, "--"),
     "optimizer": (_SKY, "++"),
-    "other": ("#999999", ""),
+    "other": (_GREY, ""),
 }
 _DPI = 120
 
@@ -73,7 +78,10 @@ def _ops_figures(result: OpsResult) -> dict[str, Figure]:
 
 
 def _time_figure(rows: Sequence[OpRow], title: str) -> Figure:
-    """A panel an op: device time of every implementation against the size, and the least time possible."""
+    """A panel an op: device time of every implementation against the size, and the least time possible.
+
+    That is what the least traffic takes at the speed of a copy, or the least products at theirs.
+    """
     from matplotlib import pyplot
     from matplotlib.lines import Line2D
 
@@ -107,8 +115,7 @@ def _time_figure(rows: Sequence[OpRow], title: str) -> Figure:
         axis.grid(axis="y", alpha=0.3)
     handles = [Line2D([], [], color=c, marker=m, linewidth=1, label=n) for n, (c, m) in styles.items()]
     if any(row.least_ms for row in rows):
-        label = "ceiling: least traffic at the speed of a copy, or least products"
-        handles.append(Line2D([], [], color="0.35", linestyle="--", label=label))
+        handles.append(Line2D([], [], color="0.35", linestyle="--", label="ceiling: least time"))
     _finish(figure, title, handles, columns=4 if columns > 1 else 2)
     return figure
 
@@ -167,8 +174,9 @@ def _dots_figure(rows: Sequence[OpRow], title: str, dots: _Dots) -> Figure:
         axis.set_yticks(range(len(ops)), ops)
         axis.set_ylim(len(ops) - 0.5, -0.5)
         axis.grid(axis="x", alpha=0.3)
-    for axis in panels[-1]:
+    for axis in panels.flat[max(0, len(sizes) - columns) : len(sizes)]:  # with nothing below
         axis.set_xlabel(dots.label)
+        axis.tick_params(axis="x", which="both", labelbottom=True)
     handles = [Line2D([], [], color=c, marker=m, linestyle="", label=n) for n, (c, m) in styles.items()]
     _finish(figure, title, handles, columns=4)
     return figure
@@ -216,7 +224,8 @@ def _bars(
     axis: Axes, label: str, rows: Sequence[StepRow], values: Sequence[float | None],
     intervals: Sequence[tuple[float | None, float | None]] | None = None,
 ) -> None:  # fmt: skip
-    top = max((value for value in values if value is not None), default=1.0)
+    ends = [*values, *(high for _, high in intervals or ())]
+    top = max((value for value in ends if value is not None), default=1.0)
     for place, (row, value) in enumerate(zip(rows, values, strict=True)):
         if value is None:
             axis.text(0.02, place, "not measured", transform=axis.get_yaxis_transform(), va="center", color="0.4")
@@ -229,7 +238,7 @@ def _bars(
             if low is not None and high is not None:
                 axis.plot([low, high], [place, place], "|-", color="black", linewidth=1.2, markersize=7)
                 end = high
-        axis.text(end + 0.02 * top, place, _short(value), va="center", fontsize=8)
+        axis.text(end + 0.02 * top, place, digits(value), va="center", fontsize=8)
     axis.set_xlim(0, 1.22 * top)
     axis.set_ylim(len(rows) - 0.5, -0.5)
     axis.set_xlabel(label)
@@ -259,7 +268,7 @@ def _breakdown_figure(result: StepResult, rows: Sequence[StepRow]) -> Figure:
                 width = (row.device_ms or {}).get(group, 0.0)
                 axis.barh(place, width, 0.72, left=left, color=colour, hatch=hatch, edgecolor="white", linewidth=0.5)
                 left += width
-            axis.text(left, place, f" {_short(left)}", va="center", fontsize=8)
+            axis.text(left, place, f" {digits(left)}", va="center", fontsize=8)
         axis.set_yticks(range(len(here)), [_folded(row.title) for row in here])
         axis.set_ylim(len(here) - 0.5, -0.5)
         axis.margins(x=0.08)
@@ -316,10 +325,6 @@ def _plain_log_ticks(axis: object) -> None:
     axis.set_major_locator(LogLocator(subs=subs, numticks=15))
     axis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:,.10g}"))
     axis.set_minor_formatter(NullFormatter())
-
-
-def _short(value: float) -> str:
-    return f"{value:,.0f}" if value >= 100 else f"{value:#.3g}"
 
 
 def _thousand(value: float | None) -> float | None:

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from rich.console import Console
@@ -14,8 +13,9 @@ from rich.text import Text
 from llmmed.autotune.plan import Candidate, KernelPlan, OpPlan, Status, StepEvidence
 from llmmed.errors import UserError
 from llmmed.kernels.catalog import DEFAULT
+from llmmed.reporting.numbers import ABSENT, Column, number, words
+from llmmed.reporting.numbers import digits as _three_digits
 
-_ABSENT = "\N{EN DASH}"
 _CHOSEN = "\N{CHECK MARK}"
 _LEGEND = (
     f"{_CHOSEN} is used. Verdict and error: outputs and every gradient against float64. Time: all calls of a "
@@ -81,9 +81,9 @@ def kernel_table(plan: KernelPlan, *, gap: int = 2) -> Table:
             chosen = candidate_name == op.chosen
             table.add_row(
                 Text(f"{_CHOSEN if chosen else ' '} {candidate_name}"),
-                Text(_words(candidate.status), _STYLES[candidate.status]),
-                *(column.value(candidate) or Text(_ABSENT, "dim") for column in columns),
-                Text(reason_alone(candidate) or _ABSENT),
+                Text(words(candidate.status), _STYLES[candidate.status]),
+                *(column.value(candidate) or Text(ABSENT, "dim") for column in columns),
+                Text(reason_alone(candidate) or ABSENT),
                 style="bold" if chosen else "",
             )
     return table
@@ -110,10 +110,10 @@ def _step_line(step: StepEvidence) -> str:
     """What the real step said of the whole plan."""
     default, chosen = step.default, step.chosen
     if chosen.choice == default.choice:
-        return f"In the step: {_three_digits(chosen.ms)} ms a micro-batch.{_ended(step)}\n"
+        return f"In the step: {_three_digits(chosen.ms)} ms a step.{_ended(step)}\n"
     others = {op: name for op, name in default.choice.items() if name != DEFAULT}
     against = "PyTorch's" if not others else f"PyTorch's and {', '.join(f'{n} for {op}' for op, n in others.items())}"
-    text = f"In the step: {_three_digits(chosen.ms)} ms a micro-batch; {_three_digits(default.ms)} with {against}"
+    text = f"In the step: {_three_digits(chosen.ms)} ms a step; {_three_digits(default.ms)} with {against}"
     if default.peak_memory_gib is not None and chosen.peak_memory_gib is not None:
         text += f"; {chosen.peak_memory_gib:.2f} GiB against {default.peak_memory_gib:.2f}"
     modes = ", ".join(f"{mode} {_three_digits(ms)}" for mode, ms in step.modes.items() if mode != step.mode)
@@ -131,30 +131,11 @@ def _stages(plan: KernelPlan) -> str:
     return f" ({told})" if told else ""
 
 
-@dataclass(frozen=True)
-class _Column:
-    header: str
-    value: Callable[[Candidate], str]  # empty if absent
-
-
-def _number(value: float | None, form: str) -> str:
-    return "" if value is None else format(value, form)
-
-
-def _three_digits(value: float | None) -> str:
-    """`0.0412`, `4.12`, `41.2`, `4,120`: three significant digits without an exponent."""
-    if value is None:
-        return ""
-    if value >= 100:
-        return f"{value:,.0f}"
-    return f"{value:.4f}" if value < 0.1 else f"{value:#.3g}"
-
-
-_COLUMNS = (
-    _Column("relative\nerror", lambda c: _number(c.relative_error, ".1e")),
-    _Column("fwd+bwd\nms", lambda c: _three_digits(c.total_ms)),
-    _Column("memory\nMiB", lambda c: _number(c.peak_memory_mib, ",.0f")),
-    _Column("speed-\nup", lambda c: _number(c.speedup, ".2f")),
+_COLUMNS: tuple[Column[Candidate], ...] = (
+    Column("relative\nerror", lambda c: number(c.relative_error, ".1e")),
+    Column("fwd+bwd\nms", lambda c: _three_digits(c.total_ms)),
+    Column("memory\nMiB", lambda c: number(c.peak_memory_mib, ",.0f")),
+    Column("speed-\nup", lambda c: number(c.speedup, ".2f")),
 )
 
 
@@ -163,10 +144,6 @@ def _calls(op: OpPlan) -> str:
     return f"{count} call{'s' if count != 1 else ''}"
 
 
-def _words(status: Status) -> str:
-    return status.replace("_", " ")
-
-
 def reason_alone(candidate: Candidate) -> str:
     """The reason without the verdict, which has a column of its own."""
-    return candidate.reason.removeprefix(_words(candidate.status)).lstrip(":, ")
+    return candidate.reason.removeprefix(words(candidate.status)).lstrip(":, ")

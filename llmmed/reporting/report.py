@@ -8,8 +8,7 @@ from __future__ import annotations
 import base64
 import math
 import shlex
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Sequence
 from html import escape
 from pathlib import Path
 from typing import Any
@@ -25,14 +24,14 @@ from llmmed.errors import UserError
 from llmmed.files import write_atomically
 from llmmed.reporting import sweep_summary
 from llmmed.reporting.kernel_table import reason_alone
-from llmmed.reporting.report_html import chart, digits, page, pre, table
+from llmmed.reporting.numbers import ABSENT, Column, digits, number, words
+from llmmed.reporting.report_html import chart, page, pre, table
 from llmmed.reporting.report_step import step_section
-from llmmed.reporting.sweep_summary import JobSummary, metrics_of, number, stored, summarize_run, told_kernels
+from llmmed.reporting.sweep_summary import JobSummary, metrics_of, stored, summarize_run, told_kernels
 from llmmed.reporting.terminal import kernels_in_words
 from llmmed.run_folder import shown
 from llmmed.training.metrics import read_metrics
 
-_ABSENT = "\N{EN DASH}"
 _LOG_LINES = 40
 _EARLIER_SAMPLES = 12  # of a prompt
 
@@ -89,7 +88,11 @@ def run_page(folder: Path) -> str:
     }
     badge = f'<span class="badge {run.status.replace(" ", "-")}">{run.status}</span>'
     subtitle = f'{badge} {escape(run.job)}</p><p class="where">{escape(_where(folder))}'
-    return page(f"Run {folder.resolve().name}", subtitle, sections)
+    sweep = _sweep_of(folder)
+    title = (
+        f"Run {folder.resolve().name}" if sweep is None else f"A job of sweep {sweep.name}"
+    )  # named by its overrides
+    return page(title, subtitle, sections)
 
 
 def sweep_page(folder: Path, jobs: Sequence[JobSummary]) -> str:
@@ -101,7 +104,7 @@ def sweep_page(folder: Path, jobs: Sequence[JobSummary]) -> str:
         name = escape(job.job)
         linked = f'<a href="{quote(job.folder)}/report.html">{name}</a>' if job.folder else name
         cells = [f"<td>{linked}</td>", f'<td class="state {job.status.replace(" ", "-")}">{job.status}</td>']
-        cells += [f'<td class="number">{column.value(job) or _ABSENT}</td>' for column in columns]
+        cells += [f'<td class="number">{column.value(job) or ABSENT}</td>' for column in columns]
         cells.append(f"<td>{escape(told_kernels(job.kernels))}</td>")
         cells += [f'<td class="why">{escape(job.reason or "")}</td>'] if troubled else []
         rows.append(f"<tr>{''.join(cells)}</tr>")
@@ -114,6 +117,11 @@ def sweep_page(folder: Path, jobs: Sequence[JobSummary]) -> str:
     }
     done = sum(job.status == "finished" for job in jobs)
     return page(f"Sweep {folder.resolve().name}", f"{done} of {len(jobs)} jobs finished", sections)
+
+
+def _sweep_of(folder: Path) -> Path | None:
+    """The folder of the sweep that a run was part of, however deep a job's name made its own."""
+    return next((parent for parent in folder.resolve().parents[:3] if (parent / "multirun.yaml").exists()), None)
 
 
 def _picture(title: str, path: Path) -> str:
@@ -202,9 +210,9 @@ def _kernels(folder: Path) -> str:
         for implementation, candidate in op.candidates.items():
             chosen = implementation == op.chosen
             cells = [f"<td>{'&#10003; ' if chosen else ''}{escape(implementation)}</td>"]
-            cells.append(f'<td class="{candidate.status}">{candidate.status.replace("_", " ")}</td>')
-            cells += [f'<td class="number">{column.value(candidate) or _ABSENT}</td>' for column in columns]
-            cells.append(f'<td class="why">{escape(reason_alone(candidate)) or _ABSENT}</td>')
+            cells.append(f'<td class="{candidate.status}">{words(candidate.status)}</td>')
+            cells += [f'<td class="number">{column.value(candidate) or ABSENT}</td>' for column in columns]
+            cells.append(f'<td class="why">{escape(reason_alone(candidate)) or ABSENT}</td>')
             idle = candidate.status in ("unavailable", "not_tried")
             rows.append(f'<tr class="{"chosen" if chosen else "idle" if idle else ""}">{"".join(cells)}</tr>')
     source = "read from the tuning cache" if plan.cached else f"found in {plan.tuning_seconds:,.1f} s"
@@ -264,7 +272,7 @@ def _reproduce(folder: Path) -> str:
     if changed:
         text += f"<p>The source was not that of the commit: {len(changed)} files had changes.</p>"
         text += pre("\n".join(map(str, changed)))
-    if isinstance(given := environment.get("command"), list):
+    if isinstance(given := environment.get("command"), list) and _sweep_of(folder) is None:
         where = escape(str(environment.get("working_folder")))
         text += f"<p>What was typed, in <code>{where}</code>:</p>" + pre(shlex.join(map(str, given)))
     return text
@@ -295,7 +303,7 @@ def _environment(folder: Path) -> str:
     rows |= {key: environment.get(key) for key in ("started", "host", "platform", "python", "working_folder")}
     rows |= {"commit": (environment.get("git") or {}).get("commit"), **(environment.get("packages") or {})}
     lines = "".join(
-        f"<tr><th>{escape(name.replace('_', ' '))}</th><td>{escape(str(value)) if value else _ABSENT}</td></tr>"
+        f"<tr><th>{escape(name.replace('_', ' '))}</th><td>{escape(str(value)) if value else ABSENT}</td></tr>"
         for name, value in rows.items()
     )
     return f'<div class="scroll"><table class="pairs">{lines}</table></div>'
@@ -310,28 +318,22 @@ def _log(folder: Path) -> str:
     return note + pre("\n".join(lines[-_LOG_LINES:])) if lines else "<p>The log is empty or not there.</p>"
 
 
-@dataclass(frozen=True)
-class _Column:
-    header: str  # what, unit
-    value: Callable[[Candidate], str]  # empty if absent
-
-
 def _interval(candidate: Candidate) -> str:
     if candidate.total_ms_low is None or candidate.total_ms_high is None:
         return ""
     return f"{digits(candidate.total_ms_low)}\N{EN DASH}{digits(candidate.total_ms_high)}"
 
 
-_COLUMNS = (
-    _Column("relative error", lambda c: number(c.relative_error, ".1e")),
-    _Column("error / allowed", lambda c: number(c.worst_ratio, ".2g")),
-    _Column("forward, ms", lambda c: digits(c.forward_ms)),
-    _Column("backward, ms", lambda c: digits(c.backward_ms)),
-    _Column("total, ms", lambda c: digits(c.total_ms)),
-    _Column("interval, ms", _interval),
-    _Column("memory, MiB", lambda c: number(c.peak_memory_mib, ",.0f")),
-    _Column("share of ceiling", lambda c: number(c.share_of_ceiling, ".0%")),
-    _Column("speed-up over pytorch", lambda c: number(c.speedup, ".2f")),
+_COLUMNS: tuple[Column[Candidate], ...] = (
+    Column("relative error", lambda c: number(c.relative_error, ".1e")),
+    Column("error / allowed", lambda c: number(c.worst_ratio, ".2g")),
+    Column("forward, ms", lambda c: digits(c.forward_ms)),
+    Column("backward, ms", lambda c: digits(c.backward_ms)),
+    Column("total, ms", lambda c: digits(c.total_ms)),
+    Column("interval, ms", _interval),
+    Column("memory, MiB", lambda c: number(c.peak_memory_mib, ",.0f")),
+    Column("share of ceiling", lambda c: number(c.share_of_ceiling, ".0%")),
+    Column("speed-up over pytorch", lambda c: number(c.speedup, ".2f")),
 )
 
 

@@ -6,6 +6,8 @@ import math
 from collections.abc import Iterator, Mapping, Sequence
 from html import escape
 
+from llmmed.reporting.numbers import digits
+
 _MOST_POINTS = 600  # of a curve
 _COLOURS = ("#56b4e9", "#e69f00", "#009e73", "#f0e442", "#cc79a7", "#d55e00", "#0072b2")  # Okabe and Ito, 2008
 
@@ -84,11 +86,6 @@ def swatch(place: int | None) -> str:
 
 def _fill(place: int | None) -> str:
     return "rest" if place is None else f"f{place % len(_COLOURS)}"
-
-
-def digits(value: float | None) -> str:
-    """Three significant digits without an exponent; empty if absent."""
-    return "" if value is None else f"{value:,.0f}" if value >= 100 else f"{value:#.3g}".rstrip(".")
 
 
 def decimals(largest: float) -> int:

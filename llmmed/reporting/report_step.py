@@ -8,11 +8,10 @@ from pathlib import Path
 
 from llmmed.autotune.plan import KernelPlan, StepEvidence, StepTimes, StepTrial
 from llmmed.errors import UserError
-from llmmed.reporting import breakdown
-from llmmed.reporting.breakdown import Breakdown
-from llmmed.reporting.report_html import bars, decimals, digits, swatch, table
-
-_ABSENT = "\N{EN DASH}"
+from llmmed.reporting import plan_shares
+from llmmed.reporting.numbers import ABSENT, digits
+from llmmed.reporting.plan_shares import Breakdown
+from llmmed.reporting.report_html import bars, decimals, swatch, table
 
 
 def step_section(folder: Path) -> str:
@@ -21,7 +20,7 @@ def step_section(folder: Path) -> str:
         plan = KernelPlan.read(folder / "kernels.json")
     except UserError:
         return "<p>No kernels were chosen yet.</p>"
-    chosen, default = breakdown.of_chosen(plan), breakdown.of_default(plan)
+    chosen, default = plan_shares.of_chosen(plan), plan_shares.of_default(plan)
     if not chosen.parts and plan.step is None:
         return (
             "<p>Not measured: nothing was timed, because nothing was left to choose "
@@ -46,13 +45,13 @@ def _bars(chosen: Breakdown, default: Breakdown, *, same: bool) -> str:
         times = {part.op: part.ms for part in found.parts}
         values[title] = [(place[name], name, times[name]) for name in names if name in times]
         if found.rest_ms is not None:
-            values[title].append((None, breakdown.REST, found.rest_ms))
+            values[title].append((None, plan_shares.REST, found.rest_ms))
     rows = []
-    for name in [*names, breakdown.REST]:
+    for name in [*names, plan_shares.REST]:
         cells = [f'<td class="part">{swatch(place.get(name))}{escape(name)}</td>']
         for found in shown.values():
             part = next((part for part in found.parts if part.op == name), None)
-            ms = found.rest_ms if name == breakdown.REST else part.ms if part else None
+            ms = found.rest_ms if name == plan_shares.REST else part.ms if part else None
             used = part.implementation if part else ""
             cells.append(f'<td class="number">{_fixed(ms, places)}</td><td>{escape(used)}</td>')
         rows.append(f"<tr>{''.join(cells)}</tr>")
@@ -87,7 +86,7 @@ def _evidence(step: StepEvidence) -> str:
     rows = [_times("these kernels", step.chosen, places)]
     if step.chosen.choice != step.default.choice:
         rows.append(_times("PyTorch's, with what is pinned", step.default, places))
-    headers = ["in the real step", "ms a micro-batch", "interval at 95 %, ms", "peak memory, GiB"]
+    headers = ["in the real step", "ms a step", "interval at 95 %, ms", "peak memory, GiB"]
     parts.append(table(headers, rows, range(1, 4)))
     others = ", ".join(f"{mode} {digits(ms)} ms" for mode, ms in step.modes.items())
     if others:
@@ -105,7 +104,7 @@ def _evidence(step: StepEvidence) -> str:
 
 
 def _times(name: str, times: StepTimes, places: int) -> str:
-    memory = _ABSENT if times.peak_memory_gib is None else f"{times.peak_memory_gib:.2f}"
+    memory = ABSENT if times.peak_memory_gib is None else f"{times.peak_memory_gib:.2f}"
     return _row([name], [_fixed(times.ms, places), _interval(times.ms_low, times.ms_high, places), memory])
 
 
@@ -124,9 +123,9 @@ def _row(texts: Sequence[str], numbers: Sequence[str], end: str = "") -> str:
 
 
 def _interval(low: float | None, high: float | None, places: int, sign: str = "") -> str:
-    return _ABSENT if low is None or high is None else f"{_fixed(low, places, sign)} to {_fixed(high, places, sign)}"
+    return ABSENT if low is None or high is None else f"{_fixed(low, places, sign)} to {_fixed(high, places, sign)}"
 
 
 def _fixed(value: float | None, places: int, sign: str = "") -> str:
     """With `places` digits after the point, so that a column stands in line; `sign` may be `+`."""
-    return _ABSENT if value is None else f"{value:{sign},.{places}f}"
+    return ABSENT if value is None else f"{value:{sign},.{places}f}"

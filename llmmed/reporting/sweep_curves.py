@@ -35,7 +35,7 @@ def picture(curves: Mapping[str, Curve]) -> bytes | None:
 
     matplotlib.use("Agg")
     from matplotlib import pyplot
-    from matplotlib.ticker import MaxNLocator
+    from matplotlib.ticker import MaxNLocator, ScalarFormatter
 
     figure, axis = pyplot.subplots(figsize=(8.0, 4.6 + 0.2 * len(shown)), layout="constrained")
     for place, ((name, points), (colour, marker)) in enumerate(zip(shown.items(), _LOOKS, strict=False)):
@@ -47,6 +47,7 @@ def picture(curves: Mapping[str, Curve]) -> bytes | None:
     axis.set_xlabel("optimizer step")
     axis.set_ylabel("validation loss (nats a token)")
     axis.set_ylim(*_range(list(shown.values())))
+    axis.yaxis.set_major_formatter(ScalarFormatter(useOffset=False))
     axis.xaxis.set_major_locator(MaxNLocator(integer=True))
     axis.grid(alpha=0.3)
     axis.set_axisbelow(True)
@@ -67,5 +68,11 @@ def _range(curves: Sequence[Curve]) -> tuple[float, float]:
     low = min(y for points in curves for _, y in points)
     highs = sorted(max(y for _, y in points[len(points) // 4 :]) for points in curves)
     high = min(highs[-1], low + 3 * (highs[len(highs) // 2] - low) or highs[-1])
-    margin = 0.05 * (high - low) or 0.1
-    return low - margin, high + margin
+    return widened(low, high, 0.05)
+
+
+def widened(low: float, high: float, margin: float) -> tuple[float, float]:
+    """The ends of an axis for losses: `margin` of the range on both sides, and never so little that noise fills it."""
+    least = max(0.01, 0.002 * abs(high))
+    more = max(margin * (high - low), (least - (high - low)) / 2)
+    return low - more, high + more

@@ -12,7 +12,7 @@ import os
 import platform
 import statistics
 import textwrap
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
@@ -31,8 +31,8 @@ from llmmed.errors import UserError
 from llmmed.files import read_json, write_atomically, write_json
 from llmmed.kernels.catalog import DEFAULT
 from llmmed.reporting import sweep_curves
+from llmmed.reporting.numbers import ABSENT, Column, number
 
-_ABSENT = "\N{EN DASH}"
 _GRID_SWEEPER = "hydra._internal.core_plugins.basic_sweeper.BasicSweeper"
 UNITS = "Losses in nats a token; memory is the allocator's peak; the first step's time is counted from the start."
 _BLUE, _RED = "#0072B2", "#D55E00"  # told apart by colour-blind readers
@@ -55,19 +55,6 @@ class JobSummary:
     val_loss: float | None = None
     time_to_first_step_seconds: float | None = None
     training_time_seconds: float | None = None
-
-
-@dataclass(frozen=True)
-class Column:
-    """A number of every job."""
-
-    header: str  # with its unit, in two lines
-    value: Callable[[JobSummary], str]  # empty if absent
-
-    @property
-    def title(self) -> str:
-        """The header in one line."""
-        return self.header.replace("\n", " ")
 
 
 def is_sweep(folder: Path) -> bool:
@@ -175,28 +162,23 @@ def stored(path: Path) -> dict[str, Any]:
     return found if isinstance(found, dict) else {}
 
 
-def number(value: float | None, form: str) -> str:
-    """Empty if absent."""
-    return "" if value is None else format(value, form)
-
-
 def table(jobs: Sequence[JobSummary]) -> Table:
     """For the terminal. A column that no job has a value for is left out."""
     shown = columns(jobs)
     found = Table(box=None, padding=(0, 1, 0, 0), pad_edge=False, header_style="bold")
-    found.add_column("job", overflow="fold", min_width=14)
+    found.add_column("job", overflow="fold", min_width=12)
     found.add_column("status", no_wrap=True)
     for column in shown:
         found.add_column(column.header, justify="right", no_wrap=True)
-    found.add_column("kernels other than pytorch", overflow="fold", min_width=12)
+    found.add_column("kernels other than pytorch", overflow="fold", min_width=10)
     for job in jobs:
         colour = {"finished": "green", "failed": "bold red"}.get(job.status, "yellow")
-        cells = [Text(column.value(job) or _ABSENT) for column in shown]
+        cells = [Text(column.value(job) or ABSENT) for column in shown]
         found.add_row(Text(job.job), Text(job.status, colour), *cells, Text(told_kernels(job.kernels)))
     return found
 
 
-def columns(jobs: Sequence[JobSummary]) -> list[Column]:
+def columns(jobs: Sequence[JobSummary]) -> list[Column[JobSummary]]:
     """The numbers of a comparison, without those that no job has."""
     return [column for column in _COLUMNS if any(column.value(job) for job in jobs)]
 
@@ -204,7 +186,7 @@ def columns(jobs: Sequence[JobSummary]) -> list[Column]:
 def told_kernels(kernels: dict[str, str] | None) -> str:
     """`triton: rms_norm, rotary; cudnn: attention`."""
     if not kernels:
-        return _ABSENT if kernels is None else "none"
+        return ABSENT if kernels is None else "none"
     names = dict.fromkeys(kernels.values())
     return "; ".join(f"{name}: {', '.join(op for op, n in kernels.items() if n == name)}" for name in names)
 
@@ -231,8 +213,9 @@ def losses_of(folder: Path) -> list[tuple[float, float]]:
     return list({e["step"]: (e["step"], e["val/loss"]) for e in metrics_of(folder) if "val/loss" in e}.values())
 
 
-_COLUMNS = (
+_COLUMNS: tuple[Column[JobSummary], ...] = (
     Column("speed\ntokens/s", lambda job: number(job.tokens_per_second, ",.0f")),
+    Column("MFU\n%", lambda job: "" if job.mfu is None else f"{100 * job.mfu:.1f}"),
     Column("memory\nGiB", lambda job: number(job.peak_memory_gib, ".2f")),
     Column("train\nloss", lambda job: number(job.train_loss, ".4f")),
     Column("val\nloss", lambda job: number(job.val_loss, ".4f")),
@@ -244,7 +227,7 @@ def _markdown(jobs: Sequence[JobSummary]) -> str:
     headers = ["job", "status", *(column.title for column in _COLUMNS), "kernels other than pytorch", "reason"]
     lines = [headers, ["---", "---", *("---:" for _ in _COLUMNS), "---", "---"]]
     for job in jobs:
-        cells = [column.value(job) or _ABSENT for column in _COLUMNS]
+        cells = [column.value(job) or ABSENT for column in _COLUMNS]
         lines.append([job.job, job.status, *cells, told_kernels(job.kernels), job.reason or ""])
     return "".join(f"| {' | '.join(cell.replace('|', chr(92) + '|') for cell in line)} |\n" for line in lines) + (
         f"\n{UNITS}\n"
@@ -257,7 +240,7 @@ def _picture(jobs: Sequence[JobSummary]) -> bytes:
 
     matplotlib.use("Agg")
     from matplotlib import pyplot
-    from matplotlib.ticker import FuncFormatter
+    from matplotlib.ticker import FuncFormatter, ScalarFormatter
 
     panels = [
         ("throughput (tokens/s)", [job.tokens_per_second for job in jobs], True, ",.0f"),
@@ -275,21 +258,23 @@ def _picture(jobs: Sequence[JobSummary]) -> bytes:
             colour = _BLUE if job.status == "finished" else _RED
             hatch = None if job.status == "finished" else "//"
             if value is None or not math.isfinite(value):
-                axis.text(0.02, row, _ABSENT, transform=axis.get_yaxis_transform(), va="center", color="0.4")
+                axis.text(0.02, row, ABSENT, transform=axis.get_yaxis_transform(), va="center", color="0.4")
             elif bars:
                 axis.barh(row, value, 0.6, color=colour, hatch=hatch, edgecolor="white")
                 axis.text(value + 0.02 * highest, row, f"{value:{form}}", va="center", fontsize=8)
             else:
                 axis.plot([value], [row], "o" if hatch is None else "x", color=colour, markersize=7)
                 axis.annotate(f"{value:{form}}", (value, row), (0, 7), textcoords="offset points", ha="center", size=8)
+        axis.locator_params(axis="x", nbins=4)
+        finite = [value for value in values if value is not None and math.isfinite(value)]
         if bars:
             axis.set_xlim(0, 1.25 * highest)
-        else:
-            axis.margins(x=0.25)
+            axis.xaxis.set_major_formatter(FuncFormatter(lambda place, _: f"{place:,.6g}"))
+        elif finite:
+            axis.set_xlim(*sweep_curves.widened(min(finite), max(finite), 0.25))
+            axis.xaxis.set_major_formatter(ScalarFormatter(useOffset=False))
         axis.set_xlabel(title)
         axis.grid(axis="x", alpha=0.3)
-        axis.locator_params(axis="x", nbins=4)
-        axis.xaxis.set_major_formatter(FuncFormatter(lambda place, _: f"{place:,.6g}"))
         axis.set_axisbelow(True)
         axis.spines[["top", "right"]].set_visible(False)
     axes[0][0].set_yticks(range(len(jobs)), labels)

@@ -15,7 +15,7 @@ from typing import Any
 from llmmed.autotune.plan import KernelPlan
 from llmmed.config import Config
 from llmmed.files import read_json, write_json
-from llmmed.reporting import breakdown
+from llmmed.reporting import plan_shares
 from llmmed.training.metrics import Sample
 
 logger = logging.getLogger(__name__)
@@ -60,10 +60,10 @@ class WandbSink:
             path: Its `kernels.json`. Training adds to it what was seen to run, so the last version is the one to keep.
         """
         self._plan = path
-        parts = breakdown.of_chosen(plan)
+        parts = plan_shares.of_chosen(plan)
         times = [[f"{part.op} ({part.implementation})", part.ms] for part in parts.parts]
         if parts.rest_ms is not None:
-            times.append([breakdown.REST, parts.rest_ms])
+            times.append([plan_shares.REST, parts.rest_ms])
 
         def send() -> None:
             import wandb

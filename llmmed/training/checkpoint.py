@@ -141,8 +141,10 @@ def damage(path: Path) -> str | None:
     """What is wrong with a checkpoint's files, or None."""
     try:
         manifest = read_json(path / "manifest.json")
-        for name in _FILES:
-            if sha256_of_file(path / name) != manifest.get(name):
+        if missing := set(_FILES) - manifest.keys():
+            return f"manifest.json does not name {', '.join(sorted(missing))}"
+        for name, expected in manifest.items():
+            if sha256_of_file(path / name) != expected:
                 return f"{name} does not match its checksum"
     except (OSError, ValueError, AttributeError) as error:
         return str(error)

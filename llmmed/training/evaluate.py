@@ -1,4 +1,5 @@
-"""The validation over a fixed set: the same windows at every evaluation and in every run of the same data."""
+"""The validation over a fixed set: the same windows at every evaluation, and in every run of the same data and length
+of sequence, whatever its micro-batch is."""
 
 from __future__ import annotations
 
@@ -20,17 +21,20 @@ class Evaluator:
     """Args:
     model: On its device, compiled or not. Its kernels compute the loss, as in the training.
     dataset: Its validation tokens.
-    train: `eval_batches` windows of micro-batch size at most; fewer where the validation set is smaller.
+    train: `eval_tokens` in windows of `seq_len`, drawn from the whole validation part by a seed that never changes;
+        all windows where there are fewer. The micro-batch decides only how many are computed at once.
     """
 
     def __init__(self, model: Transformer, dataset: Dataset, train: TrainConfig) -> None:
         self._model, self._device = model, model.token_embedding.device
         self._bytes_per_token = dataset.bytes_per_token
-        # A set shorter than a batch fills it by starting again: the shapes stay those of the training.
-        windows = Batches(
-            dataset.validation, train.seq_len, train.micro_batch_size, seed=0, shuffle=False, name="the validation part"
-        )
-        self._batches = [windows.get(i) for i in range(min(train.eval_batches, windows.batches_per_epoch))]
+        size = train.micro_batch_size
+        windows = Batches(dataset.validation, train.seq_len, size, seed=0, shuffle=True, name="the validation part")
+        self._count = min(max(1, train.eval_tokens // train.seq_len), windows.n_windows)
+        self._batches = [windows.get(i) for i in range(math.ceil(self._count / size))]
+        self._targets = [batch[:, 1:].clone() for batch in self._batches]
+        # Shapes stay those of the training: what the last batch has too many does not count.
+        self._targets[-1][self._count - (len(self._batches) - 1) * size :] = IGNORE_INDEX
 
     @torch.no_grad()
     def run(self, stopping: Callable[[], bool] = lambda: False) -> dict[str, float] | None:
@@ -39,19 +43,20 @@ class Evaluator:
         on_cpu = self._device.type == "cpu"
         total = torch.zeros((), dtype=torch.float64 if on_cpu else torch.float32, device=self._device)
         right = torch.zeros((), dtype=torch.int64, device=self._device)
-        for batch in self._batches:
+        for batch, its_targets in zip(self._batches, self._targets, strict=True):
             if stopping():
                 return None
-            moved = batch.to(self._device, non_blocking=True)
-            targets = moved[:, 1:].contiguous()
-            hidden_states = self._model.hidden_states(moved[:, :-1].contiguous())
-            total += self._model.loss(hidden_states, targets)
+            tokens = batch[:, :-1].contiguous().to(self._device, non_blocking=True)
+            targets = its_targets.to(self._device, non_blocking=True)
+            hidden_states = self._model.hidden_states(tokens)
+            counted = int((its_targets[:, 0] != IGNORE_INDEX).sum())
+            total += self._model.loss(hidden_states, targets) * (counted / self._count)
             right += count_right(hidden_states.flatten(0, 1), self._model.head, targets.flatten())
-        loss_value = float(total) / len(self._batches)
+        loss_value = float(total)
         found = {
             "val/loss": loss_value,
             "val/perplexity": math.exp(min(loss_value, 700.0)),
-            "val/accuracy": int(right) / sum(batch[:, 1:].numel() for batch in self._batches),
+            "val/accuracy": int(right) / (self._count * self._targets[0].shape[1]),
         }
         if self._bytes_per_token:
             found["val/bits_per_byte"] = loss_value / math.log(2) / self._bytes_per_token

@@ -37,6 +37,7 @@ class Sampler:
     ) -> None:
         self._model, self._train, self._seed, self._end = model, config.train, config.seed, dataset.end_token
         self._tokenizer = Tokenizer.from_file(str(dataset.tokenizer_file))
+        self._tokenizer.encode_special_tokens = True  # a prompt is text, like that of the training
         self._kernels = load_kernels(default_choice())
         self._file = JsonLines(folder / "samples.jsonl", from_step, owed=owed)
 

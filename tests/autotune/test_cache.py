@@ -115,6 +115,16 @@ def test_the_fingerprint_holds_the_sources(
     assert cache.fingerprint(**facts) != base
 
 
+def test_the_fingerprint_holds_the_environment(facts: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
+    found = {cache.fingerprint(**facts)}
+    monkeypatch.setenv("TRITON_CACHE_DIR", "/elsewhere")
+    assert cache.fingerprint(**facts) in found
+    for name in ("TORCHINDUCTOR_MAX_AUTOTUNE", "TRITON_DEBUG", "NVIDIA_TF32_OVERRIDE", "PYTORCH_CUDA_ALLOC_CONF"):
+        monkeypatch.setenv(name, "1")
+        found.add(cache.fingerprint(**facts))
+    assert len(found) == 5
+
+
 def test_an_unnamed_gpu_keeps_nothing() -> None:
     hardware = describe_hardware("cpu")
     assert cache.usable(hardware)

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import pytest
 
-from llmmed.autotune.choose import choose, force
-from llmmed.autotune.plan import Candidate, Status
+from llmmed.autotune.choose import choose, confirmed, force
+from llmmed.autotune.plan import Candidate, Status, StepTrial
 from llmmed.errors import UserError
 
 
@@ -16,8 +16,8 @@ def timed(ms: float, spread: float = 0.001, status: Status = "verified") -> Cand
 def test_the_fastest_verified_is_chosen() -> None:
     decision = choose("op", {"pytorch": timed(3), "liger": timed(2), "triton": timed(1)}, margin=0.02)
     assert decision.chosen == "triton"
-    assert decision.reason == "fastest: 3x pytorch"
-    assert decision.candidates["liger"].reason == "slower than triton (0.5x); 1.5x pytorch"
+    assert decision.reason == "fastest: 3.00x pytorch"
+    assert decision.candidates["liger"].reason == "slower than triton (0.50x); 1.50x pytorch"
     assert decision.candidates["triton"].speedup == 3
     assert decision.warning is None
 
@@ -32,7 +32,9 @@ def test_a_gain_below_the_margin_does_not_count() -> None:
 def test_a_gain_within_noise_does_not_count() -> None:
     decision = choose("op", {"pytorch": timed(1, spread=0.2), "triton": timed(0.8, spread=0.2)}, margin=0)
     assert decision.chosen == "pytorch"
-    assert decision.candidates["triton"].reason.startswith("within noise of pytorch")
+    assert decision.candidates["triton"].reason == "within noise of pytorch (1.25x)"
+    slower = choose("op", {"pytorch": timed(1, spread=0.2), "triton": timed(1.2, spread=0.2)}, margin=0)
+    assert slower.candidates["triton"].reason == "slower, within noise of pytorch (0.83x)"
 
 
 @pytest.mark.parametrize("status", ["wrong", "crashed", "timed_out", "out_of_memory", "no_backward"])
@@ -59,6 +61,37 @@ def test_with_nothing_tried_the_default_is_used_without_a_warning() -> None:
     decision = choose("op", candidates, margin=0.02)
     assert (decision.chosen, decision.warning) == ("pytorch", None)
     assert decision.reason == "the default; not tried: no time"
+
+
+def trial(name: str, status: str) -> StepTrial:
+    return StepTrial(op="op", name=name, against="pytorch", status=status, reason=f"{status} there")  # type: ignore[arg-type]
+
+
+def test_without_the_steps_answer_the_default_stays() -> None:
+    alone = choose("op", {"pytorch": timed(1.05), "triton": timed(1)}, margin=0.02)
+    assert alone.chosen == "triton"
+    decision = confirmed("op", alone, None, [], unanswered="no time")
+    assert (decision.chosen, decision.reason) == ("pytorch", "the default: the step was not asked: no time")
+    assert decision.candidates["triton"].reason == "faster alone (1.05x); the step was not asked: no time"
+    accepted = confirmed("op", alone, None, [trial("triton", "accepted")], unanswered="no time")
+    assert accepted.chosen == "pytorch"  # nothing has held the whole plan against it
+    assert accepted.reason == "the default: the step gave no answer: no time"
+
+
+@pytest.mark.parametrize("status", ["rejected", "failed"])
+def test_what_the_step_has_refused_takes_nobodys_place(status: str) -> None:
+    rivals = {"liger": timed(2), "triton": timed(1)}
+    alone = choose("op", {"pytorch": timed(3)} | rivals, margin=0.02)
+    first = confirmed("op", alone, None, [], default_runs=False)
+    assert first.chosen == "triton"
+    assert first.reason == "fastest: 3.00x pytorch; not confirmed: PyTorch's plan does not run"
+    decision = confirmed("op", alone, None, [trial("triton", status)], default_runs=False)
+    assert decision.chosen == "liger"
+    assert decision.candidates["triton"].reason == f"{status} there"
+    unproved = choose("op", {"pytorch": Candidate(status="wrong")} | rivals, margin=0.02)
+    assert confirmed("op", unproved, None, []).chosen == "triton"
+    both = [trial("triton", status), trial("liger", status)]
+    assert confirmed("op", unproved, None, both).chosen == "pytorch"
 
 
 def test_forced_and_verified_is_used_although_slower() -> None:

@@ -24,6 +24,10 @@ class Known:
     fails: tuple[tuple[str, str], ...] = ()
     modes: Mapping[str, float] = field(default_factory=dict)
     asked: list[tuple[str, str]] = field(default_factory=list)
+    shown: float = 1.0  # share of the memory that a duel sees
+    mode_mib: float = 0.0  # that another mode takes
+    as_a_whole: bool = True  # whether a plan that is not the default's runs as a whole
+    whole_modes: list[Mode | None] = field(default_factory=list)
     trial_depth: int = 2
     depths: tuple[int, int] = (1, 2)
 
@@ -47,9 +51,14 @@ class Known:
             raise Failed("crashed in the step: no such tile")
         challenger = {**champion, op: name}
         gain = self.ms(champion) - self.ms(challenger)
-        return Duel(gain, gain - self.noise, gain + self.noise, self.mib(champion) - self.mib(challenger))
+        return Duel(
+            gain, gain - self.noise, gain + self.noise, self.shown * (self.mib(champion) - self.mib(challenger))
+        )
 
     def whole(self, choice: Choice, other: Choice, mode: Mode | None = None) -> Match:
+        self.whole_modes.append(mode)
+        if not self.as_a_whole and other != BASE:
+            raise Failed("out of memory in the step")
         if mode is not None and mode not in self.modes:
             raise Failed("failed to compile in the step: no")
         a, b = (
@@ -58,9 +67,12 @@ class Known:
                 ms=factor * self.ms(c),
                 ms_low=factor * self.ms(c) - self.noise,
                 ms_high=factor * self.ms(c) + self.noise,
-                peak_memory_gib=self.mib(c) / 1024,
+                peak_memory_gib=(self.mib(c) + more) / 1024,
             )
-            for c, factor in ((choice, 1.0), (other, self.modes[mode] if mode else 1.0))
+            for c, factor, more in (
+                (choice, 1.0, 0.0),
+                (other, self.modes[mode] if mode else 1.0, self.mode_mib if mode else 0.0),
+            )
         )
         gain = a.ms - b.ms
         return Match(a, b, gain, gain - self.noise, gain + self.noise)
@@ -208,6 +220,70 @@ def test_memory_can_be_the_objective() -> None:
     assert step.chosen.peak_memory_gib == pytest.approx(900 / 1024)
 
 
+def test_of_plans_with_equal_memory_the_faster_is_taken() -> None:
+    arena = Known({(("rotary", "triton"),): -3.0}, memory={("rotary", "triton"): +5.0})
+    step = decide(arena, ("rotary", "triton"), objective="memory")
+    assert step.chosen.choice["rotary"] == "triton"
+    arena.costs[(("rotary", "triton"),)] = +3.0
+    assert decide(arena, ("rotary", "triton"), objective="memory").chosen.choice == BASE
+
+
+def test_what_needs_more_than_the_budget_as_a_whole_is_not_taken() -> None:
+    arena = Known({(("rotary", "triton"),): -1.0}, memory={("rotary", "triton"): 5000.0}, shown=0.1)
+    step = decide(arena, ("rotary", "triton"), memory_budget_gib=2.0)
+    assert step.trials[0].status == "accepted"  # the duel has seen too little of it
+    assert step.chosen.choice == BASE
+    assert "needs more than 2.00 GiB" in step.reason
+
+
+def test_a_mode_that_takes_more_memory_is_not_taken() -> None:
+    arena = Known(modes={"eager": 0.5}, mode_mib=3000.0)
+    terms: dict[str, Any] = {"other_modes": ("eager",)}
+    assert decide(arena, ("rotary", "triton"), **terms).mode == "eager"
+    small = decide(arena, ("rotary", "triton"), memory_budget_gib=2.0, **terms)
+    assert (small.mode, small.modes["eager"]) == ("graphs", 5.0)
+    assert decide(arena, ("rotary", "triton"), objective="memory", **terms).mode == "graphs"
+
+
+def first_looks(*trials: tuple[str, str, str, float]) -> list[StepTrial]:
+    return [
+        StepTrial(op=op, name=name, against="pytorch", status=status, reason="", gain_ms=gain)  # type: ignore[arg-type]
+        for op, name, status, gain in trials
+    ]
+
+
+def second_looks(arena: Known, before: list[StepTrial]) -> list[tuple[str, str]]:
+    contest(BASE, [], arena, Terms("time", 10.0), before=before, told=lambda t: None, time_is_up=lambda: False)
+    return arena.asked
+
+
+def test_a_second_look_is_taken_once() -> None:
+    before = first_looks(("rotary", "triton", "rejected", -0.05), ("swiglu", "triton", "accepted", 1.0))
+    assert second_looks(Known(), before) == [("rotary", "triton")]
+    died = StepTrial(op="rotary", name="triton", against="", status="failed", reason="killed by SIGSEGV")
+    assert second_looks(Known(), [*before, died]) == []
+    again = first_looks(("rotary", "triton", "rejected", -0.04))
+    assert second_looks(Known(), [*before, *again]) == []
+
+
+def test_a_close_decision_for_a_flip_is_looked_at_again_once_too() -> None:
+    before = first_looks(("rotary", "triton", "accepted", 0.05), ("swiglu", "triton", "accepted", 1.0))
+    assert second_looks(Known(), before) == [("rotary", "pytorch")]
+    died = StepTrial(op="rotary", name="pytorch", against="", status="failed", reason="killed by SIGSEGV")
+    assert second_looks(Known(), [*before, died]) == []
+    assert second_looks(Known(), [*before, *first_looks(("rotary", "pytorch", "rejected", 0.0))]) == []
+
+
+def test_all_that_were_close_are_looked_at_again() -> None:
+    before = first_looks(
+        ("rotary", "triton", "rejected", -0.05),
+        ("rotary", "liger", "rejected", -0.03),
+        ("rotary", "slow", "rejected", -3.0),
+        ("swiglu", "triton", "accepted", 1.0),
+    )
+    assert second_looks(Known(), before) == [("rotary", "liger"), ("rotary", "triton")]
+
+
 def test_the_mode_is_chosen_with_the_plan() -> None:
     arena = Known({(("rotary", "triton"),): -1.0}, modes={"compiled": 0.9, "eager": 2.0})
     step = decide(arena, ("rotary", "triton"), other_modes=("compiled", "eager"))
@@ -215,6 +291,45 @@ def test_the_mode_is_chosen_with_the_plan() -> None:
     assert step.modes == pytest.approx({"graphs": 9.0, "compiled": 8.1, "eager": 18.0})
     arena.modes = {"compiled": 0.995}
     assert decide(arena, ("rotary", "triton"), other_modes=("compiled", "eager")).mode == "graphs"
+
+
+def test_a_plan_that_does_not_run_as_a_whole_gives_way_to_the_default() -> None:
+    arena = Known({(("rotary", "triton"),): -1.0}, as_a_whole=False)
+    step = decide(arena, ("rotary", "triton"))
+    assert step.chosen == step.default
+    assert step.chosen.choice == BASE
+    assert step.reason == "the plan that was left does not run as a whole: out of memory in the step"
+
+
+def test_the_match_that_a_process_died_in_is_not_held_again() -> None:
+    arena = Known({(("rotary", "triton"),): -1.0})
+    step = decide(arena, ("rotary", "triton"), last_match_died="the process was killed by SIGSEGV")
+    assert len(arena.whole_modes) == 1  # the default against itself
+    assert step.chosen.choice == BASE
+    assert step.reason == "the plan that was left does not run as a whole: the process was killed by SIGSEGV"
+
+
+def test_the_answer_is_told_before_what_comes_after_it() -> None:
+    arena = Known({(("rotary", "triton"),): -1.0}, modes={"compiled": 0.9, "eager": 0.5})
+    told: list[StepEvidence] = []
+    answers = iter([False, False, True])  # before the trial, before the first mode, before the second
+    step = decide(
+        arena, ("rotary", "triton"), other_modes=("compiled", "eager"), answered=told.append,
+        time_is_up=lambda: next(answers),
+    )  # fmt: skip
+    assert arena.whole_modes == [None, None, "compiled"]
+    assert [(e.mode, set(e.modes), e.finished) for e in told] == [
+        ("graphs", {"graphs"}, True),
+        ("compiled", {"graphs", "compiled"}, True),
+        ("compiled", {"graphs", "compiled"}, False),
+    ]
+    assert told[-1] == step
+    assert {e.chosen.choice["rotary"] for e in told} == {"triton"}
+
+
+def test_that_nothing_was_tried_is_said() -> None:
+    step = decide(Known(), ("rotary", "triton"), time_is_up=lambda: True)
+    assert step.reason == "no other implementation was tried: kernels.budget_seconds was used up"
 
 
 def test_a_default_that_cannot_run_is_said() -> None:

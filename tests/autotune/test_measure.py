@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import math
 import time
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
 
+from llmmed.autotune import measure as clock_module
 from llmmed.autotune.measure import Measurement, measure_ceilings, measure_op, median_interval
 from llmmed.autotune.plan import Ceilings
 from llmmed.autotune.workload import Workload
@@ -91,10 +94,85 @@ def test_all_get_the_same_inputs_and_gradients(norms: Workload) -> None:
         assert torch.equal(a, b)
 
 
-@pytest.mark.parametrize(("n", "interval"), [(1, (0, 0)), (7, (0, 6)), (100, (40, 60))])
+class Gpu:
+    """A host and a device that works through what it was given, in seconds that pass only here."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        self.now = self.idle_from = 0.0
+        gpu = self
+
+        class Event:
+            def __init__(self, enable_timing: bool) -> None:
+                self.at = 0.0
+
+            def record(self) -> None:
+                self.at = max(gpu.now, gpu.idle_from)
+
+            def elapsed_time(self, other: Event) -> float:
+                return (other.at - self.at) * 1e3
+
+        monkeypatch.setattr(torch.cuda, "Event", Event)
+        monkeypatch.setattr(torch.cuda, "_sleep", lambda cycles: self.work(cycles / 1.98e9))
+        monkeypatch.setattr(torch.cuda, "synchronize", lambda device=None: self.wait())
+        monkeypatch.setattr(
+            torch.cuda,
+            "get_device_properties",
+            lambda device: SimpleNamespace(L2_cache_size=16, multi_processor_count=1),
+        )
+        monkeypatch.setattr(clock_module, "time", SimpleNamespace(perf_counter=lambda: self.now))
+
+    def work(self, seconds: float) -> None:
+        self.idle_from = max(self.now, self.idle_from) + seconds
+
+    def wait(self) -> None:
+        self.now = max(self.now, self.idle_from)
+
+
+@pytest.mark.parametrize("waits", [False, True])
+@pytest.mark.parametrize("first_ms", [0.4, 10.0, 3000.0])
+def test_what_hides_the_launches_does_not_grow_of_itself(
+    first_ms: float, waits: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Neither from a first pass that compiles, nor where a candidate waits for the device in the middle."""
+    gpu = Gpu(monkeypatch)
+    passes = 0
+
+    def forward(x: Tensor) -> Tensor:
+        nonlocal passes
+        gpu.now += (first_ms if passes == 0 else 0.4) / 1e3
+        passes += 1
+        gpu.work(0.1e-3)
+        if waits:
+            gpu.wait()
+        return x
+
+    clock = clock_module._CudaClock(CPU)
+    subject = clock_module._Subject(forward, {"x": torch.ones(2)})
+    subject.prepare = lambda: None  # type: ignore[method-assign]
+    clock_module._warm_up(subject, clock)
+    begun = gpu.now
+    sample = clock.run(subject)
+    assert sample.forward == pytest.approx(0.1 if not waits else sample.forward)  # no launch is waited for
+    assert (gpu.now - begun) * 1e3 < 2.0
+    pass_seconds = subject.work_seconds + clock.hiding_seconds(subject)
+    assert pass_seconds == pytest.approx(gpu.now - begun, rel=0.2)
+    assert clock_module._rounds([pass_seconds], 0.25) == 100
+
+
+@pytest.mark.parametrize(("n", "interval"), [(1, (0, 0)), (7, (0, 6)), (15, (3, 11)), (100, (39, 60))])
 def test_the_interval_of_the_median(n: int, interval: tuple[int, int]) -> None:
     _, low, high = median_interval(range(n))
     assert (low, high) == interval
+
+
+def test_the_interval_holds_the_median_of_all_with_95_percent() -> None:
+    """The k-th of n samples is above it as rarely as a coin shows fewer than k heads. One sample less on each side
+    would be too few."""
+    for n in range(6, 101):
+        _, low, high = median_interval(range(n))
+        assert low == n - 1 - high
+        wide, narrow = (1 - 2 * sum(math.comb(n, i) for i in range(int(low) + k)) / 2**n for k in (1, 2))
+        assert wide >= 0.95 > narrow - 0.002, n
 
 
 def test_a_cpu_has_no_ceiling() -> None:

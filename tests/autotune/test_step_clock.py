@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+import math
 import random
 from dataclasses import replace
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
 
 from llmmed.autotune.confirm import Failed
-from llmmed.autotune.step_clock import StepClock
+from llmmed.autotune.step_clock import StepClock, _sum_of
 from llmmed.config import Config
 from llmmed.kernels.base import Kernels
 from llmmed.kernels.catalog import default_choice, load_kernels
@@ -88,11 +90,69 @@ def test_another_result_in_the_step_is_a_failure(clock: StepClock, monkeypatch: 
         clock.duel(base, "swiglu", "compiled")
 
 
+def test_a_plan_that_raises_while_it_is_timed_as_a_whole_has_failed(
+    clock: StepClock, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def out(first: object, second: object) -> None:
+        raise MemoryError
+
+    monkeypatch.setattr(clock, "_subject", lambda *key: SimpleNamespace(run=None, memory_mib=None))
+    monkeypatch.setattr(clock, "_pairs", out)
+    with pytest.raises(Failed, match="out of memory"):
+        clock.whole(default_choice(), default_choice())
+
+
 def test_a_whole_step_takes_no_less_than_a_shallow_one(clock: StepClock) -> None:
     """Even if another process slowed the shallowest model down, so that the line through both depths falls."""
     busy, idle = [9.0, 9.1, 9.2], [3.0, 3.1, 3.2]
     times = clock._times(default_choice(), [busy, idle], [None, None], 0.0)
-    assert times.ms == times.ms_low == times.ms_high == 3.1
+    assert (times.ms, times.ms_low, times.ms_high) == pytest.approx((3.1, 3.0, 3.2))
+
+
+def test_a_whole_model_that_is_timed_has_an_interval(clock: StepClock) -> None:
+    times = clock._times(default_choice(), [[3.0, 3.1, 3.2]], [None], 1.0)
+    assert (times.ms, times.ms_low, times.ms_high) == pytest.approx((4.1, 4.0, 4.2))
+
+
+@pytest.mark.parametrize("difference", [0.009, math.nan])
+def test_a_default_that_differs_from_itself_is_no_measure(
+    difference: float, clock: StepClock, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    products = ["highest"]
+    monkeypatch.setattr(torch, "get_float32_matmul_precision", lambda: products[0])
+    monkeypatch.setattr(clock, "_subject", lambda *key: None)
+    monkeypatch.setattr(clock, "_differences", lambda subject: {"norm": 1e-4, "head": difference})
+    with pytest.raises(
+        Failed, match=r"eager, the default's gradient of head differs by .* from eager's, allowed 8.0e-03"
+    ):
+        clock.set_default(default_choice())
+    monkeypatch.setattr(clock, "_differences", lambda subject: {"norm": 1e-4, "head": 0.007, "tail": 0.001})
+    clock.set_default(default_choice())
+    assert clock._allowed == pytest.approx({"norm": 2e-3, "head": 16e-3, "tail": 4e-3})
+    products[0] = "high"  # TF32
+    clock.set_default(default_choice())
+    assert clock._allowed == pytest.approx({"norm": 2e-3, "head": 28e-3, "tail": 4e-3})
+
+
+def test_the_update_of_the_optimizer_is_the_same_under_plans_that_share_its_ops(
+    clock: StepClock, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("llmmed.autotune.step_clock.optimizer_update", lambda config, kernels: lambda: None)
+    monkeypatch.setattr(clock, "called", lambda choice: {*clock._in_model, "newton_schulz"})
+    monkeypatch.setattr(clock, "_load", lambda choice: None)
+    chance = random.Random(0)
+    monkeypatch.setattr(clock, "_sample", lambda run, number: 20.0 + chance.uniform(0.0, 9.0))
+    base = default_choice()
+    (first, second), gains = clock._updates(base, {**base, "swiglu": "triton"})
+    assert first == second > 20.0
+    assert gains == (0.0, 0.0, 0.0)
+    monkeypatch.setattr(clock, "_pairs", lambda *updates: [(20.0, 17.9), (20.0, 18.0), (20.0, 18.1)])
+    (first, second), gains = clock._updates(base, {**base, "newton_schulz": "triton"})
+    assert (first, second) == (20.0, 18.0)
+    assert gains == pytest.approx((2.0, 1.9, 2.1))
+    assert _sum_of((1.0, 0.7, 1.4), gains) == pytest.approx(
+        (3.0, 3.0 - math.hypot(0.3, 0.1), 3.0 + math.hypot(0.4, 0.1))
+    )
 
 
 def test_rounds_end_once_the_difference_is_known(clock: StepClock, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -103,3 +163,21 @@ def test_rounds_end_once_the_difference_is_known(clock: StepClock, monkeypatch: 
 
     assert rounds(0.0) == 9
     assert 9 < rounds(0.2) < rounds(4.0)
+
+
+def test_memory_is_measured_where_times_are_taken(clock: StepClock, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A plan that is only checked, as those of two layers are once the whole model is tried, needs no pass for it."""
+    measured: list[int] = []
+
+    def build(config: Config, model: Transformer, *rest: Any, takes_memory: bool) -> None:
+        if takes_memory:
+            measured.append(len(model.layers))
+
+    monkeypatch.setattr("llmmed.autotune.step_clock.Subject", build)
+    for depth in (1, 2):
+        clock._build(default_choice(), depth, "eager")
+    clock.trial_depth, clock.depths = 6, (6, 6)
+    clock._weights = Transformer.for_training(replace(clock._config), load_kernels(default_choice()), "cpu")
+    for depth in (2, 6):
+        clock._build(default_choice(), depth, "eager")
+    assert measured == [1, 2, 6]

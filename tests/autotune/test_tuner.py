@@ -5,6 +5,7 @@ The candidates come from a package that the tests install into a folder of their
 
 from __future__ import annotations
 
+import json
 import logging
 import os
 import re
@@ -22,9 +23,10 @@ from typing import Any
 import pytest
 
 from llmmed.autotune import child, tuner
-from llmmed.autotune.child import Progress
-from llmmed.autotune.journal import Event, Job, JournalReader, Task
-from llmmed.autotune.plan import Candidate, KernelPlan
+from llmmed.autotune.child import Findings, Progress
+from llmmed.autotune.journal import Event, Job, JournalReader, StepDone, StepTask, Task
+from llmmed.autotune.plan import Candidate, KernelPlan, StepEvidence, StepTimes, StepTrial
+from llmmed.autotune.process import started_process
 from llmmed.autotune.tuner import tune
 from llmmed.autotune.workload import Workload, record_workload
 from llmmed.config import Config
@@ -162,6 +164,79 @@ def test_a_real_workload_is_tuned_once_and_then_read_from_the_cache(
     assert (second.ops, second.choice) == (first.ops, first.choice)
 
 
+def test_what_the_step_refused_stays_refused_in_the_cache(
+    tiny: Config, norms: Workload, plant: Plant, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    plant("right", "slow")
+
+    def timed(ms: float) -> Candidate:
+        return Candidate(status="verified", total_ms=ms, total_ms_low=ms, total_ms_high=ms)
+
+    ops = {"rms_norm": {"pytorch": timed(3), "compiled": timed(4), "right": timed(1), "slow": timed(2)}}
+    refused = StepTrial(op="rms_norm", name="right", against="pytorch", status="failed", reason="another gradient")
+
+    def found(*args: object, findings: Findings, **rest: object) -> None:
+        findings.ops, findings.trials = ops, [refused]
+        findings.step_reason, findings.default_runs = "it does not run", False
+
+    monkeypatch.setattr(tuner, "tune_in_child", found)
+    plans = [tune(with_kernels(tiny, cache="use"), norms, mode="eager") for _ in range(2)]
+    assert [plan.cached for plan in plans] == [False, True]
+    assert [plan.choice["rms_norm"] for plan in plans] == ["slow", "slow"]
+    assert [verdicts(plan)["right"][1] for plan in plans] == ["another gradient"] * 2
+
+
+def test_tuning_that_was_cut_off_goes_on_where_it_was(
+    tiny: Config, norms: Workload, plant: Plant, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    plant("right")
+    config = with_kernels(tiny, cache="use")
+    began_with: list[set[str]] = []
+
+    def one_more(tasks: list[Task], *, findings: Findings, **rest: object) -> None:
+        (task,) = tasks
+        known = findings.ops.setdefault("rms_norm", {})
+        began_with.append(set(known))
+        name = next(name for name in task.verify if name not in known)
+        known[name] = Candidate(status="verified", total_ms=1.0, total_ms_low=1.0, total_ms_high=1.0)
+        if len(known) == 1:
+            raise KeyboardInterrupt
+        findings.cut_short = "" if len(known) == len(task.verify) else "kernels.budget_seconds was used up"
+
+    monkeypatch.setattr(tuner, "tune_in_child", one_more)
+    with pytest.raises(KeyboardInterrupt):
+        tune(config, norms, mode="eager")
+    plans = [tune(config, norms, mode="eager") for _ in range(3)]
+    assert began_with == [set(), {"pytorch"}, {"pytorch", "compiled"}]
+    assert [plan.cached for plan in plans] == [False, False, True]
+
+
+def test_a_mode_that_the_default_does_not_run_in_is_told(
+    tiny: Config, norms: Workload, plant: Plant, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    plant()
+    times = StepTimes(choice={"rms_norm": "pytorch"}, ms=1.0, ms_low=1.0, ms_high=1.0, peak_memory_gib=None)
+    evidence = StepEvidence(
+        trial_depth=1, depths=(1, 1), trials=[], default=times, chosen=times, reason="", mode="eager"
+    )
+
+    def found(*args: object, findings: Findings, **rest: object) -> None:
+        findings.ops["rms_norm"] = {"pytorch": Candidate(status="verified")}
+        findings.add(StepDone(evidence=evidence, reason="graphs: no"))
+
+    monkeypatch.setattr(tuner, "tune_in_child", found)
+    assert tune(tiny, norms, mode="eager").mode == "eager"
+    assert [record.getMessage() for record in caplog.records] == ["the step is tried in eager mode: graphs: no"]
+
+
+def test_the_name_of_a_model_changes_no_evidence(tiny: Config) -> None:
+    step = StepTask(config={}, pinned={}, known={})
+    facts = tuner._depends_on(tiny, step)
+    for change in ({"name": "mine"}, {"init_from": "a-model"}):
+        assert tuner._depends_on(replace(tiny, model=replace(tiny.model, **change)), step) == facts
+    assert tuner._depends_on(replace(tiny, model=replace(tiny.model, n_layers=9)), step) != facts
+
+
 def test_launches_are_searched_recorded_and_taken_from_a_plan(
     tiny: Config, norms: Workload, plant: Plant, tmp_path: Path, caplog: pytest.LogCaptureFixture,
     monkeypatch: pytest.MonkeyPatch,
@@ -226,7 +301,10 @@ def test_the_budget_ends_tuning_with_what_is_known(tiny: Config, norms: Workload
     assert plan.choice == {"rms_norm": "pytorch"}
     assert verdicts(plan)["hangs"] == ("not_tried", "not tried: kernels.budget_seconds=6 was used up")
     assert "kernels.budget_seconds=6 was used up" in verdicts(plan)["pytorch"][1]
-    assert not list((Path(os.environ["LLMMED_CACHE"]) / "plans").glob("*.json"))  # not worth keeping
+    for entry in (Path(os.environ["LLMMED_CACHE"]) / "plans").glob("*.json"):  # none if it came to nothing
+        evidence = json.loads(entry.read_text())["evidence"]
+        assert not evidence["finished"]  # and the next run goes on from what was tried to the end
+        assert {"hangs", "right"}.isdisjoint(evidence["ops"]["rms_norm"])
 
 
 def test_a_tuning_process_that_cannot_start_is_one_warning(
@@ -351,9 +429,7 @@ def test_the_tuning_process_does_not_outlive_its_parent(norms: Workload, plant: 
         seconds=60.0,
     )
     job.write(tmp_path / "job.json")
-    with child.started_process(
-        "llmmed.autotune.worker", [str(tmp_path / "job.json"), "cpu"], tmp_path / "log"
-    ) as process:
+    with started_process("llmmed.autotune.worker", [str(tmp_path / "job.json")], tmp_path / "log") as process:
         reader, events = JournalReader(job.journal), list[Event]()
         while not events:
             assert process.poll() is None, (tmp_path / "log").read_text()

@@ -359,3 +359,28 @@ def test_a_default_that_is_wrong_by_itself_is_rejected(dtype: torch.dtype, monke
     forget()
     assert verdict.status == "wrong"
     assert "even for a default" in verdict.reason
+
+
+@pytest.mark.parametrize(
+    ("error", "status", "told"),
+    [(MemoryError(), "out_of_memory", "out of memory"), (ValueError("no"), "crashed", "ValueError: no")],
+)
+@pytest.mark.parametrize("which", ["reference", "default"])
+def test_what_a_candidate_is_held_against_may_raise_without_blaming_it(
+    which: str, error: Exception, status: Status, told: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def raises(x: Tensor, weight: Tensor, eps: float) -> Tensor:
+        raise error
+
+    op = get_op("rms_norm")
+    if which == "reference":
+        op = replace(op, reference=raises)
+    else:
+        monkeypatch.setattr("llmmed.autotune.verify.load_function", lambda op, implementation: raises)
+    implementation = Implementation("candidate", load=lambda: right)
+    try:
+        for _ in range(2):  # and so the next is told the same
+            verdict = verify(op, implementation, right, [run_call()], CPU)
+            assert (verdict.status, verdict.reason) == (status, f"the {which} cannot be evaluated here: {told}")
+    finally:
+        forget()

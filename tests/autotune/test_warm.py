@@ -8,9 +8,11 @@ import pytest
 import torch
 
 from llmmed.autotune import warm
-from llmmed.autotune.child import started_process
+from llmmed.autotune.board import Board
 from llmmed.autotune.journal import Job, Task
 from llmmed.autotune.launch_search import open_sites
+from llmmed.autotune.plan import Candidate
+from llmmed.autotune.process import started_process
 from llmmed.autotune.verify import trials
 from llmmed.autotune.workload import Workload
 from llmmed.kernels.ahead_of_time import TARGETS
@@ -68,18 +70,26 @@ def test_every_launch_of_the_search_is_covered(job: Job, norms: Workload) -> Non
     assert {each.site.kernel for each in opened} == {"rms_norm_triton_fwd_kernel", "rms_norm_triton_bwd_kernel"}
     assert [u.launches for u in units if u.launches] == [{o.site: v} for o in opened for v in o.alternatives]
     assert {u.name for u in units if u.launches} == {"triton"}
+    known = {"triton": Candidate(status="verified")}  # at another size
+    later = job.tasks[0].model_copy(update={"verify": [], "verified": known})
+    done = later.model_copy(update={"launched": ["triton"]})
+    with absent_gpu(TARGETS[90]):
+        again = list(warm._units([later], job.mode, device))
+        assert not [u for u in warm._units([done], job.mode, device) if u.launches]
+    assert [u.launches for u in again if u.launches] == [u.launches for u in units if u.launches]
 
 
 def test_two_processes_share_the_work(job: Job, tmp_path: Path) -> None:
-    claims = tmp_path / "claims"
-    claims.mkdir()
+    board = tmp_path / "board"
     job.write(tmp_path / "job.json")
-    arguments = [str(tmp_path / "job.json"), str(claims)]
+    arguments = [str(tmp_path / "job.json"), str(board)]
     logs = [tmp_path / "a.log", tmp_path / "b.log"]
     with (
         started_process("llmmed.autotune.warm", arguments, logs[0]) as first,
         started_process("llmmed.autotune.warm", arguments, logs[1]) as second,
     ):
         assert [first.wait(120), second.wait(120)] == [0, 0]
-    assert len(list(claims.iterdir())) == len(list(warm._units(job.tasks, job.mode, torch.device("cpu"))))
-    assert not warm._claim(claims / "0")
+    found = Board(board)
+    assert len(found.finished()) == len(list(warm._units(job.tasks, job.mode, torch.device("cpu"))))
+    assert not found.is_awaited()
+    assert not found.claim("0")

@@ -2,15 +2,31 @@
 
 from __future__ import annotations
 
+import signal
+import time
 from pathlib import Path
 
 import pytest
 import torch
 
-from llmmed.autotune.child import Findings
+from llmmed.autotune import child
+from llmmed.autotune.child import Findings, Limits
 from llmmed.autotune.failures import classify, one_line
-from llmmed.autotune.journal import Begun, Done, Event, Job, JournalReader, JournalWriter, Judged, Task, Timed
-from llmmed.autotune.plan import Candidate, Ceilings, Status
+from llmmed.autotune.journal import (
+    LAST_MATCH,
+    Begun,
+    Done,
+    Event,
+    Job,
+    JournalReader,
+    JournalWriter,
+    Judged,
+    StepDone,
+    StepTask,
+    Task,
+    Timed,
+)
+from llmmed.autotune.plan import Candidate, Ceilings, Status, StepEvidence, StepTimes, StepTrial
 from llmmed.autotune.workload import Workload
 from llmmed.kernels.base import Unavailable
 
@@ -78,11 +94,72 @@ def test_what_is_done_is_not_done_again(norms: Workload) -> None:
     assert findings.left(tasks) == []
 
 
+class Ended:
+    """A process that has died of a segmentation fault."""
+
+    returncode = -signal.SIGSEGV
+
+    def poll(self) -> int:
+        return self.returncode
+
+
+STEP = StepEvidence(
+    trial_depth=2, depths=(1, 2), trials=[], reason="", mode="eager",
+    default=StepTimes(choice={}, ms=2.0, ms_low=2.0, ms_high=2.0, peak_memory_gib=None),
+    chosen=StepTimes(choice={}, ms=1.0, ms_low=1.0, ms_high=1.0, peak_memory_gib=None),
+)  # fmt: skip
+
+
+@pytest.mark.parametrize("answered", [False, True])
+def test_a_death_in_the_last_match_is_not_the_defaults_fault(
+    answered: bool, tmp_path: Path, norms: Workload, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(child, "end", lambda process: None)
+    step = StepTask(config={}, pinned={}, known={})
+    job = Job(
+        journal=tmp_path / "journal", device="cpu", mode="eager", deterministic=False, matmul_precision="highest",
+        tasks=[], step=step, seconds=60.0,
+    )  # fmt: skip
+    with JournalWriter(job.journal) as writer:
+        writer.write(Begun(stage="step"))
+        if answered:
+            writer.write(StepDone(evidence=STEP))
+        writer.write(Begun(stage="step", name="compiled" if answered else LAST_MATCH))
+    (tmp_path / "log").write_text("")
+    findings, limits = Findings(), Limits(60.0, 60.0, time.perf_counter() + 60.0)
+    attempt = child._Attempt(job, [], findings, limits, lambda progress: None, None, None)
+    assert attempt.follow(Ended(), tmp_path / "log") == ""  # type: ignore[arg-type]
+    assert findings.default_runs
+    assert findings.step == (STEP if answered else None)
+    left = child._confirmation(step, findings)
+    if answered:
+        assert left is None
+    else:
+        assert left is not None
+        assert left.last_match_died == "the process was killed by SIGSEGV while it was tried in the step"
+
+
+def test_a_trial_counts_as_long_as_its_implementation_is_verified() -> None:
+    """One that an earlier run accepted may have failed in this one's measurement."""
+    trials = [
+        StepTrial(op="rms_norm", name=name, against="pytorch", status="accepted", reason="") for name in ("a", "b")
+    ]
+    findings = Findings(ops={"rms_norm": {"a": TIMED, "b": Candidate(status="crashed")}}, trials=trials)
+    left = child._confirmation(StepTask(config={}, pinned={}, known={}), findings)
+    assert left is not None
+    assert left.trials == trials[:1]
+
+
 def test_what_is_not_to_be_measured_is_done_once_judged(norms: Workload) -> None:
     findings = Findings()
     findings.add(Judged(op="rms_norm", name="triton", candidate=VERIFIED))
     assert findings.left([task(norms, "triton", measure=False)]) == []
     assert findings.left([task(norms, "triton", measure=True)]) != []
+
+
+def hidden(error: Exception, cause: Exception) -> Exception:
+    error.__context__ = cause
+    return error
 
 
 class CompilationError(Exception):
@@ -94,6 +171,8 @@ class CompilationError(Exception):
     [
         (torch.cuda.OutOfMemoryError("CUDA out of memory. Tried to allocate 20 GiB"), "out_of_memory", "out of memory"),
         (MemoryError(), "out_of_memory", "out of memory"),
+        (RuntimeError("CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling"), "out_of_memory", "out of memory"),
+        (hidden(RuntimeError("the capture is broken off"), MemoryError()), "out_of_memory", "out of memory"),
         (Unavailable("no licence"), "unavailable", "no licence"),
         (
             CompilationError("at 3:1:\n  y = x.no\n  ^\nno such name"),

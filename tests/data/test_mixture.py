@@ -97,11 +97,12 @@ def test_sources_are_prepared_with_one_tokenizer_and_nothing_leaks(tmp_path: Pat
     assert dataset.bytes_per_token is not None
     assert 1 < dataset.bytes_per_token < 10
 
-    again = data.prepare(mixed(tmp_path, "data.weights.more=2"))
-    assert again.from_cache
+    def cached(message: str) -> None:
+        pytest.fail(f"it is not taken from the cache: {message}")
+
+    again = data.prepare(mixed(tmp_path, "data.weights.more=2"), cached)
     assert again.fingerprint == dataset.fingerprint
-    reweighted = data.prepare(mixed(tmp_path, "data.weights.more=5"))
-    assert reweighted.from_cache
+    reweighted = data.prepare(mixed(tmp_path, "data.weights.more=5"), cached)
     assert reweighted.fingerprint != dataset.fingerprint
 
 

@@ -1,4 +1,4 @@
-"""Plants bugs into Triton implementations: the module's source with one text replaced, loaded under another name."""
+"""Plants bugs into Triton implementations: a module's source with one text replaced, loaded under another name."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from llmmed.kernels.catalog import load_function, op_folder, op_names
 
 
 def bugs(op: str) -> Mapping[str, tuple[str, str]]:
-    """The bugs planted into an op's `triton_impl.py`: name -> (text that occurs once, what stands there instead)."""
+    """Those planted into an op's Triton implementation: name -> (text that occurs once, what stands there instead)."""
     if importlib.util.find_spec(f"tests.kernels.bugs.{op}") is None:
         return {}
     found: Mapping[str, tuple[str, str]] = importlib.import_module(f"tests.kernels.bugs.{op}").BUGS
@@ -26,20 +26,34 @@ def ops_with_triton() -> list[str]:
 
 
 def mutant(op: str, bug: str, folder: Path) -> tuple[Implementation, Callable[..., Any]]:
-    """The Triton implementation with a bug in it. Its source lies in `folder`, where Triton reads it."""
+    """The Triton implementation with a bug in it. Its sources lie in `folder`, where Triton reads them."""
     before, after = bugs(op)[bug]
-    source = (op_folder(op) / "triton_impl.py").read_text(encoding="utf-8")
-    assert source.count(before) == 1, f"{op}, {bug}: the text occurs {source.count(before)} times"
-    name = f"mutant_{op}_{len(sys.modules)}"
-    # Operators are registered under their names once for all in a process.
-    changed = source.replace(before, after).replace('"llmmed::', f'"{name}::')
+    found = sources(op)
+    count = sum(source.count(before) for source in found.values())
+    assert count == 1, f"{op}, {bug}: the text occurs {count} times"
+    prefix = f"mutant_{op}_{len(sys.modules)}_"
+    for stem, source in found.items():
+        # Operators are registered under their names once for all in a process.
+        changed = source.replace(before, after).replace('"llmmed::', f'"{prefix}::')
+        for other in found:
+            changed = changed.replace(f"from llmmed.kernels.{op}.{other} import", f"from {prefix}{other} import")
+        _load_module(prefix + stem, changed, folder)
+    implementation: Implementation = sys.modules[f"{prefix}triton_impl"].IMPL
+    return implementation, load_function(op, implementation)
+
+
+def sources(op: str) -> dict[str, str]:
+    """What an op's Triton implementation is made of, by module, in the order of their imports."""
+    folder = op_folder(op)
+    stems = ("loops", "triton_impl") if (folder / "loops.py").exists() else ("triton_impl",)
+    return {stem: (folder / f"{stem}.py").read_text(encoding="utf-8") for stem in stems}
+
+
+def _load_module(name: str, source: str, folder: Path) -> None:
     path = folder / f"{name}.py"
-    path.write_text(changed, encoding="utf-8")
+    path.write_text(source, encoding="utf-8")
     spec = importlib.util.spec_from_file_location(name, path)
     assert spec is not None
     assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    sys.modules[name] = module
-    spec.loader.exec_module(module)
-    implementation: Implementation = module.IMPL
-    return implementation, load_function(op, implementation)
+    sys.modules[name] = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(sys.modules[name])

@@ -7,12 +7,17 @@ from __future__ import annotations
 
 import functools
 import importlib
+import itertools
+import re
 import textwrap
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
+import triton
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
 
 from llmmed.autotune.launch_search import open_sites
 from llmmed.autotune.workload import record_workload
@@ -35,14 +40,15 @@ from llmmed.kernels.catalog import (
     op_names,
 )
 from llmmed.kernels.operator import INTERPRETED, absent_gpu
+from llmmed.kernels.tunable import Site
 
 pytestmark = pytest.mark.skipif(INTERPRETED, reason="nothing is compiled under TRITON_INTERPRET=1")
 
 CANDIDATES = [(op, name) for op in op_names() for name in implementation_names(op) if name.startswith("triton")]
 # Bytes that a thread may spill, both directions, in the kernels of products; all others must not spill at all.
 SPILL_CEILINGS = {
-    "attention_triton_bwd_kv_kernel": 408,
-    "rotary_attention_triton_bwd_kv_kernel": 184,
+    "attention_triton_bwd_kv_kernel": 380,
+    "rotary_attention_triton_bwd_kv_kernel": 176,
     "linear_cross_entropy_triton_fwd_kernel": 32,
 }
 
@@ -72,13 +78,18 @@ def compiled() -> list[CompiledKernel]:
     for op, name in CANDIDATES:
         calls = production_calls()[op]
         launches += record_launches(op, name, calls, targets=[90])
-        # Elsewhere base alone, to save minutes, but for attention: large's heads have tiles of their own.
-        shared = calls if "attention" in op else calls[: len(calls) // 2]
-        launches += record_launches(op, name, shared, targets=[target for target in TARGETS if target != 90])
+        # Elsewhere base alone, to save minutes. Attention has tiles of its own for large's heads and for each size of
+        # shared memory.
+        launches += record_launches(op, name, calls[: len(calls) // 2], targets=[t for t in TARGETS if t != 90])
+        if "attention" in op:
+            launches += record_launches(op, name, calls[len(calls) // 2 :], targets=[80, 86])
+        if "rms_norm" in op:  # whose pipelines take twice the shared memory in float32
+            launches += record_launches(op, name, [calls[0].with_compute_dtype(torch.float32)], targets=[86])
     return compile_launches(launches)
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(600)  # the first of them compiles all
 @pytest.mark.xdist_group("compiled")  # in one process, which compiles them once
 @pytest.mark.parametrize(("op", "name"), CANDIDATES)
 def test_compiles_for_every_target_and_does_not_spill(compiled: list[CompiledKernel], op: str, name: str) -> None:
@@ -87,6 +98,18 @@ def test_compiles_for_every_target_and_does_not_spill(compiled: list[CompiledKer
     spilling = [k for k in kernels if k.spills > SPILL_CEILINGS.get(k.kernel, 0)]
     too_large = [k for k in kernels if not k.fits]
     assert not spilling + too_large, "\n".join(kernel.describe() for kernel in spilling + too_large)
+
+
+@pytest.mark.parametrize(("op", "streams"), [("rms_norm", 2), ("add_rms_norm", 3)])
+def test_a_norm_s_pipeline_fits_into_shared_memory_at_every_width(op: str, streams: int) -> None:
+    (tunable,) = (t for t in get_implementation(op, "triton").tunable if "bwd" in t.kernel)
+    for gpu, width, itemsize in itertools.product(TARGETS.values(), (64, 384, 768, 2048, 5000, 8192, 16384), (2, 4)):
+        site = Site(tunable.kernel, (("itemsize", itemsize), ("width", width)))
+        with absent_gpu(gpu):
+            launches = [tunable.default(torch.device("cpu"), site), *tunable.alternatives(torch.device("cpu"), site)]
+        block = 1 << (width - 1).bit_length()
+        staged = [(each["stages"] - 1) * streams * each["block_m"] * block * itemsize for each in launches]
+        assert max(staged) < gpu.shared_bytes, (gpu, width, itemsize, launches)
 
 
 @pytest.mark.parametrize("op", sorted({op for op, _ in CANDIDATES}))
@@ -104,7 +127,8 @@ def test_every_launch_that_a_search_may_choose_compiles_for_an_h100() -> None:
     launches = [
         launch
         for op, name in CANDIDATES
-        for call in production_calls()[op][: 2 if "attention" in op else 1]  # large's heads are kernels of their own
+        # Large's heads for one of the two that share their loops, base's for the other.
+        for call in production_calls()[op][1 if op == "attention" else 0 :][:1]
         for launch in searched_launches(op, name, call)
     ]
     kernels = compile_launches(launches)
@@ -126,6 +150,25 @@ def searched_launches(op_name: str, name: str, call: Call) -> list[Launch]:
             found += record_launches(op_name, name, [call], targets=[90])
             implementation.take_launches({})
     return found
+
+
+def test_attention_s_loops_scale_with_the_subtraction_and_mask_no_whole_block(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(triton.knobs.cache, "dir", str(tmp_path))
+    states = tensor_spec(1, 128, 1, 64, dtype=torch.bfloat16, requires_grad=True)
+    call = Call.of("attention", q=states, k=states, v=states)
+    made = {}
+    for launch in record_launches("attention", "triton", [call], targets=[90]):
+        if launch.kernel in ("attention_triton_fwd_kernel", "attention_triton_bwd_kv_kernel"):
+            kernel = getattr(importlib.import_module(launch.module), launch.kernel)
+            source = ASTSource(kernel, launch.signature, launch.constants, launch.attributes)
+            made[launch.kernel] = triton.compile(source, target=GPUTarget("cuda", 90, 32), options=launch.options).asm
+    forward, keys = made["attention_triton_fwd_kernel"]["ptx"], made["attention_triton_bwd_kv_kernel"]["ttir"]
+    exponentials, fused = (len(re.findall(rf"\b{op}", forward)) for op in ("ex2.approx", "fma.rn.f32"))
+    assert 0 < exponentials <= fused
+    assert "tt.load" in keys
+    assert not re.search(r"tt\.load [^:\n]*,", keys)
 
 
 def test_every_kernel_that_a_trace_is_searched_for_is_launched() -> None:

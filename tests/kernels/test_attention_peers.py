@@ -97,14 +97,20 @@ def test_a_trace_tells_one_from_another(name: str) -> None:
     assert compare({"attention": name}, {"attention"}, KERNELS[name])["attention"].startswith("seen: ")
 
 
-def test_flex_is_in_the_graph_with_one_mask_for_all_layers(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_flex_takes_one_mask_for_all_layers_and_graphs_as_an_input(monkeypatch: pytest.MonkeyPatch) -> None:
     """Its operator runs on a CPU as plain mathematics; only PyTorch's function declines to train there."""
     monkeypatch.setattr(torch.nn.attention.flex_attention, "_validate_device", lambda *states: None)
     graphs: list[Counter[str]] = []
+    inputs: list[set[int]] = []  # the addresses of what is no state
 
     def record(graph: torch.fx.GraphModule, _: Any) -> Callable[..., Any]:
         graphs.append(Counter(str(node.target) for node in graph.graph.nodes if node.op == "call_function"))
-        return make_boxed_func(graph.forward)
+
+        def run(*arguments: Tensor) -> Any:
+            inputs.append({x.data_ptr() for x in arguments if not x.is_floating_point()})
+            return graph(*arguments)
+
+        return make_boxed_func(run)
 
     def two_layers(function: Callable[..., Tensor], q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         return function(function(q, k, v), k, v)
@@ -121,8 +127,16 @@ def test_flex_is_in_the_graph_with_one_mask_for_all_layers(monkeypatch: pytest.M
         torch.testing.assert_close(one, other, rtol=1e-5, atol=1e-5)
     forward, backward = graphs
     assert forward["flex_attention"] == backward["flex_attention_backward"] == 2
-    assert forward["aten.ge.Tensor"] == 1  # the mask, query >= key
-    assert backward["aten.ge.Tensor"] == 0
+    assert forward["aten.ge.Tensor"] == backward["aten.ge.Tensor"] == 0  # query >= key, where a mask is built
+    # Another graph takes the same mask; of another length another, and then the first again.
+    shorter = [x[:, :200] for x in states]
+    one_layer = torch.compile(flex.attention, fullgraph=True, dynamic=False, backend=backend)
+    for arguments in (states, shorter, states):
+        torch.testing.assert_close(one_layer(*arguments), reference.attention(*arguments))
+    first, _, again, other, the_same = inputs
+    assert first
+    assert first == again == the_same
+    assert not first & other
 
 
 @pytest.mark.gpu

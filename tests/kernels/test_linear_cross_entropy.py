@@ -2,12 +2,23 @@
 
 from __future__ import annotations
 
+import re
+from pathlib import Path
+
 import pytest
 import torch
+import triton
 from torch.utils._python_dispatch import TorchDispatchMode
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
 
+from llmmed.kernels.ahead_of_time import record_launches
+from llmmed.kernels.base import Call, tensor_spec
 from llmmed.kernels.catalog import get_implementation, get_op, load_function
+from llmmed.kernels.linear_cross_entropy import triton_impl
 from llmmed.kernels.linear_cross_entropy.triton_impl import _CHUNK_MIB, Chunk, _chunk_rows
+from llmmed.kernels.operator import INTERPRETED
+from llmmed.kernels.tunable import Site
 from tests.kernels.test_operators import small_cases
 
 SHAPES = [(rows, vocab, itemsize) for rows in (1, 2, 17, 300, 8192, 24576, 2**20)
@@ -23,6 +34,61 @@ def test_a_chunk_keeps_to_its_budget_in_whole_tiles(rows: int, vocab: int, items
         assert chunk <= rows / 2 + 128
     # A tile may go over: the budget cannot always be met to the row, and never at 16 rows.
     assert chunk <= 16 or chunk * vocab * itemsize <= _CHUNK_MIB * 2**20 + 128 * vocab * itemsize
+
+
+@pytest.mark.parametrize("mib", [_CHUNK_MIB // 4, _CHUNK_MIB // 2, _CHUNK_MIB, 2 * _CHUNK_MIB])
+@pytest.mark.parametrize(("rows", "vocab"), [(32768, 49152), (24576, 49152), (16384, 131072), (8192, 50304)])
+def test_chunks_are_alike(rows: int, vocab: int, mib: int) -> None:
+    chunk = _chunk_rows(rows, vocab * 2, Chunk(mib))
+    chunks = -(-rows // chunk)
+    assert rows - (chunks - 1) * chunk > chunk - 128 * chunks  # the last one
+
+
+@pytest.mark.parametrize("name", ["triton", "triton_recompute"])
+@pytest.mark.parametrize(
+    ("rows", "width", "vocab"),
+    [(24576, 384, 49152), (32768, 768, 49152), (16384, 768, 49152), (16384, 2048, 131072), (8192, 2048, 49152)],
+)
+def test_no_launch_of_a_search_takes_more_than_an_eighth_of_eager_s_memory(
+    name: str, rows: int, width: int, vocab: int
+) -> None:
+    """But for what the default takes: eager mode holds 6 bytes an element of the logits at the least."""
+    (tunable,) = (t for t in get_implementation("linear_cross_entropy", name).tunable if t.kernel == "chunks")
+    site = Site("chunks", (("itemsize", 2), ("vocab", vocab), ("width", width)))
+    device = torch.device("cpu")
+    default, *others = (
+        2 * vocab * (_chunk_rows(rows, 2 * vocab, Chunk(**values)) + width)
+        for values in (tunable.default(device, site), *tunable.alternatives(device, site))
+    )
+    assert len(others) == 3
+    tile = 2 * vocab * 128
+    assert max(others) <= max(default, 6 * rows * vocab / 8 + tile)
+
+
+@pytest.mark.skipif(INTERPRETED, reason="nothing is compiled under TRITON_INTERPRET=1")
+def test_a_row_of_any_vocabulary_is_read_by_16_bytes_and_its_target_before_it_is_overwritten(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(triton.knobs.cache, "dir", str(tmp_path))
+    call = Call.of(
+        "linear_cross_entropy",
+        hidden_states=tensor_spec(64, 16, dtype=torch.bfloat16, requires_grad=True),
+        weight=tensor_spec(1003, 16, dtype=torch.float32, requires_grad=True),
+        targets=tensor_spec(64, dtype=torch.int64),
+        ignore_index=-100,
+        scale=None,
+    )
+    launches = record_launches("linear_cross_entropy", "triton", [call], targets=[90])
+    (launch,) = (each for each in launches if each.kernel == triton_impl.IMPL.kernel_names[0])
+    kernel = triton_impl.linear_cross_entropy_triton_fwd_kernel
+    source = ASTSource(kernel, launch.signature, launch.constants, launch.attributes)
+    compiled = triton.compile(source, target=GPUTarget("cuda", 90, 32), options=launch.options).asm
+    loads = re.findall(r"ld\.global\S*", compiled["ptx"])
+    assert sorted(loads) == ["ld.global.b16", "ld.global.b64", *["ld.global.v4.b32"] * 2]  # its logit, the target
+    # Sums across threads hold barriers. A load after the last of them may come after another thread's store.
+    logit = re.search(r"tt\.load .* : !tt\.ptr<bf16>", compiled["ttgir"])
+    assert logit
+    assert logit.start() < compiled["ttgir"].index("tt.reduce")
 
 
 class Largest(TorchDispatchMode):

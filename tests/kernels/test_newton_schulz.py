@@ -80,6 +80,13 @@ def test_hostile_matrices(kind: str, shape: tuple[int, int]) -> None:
         assert_no_worse_than_the_default(kind, shape, dtype, "cpu")
 
 
+@pytest.mark.interpreter
+@pytest.mark.parametrize("shape", [(0, 8, 8), (2, 0, 8), (2, 8, 0)])
+def test_no_matrices(shape: tuple[int, ...]) -> None:
+    found = load_function("newton_schulz", get_implementation("newton_schulz", "triton"))(torch.empty(shape))
+    assert found.shape == shape
+
+
 @pytest.mark.gpu
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
 @pytest.mark.parametrize("shape", [*SHAPES, (384, 384), (768, 2048)])

@@ -9,9 +9,11 @@ from unittest import mock
 
 import pytest
 import torch
+import triton
 from functorch.compile import make_boxed_func
 from torch import Tensor
 from torch._dynamo.backends.common import aot_autograd
+from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from llmmed.kernels.base import Call, Inputs, Op
@@ -55,6 +57,18 @@ def test_compiled_without_graph_breaks_equals_eager(op_name: str, name: str) -> 
             torch.testing.assert_close(one, other, rtol=2e-5, atol=2e-6, msg=lambda m, n=number: f"result {n}: {m}")
 
 
+@pytest.mark.interpreter
+@pytest.mark.parametrize(("op_name", "name"), [pair for pair in CANDIDATES if get_op(pair[0]).differentiable])
+def test_a_second_derivative_is_refused(op_name: str, name: str) -> None:
+    """Rather than taken for zero where the arguments have gradients by another way too."""
+    op, function = get_op(op_name), load_function(op_name, get_implementation(op_name, name))
+    inputs = draw(op, small_cases(op)[0])
+    outputs = function(**inputs)
+    outputs = [outputs] if isinstance(outputs, Tensor) else list(outputs)
+    with pytest.raises(RuntimeError, match=f"{op_name}.*has no second derivative; use kernels=pytorch"):
+        torch.autograd.grad(outputs, leaves(op, inputs), [torch.ones_like(o) for o in outputs], create_graph=True)
+
+
 def test_a_compiler_does_not_write_out_the_arguments_of_an_operator() -> None:
     """Torch 2.11 does where it first meets one; in a deep model without an end (see `_shorten_compiler_messages`)."""
     from torch._inductor.exc import MissingOperatorWithoutDecomp
@@ -73,6 +87,34 @@ def test_a_workload_is_recorded_under_any_plan_without_a_launch() -> None:
     x = torch.ones(2, device="meta", requires_grad=True)
     gradients = torch.autograd.grad(operator(x, x).sum(), [x])
     assert gradients[0].is_meta
+
+
+@pytest.mark.interpreter
+@pytest.mark.parametrize(("op_name", "name"), CANDIDATES)
+def test_tensors_without_memory_launch_nothing(op_name: str, name: str) -> None:
+    op, function = get_op(op_name), load_function(op_name, get_implementation(op_name, name))
+    call = small_cases(op)[0]
+    meta = {n: spec.empty("meta").requires_grad_(spec.requires_grad) for n, spec in call.tensors.items()}
+    with mock.patch.object(triton.JITFunction, "run", side_effect=AssertionError("a kernel was launched")):
+        assert all(result.is_meta for result in outputs_and_gradients(op, function, dict(call.arguments) | meta))
+        with FakeTensorMode():
+            fake = {n: spec.empty(CPU).requires_grad_(spec.requires_grad) for n, spec in call.tensors.items()}
+            found = outputs_and_gradients(op, function, dict(call.arguments) | fake)
+            assert all(isinstance(result, FakeTensor) for result in found)
+
+
+@pytest.mark.parametrize(
+    ("args", "kwargs", "told"),
+    [
+        ((), {"x": 1, "z": 2}, "missing a required argument: 'y'"),
+        ((1, 2), {"z": 2}, "unexpected keyword argument 'z'"),
+        ((1, 2), {"y": 2}, "multiple values for argument 'y'"),
+        ((1, 2, 3), {}, "too many positional arguments"),
+    ],
+)
+def test_arguments_that_an_operator_has_not_are_refused(args: Any, kwargs: Any, told: str) -> None:
+    with pytest.raises(TypeError, match=told):
+        _squared_sum()(*args, **kwargs)
 
 
 def test_one_result_can_be_the_gradient_of_two_arguments() -> None:
@@ -162,7 +204,7 @@ def outputs_and_gradients(op: Op, function: Callable[..., Any], inputs: Inputs) 
     if not op.differentiable:
         return outputs
     generator = torch.Generator().manual_seed(1)
-    upstream = [torch.randn(output.shape, generator=generator) for output in outputs]
+    upstream = [torch.randn(o.shape, generator=generator, device=o.device) for o in outputs]
     gradients = torch.autograd.grad(outputs, leaves(op, inputs), upstream)
     return [*(output.detach() for output in outputs), *gradients]
 

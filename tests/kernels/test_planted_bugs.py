@@ -12,8 +12,8 @@ from llmmed.autotune.verify import verify
 from llmmed.autotune.workload import record_workload
 from llmmed.compose import compose
 from llmmed.kernels.base import Call, Unavailable
-from llmmed.kernels.catalog import get_implementation, get_op, implementation_names, load_function, op_folder, op_names
-from tests.kernels.planted import bugs, mutant, ops_with_triton
+from llmmed.kernels.catalog import get_implementation, get_op, implementation_names, load_function, op_names
+from tests.kernels.planted import bugs, mutant, ops_with_triton, sources
 
 PLANTED = [(op, bug) for op in ops_with_triton() for bug in bugs(op)]
 TRITON = [(op, name) for op in op_names() for name in implementation_names(op) if name.startswith("triton")]
@@ -28,7 +28,7 @@ def test_there_are_enough_bugs(op: str) -> None:
 @pytest.mark.parametrize(("op", "bug"), PLANTED)
 def test_a_bug_can_be_planted(op: str, bug: str) -> None:
     before, after = bugs(op)[bug]
-    assert (op_folder(op) / "triton_impl.py").read_text(encoding="utf-8").count(before) == 1
+    assert sum(source.count(before) for source in sources(op).values()) == 1
     assert before != after
 
 
@@ -48,7 +48,7 @@ def test_a_planted_bug_is_rejected_in_16_bits(op: str, bug: str, tmp_path: Path)
 @pytest.mark.parametrize(("op", "name"), TRITON)
 def test_correct_kernels_are_accepted_in_float32(op: str, name: str) -> None:
     slow = op in ("newton_schulz", "linear_cross_entropy", "cross_entropy", "attention", "rotary_attention")
-    assert_accepted(op, name, torch.float32, torch.device("cpu"), seeds=1 if slow else 5)
+    assert_accepted(op, name, torch.float32, torch.device("cpu"), seeds=1 if slow else 2)
 
 
 @pytest.mark.gpu

@@ -11,8 +11,12 @@ import torch
 
 from llmmed.autotune.verify import verify
 from llmmed.kernels import catalog
+from llmmed.kernels.ahead_of_time import TARGETS
 from llmmed.kernels.base import Implementation
 from llmmed.kernels.catalog import get_implementation, get_op, implementation_names, load_function, op_names
+from llmmed.kernels.cross_entropy.triton_impl import alternatives as row_alternatives
+from llmmed.kernels.cross_entropy.triton_impl import launch as row_launch
+from llmmed.kernels.operator import absent_gpu
 from llmmed.kernels.tunable import MOST_ALTERNATIVES, Launches, Site, Tunable, Values, seen_launches
 
 CPU = torch.device("cpu")
@@ -82,6 +86,16 @@ def test_a_launch_of_another_version_is_refused(
         catalog.load_kernels({"rms_norm": "planted"}, {"rms_norm": {"planted": launches}})
     assert told in caplog.text
     assert tunable(CPU, width=8) == Launch(8, 4)
+
+
+def test_the_losses_launch_changes_where_a_row_each_fills_half_of_the_cache() -> None:
+    with absent_gpu(TARGETS[90]):
+        found = {vocab: row_launch(CPU, vocab, 2) for vocab in (49152, 49664, 50304, 65536, 98304, 131072)}
+        options = {vocab: list(row_alternatives(CPU, vocab, 2)) for vocab in found}
+    assert {vocab for vocab, launch in found.items() if launch != (16384, 1, 32, 1)} == {131072}
+    assert found[131072] == (16384, 4, 16, 2)
+    assert (16384, 1, 32, 1) in options[131072]
+    assert all((16384, 4, 16, 2) in options[vocab] for vocab in found if vocab != 131072)
 
 
 @pytest.mark.parametrize(("op", "name"), TRITON)

@@ -7,7 +7,7 @@ import io
 import pytest
 from rich.console import Console
 
-from llmmed.autotune.plan import CallCount, Candidate, Hardware, KernelPlan, OpPlan
+from llmmed.autotune.plan import CallCount, Candidate, Hardware, KernelPlan, OpPlan, StepEvidence, StepTimes
 from llmmed.reporting.kernel_table import print_kernel_table
 
 DASH = "\N{EN DASH}"
@@ -107,6 +107,18 @@ def test_the_choice_is_told_in_words() -> None:
     assert "Chosen: triton for rms_norm (3.00x); pytorch for rotary." in text
     assert "Found in 12.3 s, for eager mode." in text
     assert "From the tuning cache, for eager mode." in printed(make_plan(cached=True), 200)
+
+
+def test_times_in_the_step_are_those_of_a_step() -> None:
+    times = StepTimes(choice={"rms_norm": "pytorch"}, ms=12.0, ms_low=12.0, ms_high=12.0, peak_memory_gib=None)
+    step = StepEvidence(
+        trial_depth=2, depths=(1, 2), trials=[], default=times, reason="", mode="eager",
+        chosen=times.model_copy(update={"choice": {"rms_norm": "triton"}, "ms": 10.0}),
+    )  # fmt: skip
+    better = make_plan().model_copy(update={"step": step})
+    assert "In the step: 10.0 ms a step; 12.0 with PyTorch's" in printed(better, 200)
+    same = make_plan().model_copy(update={"step": step.model_copy(update={"chosen": times})})
+    assert "In the step: 12.0 ms a step." in printed(same, 200)
 
 
 def test_a_stranger_is_told_what_the_columns_are() -> None:

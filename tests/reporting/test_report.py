@@ -14,8 +14,8 @@ from rich.console import Console
 from llmmed.autotune.plan import StepTrial
 from llmmed.errors import UserError
 from llmmed.reporting import report, report_html
-from tests.reporting.test_breakdown import OPS, plan_with
 from tests.reporting.test_kernel_table import make_plan
+from tests.reporting.test_plan_shares import OPS, plan_with
 from tests.reporting.test_sweep_summary import make_job, make_sweep, write
 
 VOID = {"meta", "img", "br", "path", "polyline", "circle"}
@@ -106,7 +106,7 @@ def test_the_step_is_told_with_its_parts_and_its_trials(tmp_path: Path) -> None:
         "time of a micro-batch (ms)", "with these kernels: 10.0 ms", "with PyTorch's: 16.0 ms",
         "1 add_rms_norm 4.00 triton 8.00 pytorch", "everything else 2.50 4.00", "the whole step 10.00 16.00",
         "Not timed, and so not in the bars: of_another_version.", "measured at 1 and 2 layers",
-        "Outcome: saves 6 ms.", "kernels.budget_seconds ended the trials",
+        "Outcome: saves 6 ms.", "in the real step ms a step interval", "kernels.budget_seconds ended the trials",
         "rotary triton pytorch rejected -0.39 -2.50 to +1.97 -3 within the step's <noise>",
     ):  # fmt: skip
         assert words in page.text, words
@@ -183,6 +183,16 @@ def test_a_sweep_has_one_page_and_a_report_for_each_job(tmp_path: Path) -> None:
     assert all((sweep / name).is_file() for name in page.loaded[:3])
     assert len(page.loaded) == 4 + (sweep / "sweep_curves.png").exists()
     assert all(data.startswith("data:image/png;base64,iVBOR") for data in page.loaded[3:])
+
+
+def test_a_job_of_a_sweep_says_its_overrides_once_for_each_use(tmp_path: Path) -> None:
+    write(tmp_path / "multirun.yaml", {})
+    run = make_run(tmp_path / "data.path=my notes,model=tiny")
+    headings = page_of(run).text.partition("Result")[0]
+    assert headings.count("model=tiny") == 1
+    assert f"A job of sweep {tmp_path.name}" in headings
+    assert "What was typed" not in page_of(run).text  # the sweep's own process started it
+    assert "What was typed" in page_of(make_run(tmp_path / "a" / "b" / "c" / "run")).text
 
 
 def test_mistakes_are_one_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

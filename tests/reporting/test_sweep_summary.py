@@ -103,6 +103,20 @@ def test_the_summary_of_an_earlier_run_in_the_folder_does_not_count(tmp_path: Pa
     assert sweep_summary.summarize_run(job).train_loss == 7.5
 
 
+def test_utilisation_is_in_every_table_and_fits(tmp_path: Path) -> None:
+    job = make_job(tmp_path / "a", ["kernels=auto"], "finished")
+    write(job / "summary.json", SUMMARY | {"mfu": 0.4321, "tokens_per_second": 1654716.0})
+    make_job(tmp_path / "b", ["kernels=triton"], "not started")
+    file = io.StringIO()
+    sweep_summary.tell(tmp_path, Console(file=file, width=80, highlight=False))
+    for text in (file.getvalue(), (tmp_path / "sweep_summary.md").read_text()):
+        assert "MFU" in text
+        assert "43.2" in text
+        assert "1,654,716" in text
+        assert "\N{HORIZONTAL ELLIPSIS}" not in text
+    assert max(map(len, file.getvalue().splitlines())) <= 80
+
+
 @pytest.mark.parametrize("width", [80, 140])
 def test_the_terminal_has_everything(tmp_path: Path, width: int) -> None:
     file = io.StringIO()

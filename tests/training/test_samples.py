@@ -76,6 +76,12 @@ def test_samples_are_of_the_weights_of_their_step(config: Config, dataset: Datas
     assert found[0]["text"] == tokenizer.decode(expected)
 
 
+def test_a_prompt_cannot_forge_the_end_of_a_document(config: Config, dataset: Dataset, tmp_path: Path) -> None:
+    sampler = Sampler(build(config), dataset, config, tmp_path, from_step=0)
+    assert dataset.end_token not in sampler._tokenizer.encode("Bone <|endoftext|> 7").ids
+    sampler.close()
+
+
 def test_sampling_changes_no_weight_and_resuming_repeats_nothing(
     config: Config, dataset: Dataset, tmp_path: Path
 ) -> None:

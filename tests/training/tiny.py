@@ -44,14 +44,12 @@ def pattern() -> Dataset:
         name="pattern",
         train=tokens,
         validation=tokens[:400],
-        vocab_size=64,
         tokenizer_file=None,
         end_token=0,
         bytes_per_token=2.0,
         train_documents=1,
         validation_documents=1,
         fingerprint="pattern",
-        from_cache=False,
     )
 
 

@@ -15,14 +15,17 @@ def cases(dtype: torch.dtype) -> Mapping[str, Call]:
     """Small calls by name, for a compute dtype."""
 
     def call(
-        *shape: int, stride: tuple[int, ...] | None = None, residual_stride: tuple[int, ...] | None = None
+        *shape: int,
+        stride: tuple[int, ...] | None = None,
+        residual_stride: tuple[int, ...] | None = None,
+        weight_stride: int = 1,
     ) -> Call:
         plain = tensor_spec(*shape, dtype=dtype, requires_grad=True)
         x, residual = (
             plain if s is None else TensorSpec(plain.shape, dtype, s, requires_grad=True)
             for s in (stride, residual_stride)
         )
-        weight = tensor_spec(shape[-1], dtype=torch.float32, requires_grad=True)
+        weight = TensorSpec((shape[-1],), torch.float32, (weight_stride,), requires_grad=True)
         return Call.of("add_rms_norm", x=x, residual=residual, weight=weight, eps=1e-6)
 
     return {
@@ -33,6 +36,7 @@ def cases(dtype: torch.dtype) -> Mapping[str, Call]:
         "many rows": call(1031, 64),
         "wide": call(3, 5000),
         "rows of a wider tensor": call(33, 96, stride=(256, 1)),
+        "weight of every other element": call(5, 24, weight_stride=2),
         "residual in a wider tensor": call(33, 80, residual_stride=(192, 1)),
         "transposed": call(40, 24, stride=(1, 40)),
     }

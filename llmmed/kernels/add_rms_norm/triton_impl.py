@@ -15,11 +15,10 @@ from torch import Tensor
 
 from llmmed.kernels.base import Implementation
 from llmmed.kernels.operator import TRITON_DEVICES, as_rows, make_operator, require_triton, sm_count
-from llmmed.kernels.rms_norm.triton_impl import Backward, forward_alternatives, forward_launch
+from llmmed.kernels.rms_norm.triton_impl import Backward, forward_alternatives, forward_launch, stages_that_fit
 from llmmed.kernels.tunable import Tunable
 
 _MAX_WIDTH = 16384  # a row must fit into one program's registers
-_SHARED_BYTES = 96 * 1024
 
 
 @triton.jit
@@ -77,28 +76,24 @@ def add_rms_norm_triton_bwd_kernel(
 
 def _backward_launch(device: torch.device, width: int, itemsize: int) -> Backward:
     """As in `rms_norm`, but with three streams to read a tile may hold half as much for the same bytes in flight. More
-    programs would write more partial rows. All but the current stage lie in shared memory, of which small GPUs have
-    99 KiB.
+    programs would write more partial rows.
     """
     block_n = triton.next_power_of_2(width)
     block_m = max(1, 4096 // block_n)
     num_warps = max(8, block_n // 512)
     per_sm = 2 if block_n <= 4096 and itemsize == 2 else 1
-    return Backward(block_m, num_warps, per_sm, _stages(block_m * block_n * itemsize))
+    return Backward(block_m, num_warps, per_sm, stages_that_fit(device, 3, block_m * block_n * itemsize))
 
 
 def _backward_alternatives(device: torch.device, width: int, itemsize: int) -> Iterator[Backward]:
     """More programs, smaller tiles, other numbers of warps."""
     block_m, num_warps, per_sm, stages = _backward_launch(device, width, itemsize)
     half = max(1, block_m // 2)
+    half_stages = stages_that_fit(device, 3, half * triton.next_power_of_2(width) * itemsize)
     yield Backward(block_m, num_warps, 3 - per_sm, stages)
-    yield Backward(half, num_warps, 2 * per_sm, _stages(half * triton.next_power_of_2(width) * itemsize))
-    yield Backward(half, num_warps // 2, 2 * per_sm, _stages(half * triton.next_power_of_2(width) * itemsize))
+    yield Backward(half, num_warps, 2 * per_sm, half_stages)
+    yield Backward(half, num_warps // 2, 2 * per_sm, half_stages)
     yield Backward(block_m, min(16, 2 * num_warps), per_sm, stages)
-
-
-def _stages(tile_bytes: int) -> int:
-    return 1 + min(2, _SHARED_BYTES // (3 * tile_bytes))
 
 
 _FORWARD = Tunable("add_rms_norm_triton_fwd_kernel", forward_launch, forward_alternatives)
@@ -106,7 +101,7 @@ _BACKWARD = Tunable("add_rms_norm_triton_bwd_kernel", _backward_launch, _backwar
 
 
 def _forward(x: Tensor, residual: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor, Tensor]:
-    x_rows, residual_rows = as_rows(x), as_rows(residual)
+    x_rows, residual_rows, weight = as_rows(x), as_rows(residual), weight.contiguous()
     n_rows, width = x_rows.shape
     normed, total = (torch.empty(x.shape, dtype=x.dtype, device=x.device) for _ in range(2))
     rstd = torch.empty(n_rows, dtype=torch.float32, device=x.device)
@@ -125,7 +120,7 @@ def _fake_forward(x: Tensor, residual: Tensor, weight: Tensor, eps: float) -> tu
 
 
 def _backward(dnormed: Tensor, dtotal: Tensor, total: Tensor, weight: Tensor, rstd: Tensor) -> tuple[Tensor, Tensor]:
-    dnormed_rows, dtotal_rows = as_rows(dnormed), as_rows(dtotal)
+    dnormed_rows, dtotal_rows, weight = as_rows(dnormed), as_rows(dtotal), weight.contiguous()
     n_rows, width = dnormed_rows.shape
     dx = torch.empty(total.shape, dtype=total.dtype, device=total.device)
     block_m, num_warps, per_sm, stages = _BACKWARD(total.device, width=width, itemsize=total.element_size())

@@ -16,8 +16,23 @@ from llmmed.kernels.base import Implementation, Unavailable
 
 
 def attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-    """See `reference.attention`. In a compiled step; the mask is built there, once for all layers."""
-    return _attend(q, k, v, _causal_mask(q.size(1), q.device))
+    """See `reference.attention`. In a compiled step, whose graphs, of a layer each, take the mask as an input."""
+    mask = _constant_mask(q.size(1), q.device)
+    # Put together anew: a compiler cannot ask a constant object for everything that it wants to know of a mask.
+    again = BlockMask(
+        seq_lengths=(q.size(1), q.size(1)),
+        kv_num_blocks=mask.kv_num_blocks,
+        kv_indices=mask.kv_indices,
+        full_kv_num_blocks=mask.full_kv_num_blocks,
+        full_kv_indices=mask.full_kv_indices,
+        q_num_blocks=mask.q_num_blocks,
+        q_indices=mask.q_indices,
+        full_q_num_blocks=mask.full_q_num_blocks,
+        full_q_indices=mask.full_q_indices,
+        BLOCK_SIZE=mask.BLOCK_SIZE,
+        mask_mod=_causal,
+    )
+    return _attend(q, k, v, again)
 
 
 def _attend(q: Tensor, k: Tensor, v: Tensor, mask: BlockMask) -> Tensor:
@@ -34,8 +49,15 @@ def _attend(q: Tensor, k: Tensor, v: Tensor, mask: BlockMask) -> Tensor:
     return out.transpose(1, 2)
 
 
+@functools.lru_cache(maxsize=32)
 def _causal_mask(seq: int, device: torch.device) -> BlockMask:
     return create_block_mask(_causal, None, None, seq, seq, device=device)
+
+
+@torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
+def _constant_mask(seq: int, device: torch.device) -> BlockMask:
+    """What a compiler calls while it traces, and takes for a constant."""
+    return _causal_mask(seq, device)
 
 
 def _causal(batch: Tensor, head: Tensor, query: Tensor, key: Tensor) -> Tensor:
@@ -47,13 +69,12 @@ def _load() -> Callable[..., Any]:
     if importlib.util.find_spec("triton") is None:
         raise Unavailable("flex attention is compiled to Triton, which is not installed; pip install triton")
     compiled = torch.compile(_attend, fullgraph=True, dynamic=False)
-    remembered = functools.lru_cache(maxsize=32)(_causal_mask)
 
     def either(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        """See `reference.attention`. In eager mode it is compiled by itself, and its mask is kept."""
+        """See `reference.attention`. In eager mode it is compiled by itself."""
         if torch.compiler.is_compiling():
             return attention(q, k, v)
-        return compiled(q, k, v, remembered(q.size(1), q.device))
+        return compiled(q, k, v, _causal_mask(q.size(1), q.device))
 
     return either
 

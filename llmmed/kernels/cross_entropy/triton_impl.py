@@ -13,10 +13,18 @@ import torch
 import triton
 import triton.language as tl
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from llmmed.kernels.base import Implementation
-from llmmed.kernels.operator import TRITON_DEVICES, as_rows, l2_bytes, make_operator, require_triton, sm_count
+from llmmed.kernels.operator import (
+    TRITON_DEVICES,
+    as_rows,
+    l2_bytes,
+    make_operator,
+    refuse_second_derivative,
+    require_triton,
+    sm_count,
+    through_dispatcher,
+)
 from llmmed.kernels.tunable import Tunable
 
 
@@ -40,9 +48,10 @@ def cross_entropy_triton_factor_kernel(
 
 
 @triton.jit
-def row_statistics(logits, V: tl.constexpr, BLOCK: tl.constexpr, STAGES: tl.constexpr):
-    # Maximum and sum of exponentials of one row. Each lane of neighbouring elements, what one load brings to a thread,
-    # keeps a maximum and a sum of its own, so that threads meet once, after the loop.
+def row_statistics(logits, V: tl.constexpr, PADDED: tl.constexpr, BLOCK: tl.constexpr, STAGES: tl.constexpr):
+    # Maximum and sum of exponentials of one row of V logits. Each lane of neighbouring elements, what one load brings
+    # to a thread, keeps a maximum and a sum of its own, so that threads meet once, after the loop. What follows the
+    # logits up to PADDED is read and left out: a mask that ends between 16 bytes would take all loads apart.
     WIDTH: tl.constexpr = 128 // logits.dtype.element_ty.primitive_bitwidth
     offsets = tl.arange(0, BLOCK // WIDTH)[:, None] * WIDTH + tl.arange(0, WIDTH)[None, :]
     # Lanes of the last block may see no element: finite, also times log2(e).
@@ -50,7 +59,9 @@ def row_statistics(logits, V: tl.constexpr, BLOCK: tl.constexpr, STAGES: tl.cons
     lane_sum = tl.zeros((BLOCK // WIDTH,), dtype=tl.float32)
     for start in tl.range(0, V, BLOCK, num_stages=STAGES):
         cols = start + offsets
-        x = tl.load(logits + cols, mask=cols < V, other=float("-inf")).to(tl.float32)
+        x = tl.load(logits + cols, mask=cols < PADDED, other=float("-inf")).to(tl.float32)
+        if PADDED != V:
+            x = tl.where(cols < V, x, float("-inf"))
         new_max = tl.maximum(lane_max, tl.max(x, axis=1))
         exponentials = _exp_difference(x, new_max[:, None], WIDTH)
         lane_sum = lane_sum * tl.exp(lane_max - new_max) + tl.sum(exponentials, axis=1)
@@ -73,9 +84,10 @@ def _exp_difference(x, y, WIDTH: tl.constexpr):
 @triton.jit
 def write_gradient(
     logits, gradient, target, chosen, row_max, row_sum, factor,
-    V: tl.constexpr, BLOCK: tl.constexpr, STAGES: tl.constexpr,
+    V: tl.constexpr, PADDED: tl.constexpr, BLOCK: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
-    # factor * (softmax - one_hot(target)), which may overwrite the logits; `chosen` is the target's logit.
+    # factor * (softmax - one_hot(target)), which may overwrite the logits; `chosen` is the target's logit. Columns from
+    # V to PADDED become zero.
     WIDTH: tl.constexpr = 128 // logits.dtype.element_ty.primitive_bitwidth
     last = (V - 1) // BLOCK
     if WIDTH == 8:
@@ -87,8 +99,10 @@ def write_gradient(
     # The last blocks first: they were read last, and are the likeliest to be in the cache.
     for i in tl.range(0, last + 1, num_stages=STAGES):
         cols = (last - i) * BLOCK + tl.arange(0, BLOCK)
-        mask = cols < V
+        mask = cols < PADDED
         x = tl.load(logits + cols, mask=mask, other=float("-inf")).to(tl.float32)
+        if PADDED != V:
+            x = tl.where(cols < V, x, float("-inf"))
         dx = _exp_difference(x, log_sum, WIDTH) * rest
         tl.store(gradient + cols, dx.to(gradient.dtype.element_ty), mask=mask, cache_modifier=".cs")
     # The target's entry is written again, since comparing every column with it would cost as much as the exponential;
@@ -100,7 +114,7 @@ def write_gradient(
 
 
 @triton.jit
-def _write_zeros(gradient, V: tl.constexpr, BLOCK: tl.constexpr):
+def write_zeros(gradient, V: tl.constexpr, BLOCK: tl.constexpr):
     for start in range(0, V, BLOCK):
         cols = start + tl.arange(0, BLOCK)
         zeros = tl.zeros((BLOCK,), dtype=gradient.dtype.element_ty)
@@ -124,9 +138,9 @@ def cross_entropy_triton_fwd_kernel(
             tl.store(statistics_ptr + row, 0.0)
             tl.store(statistics_ptr + n_rows + row, 1.0)
             if GRADIENT:
-                _write_zeros(gradient, V, BLOCK)
+                write_zeros(gradient, V, BLOCK)
         else:
-            row_max, row_sum = row_statistics(logits, V, BLOCK, STAGES)
+            row_max, row_sum = row_statistics(logits, V, V, BLOCK, STAGES)
             # A target that is no class must not read foreign memory: its loss is NaN, which nobody overlooks.
             is_class = (target >= 0) & (target < V)
             chosen = tl.load(logits + target, mask=is_class, other=float("nan")).to(tl.float32)
@@ -134,7 +148,7 @@ def cross_entropy_triton_fwd_kernel(
             tl.store(statistics_ptr + row, row_max)
             tl.store(statistics_ptr + n_rows + row, row_sum)
             if GRADIENT:
-                write_gradient(logits, gradient, target, chosen, row_max, row_sum, factor, V, BLOCK, STAGES)
+                write_gradient(logits, gradient, target, chosen, row_max, row_sum, factor, V, V, BLOCK, STAGES)
 
 
 @triton.jit
@@ -155,13 +169,13 @@ def cross_entropy_triton_bwd_kernel(
         gradient = gradient_ptr + row * V
         target = tl.load(targets_ptr + row * targets_stride)
         if target == ignore_index:
-            _write_zeros(gradient, V, BLOCK)
+            write_zeros(gradient, V, BLOCK)
         else:
             row_max = tl.load(statistics_ptr + row)
             row_sum = tl.load(statistics_ptr + n_rows + row)
             logits = logits_ptr + row * logits_stride
             chosen = tl.load(logits + target, mask=(target >= 0) & (target < V), other=0.0).to(tl.float32)
-            write_gradient(logits, gradient, target, chosen, row_max, row_sum, factor, V, BLOCK, 1)
+            write_gradient(logits, gradient, target, chosen, row_max, row_sum, factor, V, V, BLOCK, 1)
 
 
 class Launch(NamedTuple):
@@ -178,22 +192,24 @@ class Launch(NamedTuple):
 
 def launch(device: torch.device, vocab: int, itemsize: int) -> Launch:
     """Two loads of 16 bytes a lane, and as many lanes as a program can have: few rows under way, so that a quarter of
-    the L2 cache holds them (the gradients pass through it as well), and still enough loads on their way. Where not even
-    one row a multiprocessor fits into that, fewer warps and loads ahead through shared memory do better.
+    the L2 cache holds them (the gradients pass through it as well), and still enough loads on their way. Where one row
+    a multiprocessor takes more than half of it, fewer warps and loads ahead through shared memory do better.
     """
     block = min(32768 // itemsize, max(128, triton.next_power_of_2(vocab)))
     num_warps = max(4, min(32, block * itemsize // 1024))
-    cached = l2_bytes(device) // 4 // (vocab * itemsize) // sm_count(device)
-    per_sm = max(1, min(64 // num_warps, cached))
-    if not cached and num_warps == 32:
+    under_way = vocab * itemsize * sm_count(device)  # with one program a multiprocessor
+    if 2 * under_way > l2_bytes(device) and num_warps == 32:
         return Launch(block, 4, 16, 2)
-    return Launch(block, 1, num_warps, per_sm)
+    return Launch(block, 1, num_warps, max(1, min(64 // num_warps, l2_bytes(device) // 4 // under_way)))
 
 
 def alternatives(device: torch.device, vocab: int, itemsize: int) -> Iterator[Launch]:
-    """More rows under way, by programs or by half as many warps each, and loads ahead through shared memory."""
+    """Two programs a multiprocessor instead of one, and one instead of more; blocks of half the size by half as many
+    warps; and what either side of `launch`'s bound takes, loads ahead through shared memory and none.
+    """
     block, stages, num_warps, per_sm = launch(device, vocab, itemsize)
     yield Launch(block, stages, num_warps, 3 - min(2, per_sm))
+    yield Launch(block, 1, 32, 1)
     yield Launch(max(128, block // 2), stages, max(4, num_warps // 2), 2 * per_sm)
     yield Launch(max(128, block // 2), stages, max(4, num_warps // 2), per_sm)
     yield Launch(block, 4, min(16, num_warps), 2)
@@ -266,8 +282,8 @@ class _Direct(torch.autograd.Function):
         return loss
 
     @staticmethod
-    @once_differentiable
     def backward(ctx: Any, upstream: Tensor) -> tuple[Tensor | None, ...]:
+        refuse_second_derivative("cross_entropy (triton)")
         gradient, ctx.gradient = ctx.gradient, None  # a second pass over a retained graph must not write into it
         written = gradient is not None
         logits, targets, statistics, factor = ctx.saved_tensors
@@ -318,7 +334,7 @@ _operator = make_operator(
 
 def cross_entropy(logits: Tensor, targets: Tensor, ignore_index: int, scale: Tensor | None = None) -> Tensor:
     """See `reference.cross_entropy`. The loss is NaN if a target is neither a class nor ignored."""
-    if torch.compiler.is_compiling():
+    if through_dispatcher(logits):
         loss: Tensor = _operator(logits, targets, ignore_index, scale)
         return loss
     with_gradient = logits.requires_grad and torch.is_grad_enabled()

@@ -12,21 +12,28 @@ import torch
 import triton
 import triton.language as tl
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from llmmed.kernels.base import Implementation
-from llmmed.kernels.cross_entropy.triton_impl import Launch, mean_factor, row_statistics, write_gradient
+from llmmed.kernels.cross_entropy.triton_impl import Launch, mean_factor, row_statistics, write_gradient, write_zeros
 from llmmed.kernels.cross_entropy.triton_impl import alternatives as row_alternatives
 from llmmed.kernels.cross_entropy.triton_impl import launch as row_launch
-from llmmed.kernels.operator import TRITON_DEVICES, as_rows, make_operator, require_triton
+from llmmed.kernels.operator import (
+    TRITON_DEVICES,
+    as_rows,
+    make_operator,
+    refuse_second_derivative,
+    require_triton,
+    through_dispatcher,
+)
 from llmmed.kernels.tunable import Tunable
 
 _CHUNKS = 2  # the logits of a chunk take half of what all would
 _CHUNK_MIB = 576  # and no more than this: each chunk reads and writes the weight's gradient once
+_CHUNKS_BEYOND = 3  # where a search may choose more than that: a third and the weight are an eighth of eager's memory
 
 
 class Chunk(NamedTuple):
-    """The most that a chunk's logits may take."""
+    """What a chunk's logits may take, but for rows that fill its last tile."""
 
     mib: int
 
@@ -45,7 +52,9 @@ def tunables() -> Tunables:
         Tunable(
             "chunks",
             lambda device, vocab, width, itemsize: Chunk(_CHUNK_MIB),
-            lambda device, vocab, width, itemsize: (Chunk(_CHUNK_MIB // 2), Chunk(_CHUNK_MIB // 4)),
+            lambda device, vocab, width, itemsize: tuple(
+                map(Chunk, (2 * _CHUNK_MIB, _CHUNK_MIB // 2, _CHUNK_MIB // 4))
+            ),
         ),
     )
 
@@ -53,27 +62,27 @@ def tunables() -> Tunables:
 @triton.jit
 def linear_cross_entropy_triton_fwd_kernel(
     logits_ptr, targets_ptr, losses_ptr, targets_stride, n_rows, ignore_index,
-    V: tl.constexpr, BLOCK: tl.constexpr, STAGES: tl.constexpr, GRADIENT: tl.constexpr, GAIN: tl.constexpr,
+    V: tl.constexpr, PADDED: tl.constexpr, BLOCK: tl.constexpr, STAGES: tl.constexpr, GRADIENT: tl.constexpr,
+    GAIN: tl.constexpr,
 ):  # fmt: skip
-    # Losses of a chunk's rows; the logits become GAIN * (softmax - one_hot). As in `cross_entropy`, a row is walked
-    # twice, the second time backwards and out of the cache.
+    # Losses of a chunk's rows, which begin PADDED apart; the logits become GAIN * (softmax - one_hot). As in
+    # `cross_entropy`, a row is walked twice, the second time backwards and out of the cache.
     for row in tl.range(tl.program_id(0).to(tl.int64), n_rows, tl.num_programs(0)):
-        logits = logits_ptr + row * V
+        logits = logits_ptr + row * PADDED
         target = tl.load(targets_ptr + row * targets_stride)
         if target == ignore_index:
             tl.store(losses_ptr + row, 0.0)
             if GRADIENT:
-                for start in range(0, V, BLOCK):
-                    cols = start + tl.arange(0, BLOCK)
-                    tl.store(logits + cols, tl.zeros((BLOCK,), dtype=logits.dtype.element_ty), mask=cols < V)
+                write_zeros(logits, PADDED, BLOCK)
         else:
-            row_max, row_sum = row_statistics(logits, V, BLOCK, STAGES)
             # A target that is no class must not read foreign memory: its loss is NaN, which nobody overlooks.
             is_class = (target >= 0) & (target < V)
+            # Before the first walk, in which threads wait for each other: in the second one overwrites it.
             chosen = tl.load(logits + target, mask=is_class, other=float("nan")).to(tl.float32)
+            row_max, row_sum = row_statistics(logits, V, PADDED, BLOCK, STAGES)
             tl.store(losses_ptr + row, (row_max - chosen) + tl.log(row_sum))
             if GRADIENT:
-                write_gradient(logits, logits, target, chosen, row_max, row_sum, GAIN, V, BLOCK, STAGES)
+                write_gradient(logits, logits, target, chosen, row_max, row_sum, GAIN, V, PADDED, BLOCK, STAGES)
 
 
 @triton.jit
@@ -109,11 +118,12 @@ def losses_and_raw_gradients(
     width, itemsize = hidden_states.shape[1], weight.element_size()
     most = launches.chunks(weight.device, vocab=vocab, width=width, itemsize=itemsize)
     how = launches.rows(weight.device, vocab=vocab, itemsize=itemsize)
-    chunk_rows = _chunk_rows(n_rows, vocab * itemsize, most)
-    buffer = torch.empty((chunk_rows, vocab), dtype=weight.dtype, device=weight.device)
+    row = _padded_row(vocab)
+    chunk_rows = _chunk_rows(n_rows, row * itemsize, most)
+    buffer = torch.empty((chunk_rows, row), dtype=weight.dtype, device=weight.device)
     for start in range(0, n_rows, chunk_rows):
         rows = slice(start, min(start + chunk_rows, n_rows))
-        logits = buffer[: rows.stop - start]
+        logits = buffer[: rows.stop - start, :vocab]
         torch.mm(hidden_states[rows], weight.T, out=logits)
         _differentiate(logits, targets[rows], losses[rows], ignore_index, hidden_gradient or weight_gradient, how)
         if hidden_gradient:
@@ -137,9 +147,18 @@ def _gain(compute_dtype: torch.dtype) -> float:
     return 256.0 if compute_dtype == torch.float16 else 1.0
 
 
+def _padded_row(vocab: int) -> int:
+    """Elements from one row of a chunk's logits to the next: whole lines of the cache where rows of the vocabulary
+    itself would begin between 16 bytes, which takes every access apart, cuBLAS's too.
+    """
+    return vocab if vocab % 8 == 0 else -(-vocab // 64) * 64
+
+
 def _chunk_rows(n_rows: int, row_bytes: int, most: Chunk) -> int:
-    """Rows a chunk: half of all, within the memory budget, in whole tiles of the products."""
-    wanted = max(1, min(-(-n_rows // _CHUNKS), most.mib * 2**20 // row_bytes))
+    """Rows a chunk: in two chunks, or in as many as the memory budget asks for, all alike but for whole tiles."""
+    whole = n_rows * row_bytes
+    budget = min(most.mib * 2**20, max(_CHUNK_MIB * 2**20, -(-whole // _CHUNKS_BEYOND)))
+    wanted = max(1, -(-n_rows // max(_CHUNKS, -(-whole // budget))))
     tile = 128 if wanted > 128 else 16
     return max(1, min(n_rows, -(-wanted // tile) * tile))
 
@@ -151,8 +170,8 @@ def _differentiate(
     n_rows, vocab = logits.shape
     linear_cross_entropy_triton_fwd_kernel[(how.programs(n_rows, logits.device),)](
         logits, targets, losses, targets.stride(0), n_rows, ignore_index,
-        V=vocab, BLOCK=how.block, STAGES=how.stages, GRADIENT=with_gradient, GAIN=_gain(logits.dtype),
-        num_warps=how.num_warps,
+        V=vocab, PADDED=logits.stride(0), BLOCK=how.block, STAGES=how.stages, GRADIENT=with_gradient,
+        GAIN=_gain(logits.dtype), num_warps=how.num_warps,
     )  # fmt: skip
 
 
@@ -186,8 +205,8 @@ class _Direct(torch.autograd.Function):
         return loss
 
     @staticmethod
-    @once_differentiable
     def backward(ctx: Any, upstream: Tensor) -> tuple[Tensor | None, ...]:
+        refuse_second_derivative("linear_cross_entropy (triton)")
         hidden_states, weight, targets, factor = ctx.saved_tensors
         wanted = ctx.needs_input_grad[:2]
         raw, ctx.raw = ctx.raw, None
@@ -259,7 +278,7 @@ def linear_cross_entropy(
 ) -> Tensor:
     """See `reference.linear_cross_entropy`. The loss is NaN if a target is neither a class nor ignored."""
     wanted = [tensor.requires_grad and torch.is_grad_enabled() for tensor in (hidden_states, weight)]
-    apply = _operator if torch.compiler.is_compiling() else _Direct.apply
+    apply = _operator if through_dispatcher(hidden_states) else _Direct.apply
     loss: Tensor = apply(hidden_states, weight, targets, ignore_index, scale, *wanted)
     return loss
 

@@ -17,7 +17,14 @@ from triton.tools.tensor_descriptor import TensorDescriptor
 
 from llmmed.kernels.base import Implementation
 from llmmed.kernels.newton_schulz.reference import COEFFICIENTS, EPSILON, STEPS
-from llmmed.kernels.operator import INTERPRETED, TRITON_DEVICES, capability, require_triton, shared_bytes
+from llmmed.kernels.operator import (
+    INTERPRETED,
+    TRITON_DEVICES,
+    capability,
+    require_triton,
+    shared_bytes,
+    through_dispatcher,
+)
 from llmmed.kernels.tunable import Tunable
 
 SCALE = 16.0  # of X in memory: keeps its small entries off float16's subnormal numbers
@@ -282,6 +289,8 @@ def _gram_pays(rows: int, cols: int, dtype: torch.dtype) -> bool:
 
 
 def _forward(G: Tensor) -> Tensor:
+    if not G.numel():
+        return torch.empty(G.shape, dtype=G.dtype, device=G.device)
     tall = G.size(-2) > G.size(-1)
     X = _normed(G.mT if tall else G, torch.float32 if G.dtype == torch.float32 else torch.float16)
     iterate = _iterate_on_gram if _gram_pays(X.size(-2), X.size(-1), G.dtype) else _iterate
@@ -299,7 +308,7 @@ def _fake(G: Tensor) -> Tensor:
 
 def newton_schulz(G: Tensor) -> Tensor:
     """See `reference.newton_schulz`."""
-    result: Tensor = _operator(G) if torch.compiler.is_compiling() else _forward(G)
+    result: Tensor = _operator(G) if through_dispatcher(G) else _forward(G)
     return result
 
 

@@ -14,11 +14,12 @@ REGIMES = ("bland", "near_epsilon", "outliers", "row_scales", "far_weights")
 def cases(dtype: torch.dtype) -> Mapping[str, Call]:
     """Small calls by name, for a compute dtype."""
 
-    def call(*shape: int, stride: tuple[int, ...] | None = None, eps: float = 1e-6) -> Call:
+    def call(*shape: int, stride: tuple[int, ...] | None = None, weight_stride: int = 1, eps: float = 1e-6) -> Call:
         x = tensor_spec(*shape, dtype=dtype, requires_grad=True)
         if stride is not None:
             x = TensorSpec(x.shape, dtype, stride, requires_grad=True)
-        return Call.of("rms_norm", x=x, weight=tensor_spec(shape[-1], dtype=torch.float32, requires_grad=True), eps=eps)
+        weight = TensorSpec((shape[-1],), torch.float32, (weight_stride,), requires_grad=True)
+        return Call.of("rms_norm", x=x, weight=weight, eps=eps)
 
     return {
         "one row": call(1, 64),
@@ -28,6 +29,7 @@ def cases(dtype: torch.dtype) -> Mapping[str, Call]:
         "many rows": call(1031, 64),
         "wide": call(3, 5000),
         "rows of a wider tensor": call(33, 96, stride=(256, 1)),
+        "weight of every other element": call(5, 24, weight_stride=2),
         "transposed": call(40, 24, stride=(1, 40)),
     }
 

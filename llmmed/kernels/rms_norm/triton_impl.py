@@ -14,10 +14,11 @@ import triton.language as tl
 from torch import Tensor
 
 from llmmed.kernels.base import Implementation
-from llmmed.kernels.operator import TRITON_DEVICES, as_rows, make_operator, require_triton, sm_count
+from llmmed.kernels.operator import TRITON_DEVICES, as_rows, make_operator, require_triton, shared_bytes, sm_count
 from llmmed.kernels.tunable import Tunable
 
 _MAX_WIDTH = 16384  # a row must fit into one program's registers
+_SCRATCH_BYTES = 1024  # of shared memory, for sums across warps
 
 
 @triton.jit
@@ -82,7 +83,7 @@ class Backward(NamedTuple):
 
 
 def forward_launch(device: torch.device, width: int, itemsize: int) -> Forward:
-    """Tiles of about 4,096 elements, 16 to 32 a thread."""
+    """Tiles of about 4,096 elements and at least a row, 32 a thread."""
     block_n = triton.next_power_of_2(width)
     block_m = max(1, 4096 // block_n)
     return Forward(block_m, max(4, min(16, block_m * block_n // 1024)))
@@ -103,17 +104,26 @@ def _backward_launch(device: torch.device, width: int, itemsize: int) -> Backwar
     are short. More programs would write more partial rows.
     """
     block_n = triton.next_power_of_2(width)
-    if block_n <= 512:
-        return Backward(4096 // block_n, 4, 2, 3)
-    return Backward(max(1, 8192 // block_n), 16 if block_n > 8192 else 8, 1, 3)
+    short = block_n <= 512
+    block_m = max(1, (4096 if short else 8192) // block_n)
+    num_warps = 4 if short else 16 if block_n > 8192 else 8
+    return Backward(block_m, num_warps, 2 if short else 1, stages_that_fit(device, 2, block_m * block_n * itemsize))
+
+
+def stages_that_fit(device: torch.device, streams: int, tile_bytes: int, most: int = 3) -> int:
+    """Of the pipeline of backward, which reads this many streams by tiles: all but the current stage lie in shared
+    memory."""
+    return 1 + min(most - 1, (shared_bytes(device) - _SCRATCH_BYTES) // (streams * tile_bytes))
 
 
 def _backward_alternatives(device: torch.device, width: int, itemsize: int) -> Iterator[Backward]:
-    """More programs, smaller tiles, more warps, a shallower pipeline."""
+    """More programs, smaller tiles, more warps, a shallower or a deeper pipeline."""
     block_m, num_warps, per_sm, stages = _backward_launch(device, width, itemsize)
-    yield Backward(block_m, num_warps, 2 * per_sm, 2)
-    yield Backward(max(1, block_m // 2), num_warps, 2 * per_sm, stages)
-    yield Backward(max(1, block_m // 2), num_warps, per_sm, stages + 1)
+    half = max(1, block_m // 2)
+    deepest = stages_that_fit(device, 2, half * triton.next_power_of_2(width) * itemsize, most=stages + 1)
+    yield Backward(block_m, num_warps, 2 * per_sm, min(2, stages))
+    yield Backward(half, num_warps, 2 * per_sm, stages)
+    yield Backward(half, num_warps, per_sm, deepest)
     yield Backward(block_m, min(16, 2 * num_warps), per_sm, stages)
 
 
@@ -122,7 +132,7 @@ _BACKWARD = Tunable("rms_norm_triton_bwd_kernel", _backward_launch, _backward_al
 
 
 def _forward(x: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
-    rows = as_rows(x)
+    rows, weight = as_rows(x), weight.contiguous()
     n_rows, width = rows.shape
     y = torch.empty(x.shape, dtype=x.dtype, device=x.device)
     rstd = torch.empty(n_rows, dtype=torch.float32, device=x.device)
@@ -141,7 +151,7 @@ def _fake_forward(x: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor
 
 
 def _backward(dy: Tensor, x: Tensor, weight: Tensor, rstd: Tensor) -> tuple[Tensor, Tensor]:
-    dy_rows, x_rows = as_rows(dy), as_rows(x)
+    dy_rows, x_rows, weight = as_rows(dy), as_rows(x), weight.contiguous()
     n_rows, width = x_rows.shape
     dx = torch.empty(x.shape, dtype=x.dtype, device=x.device)
     block_m, num_warps, per_sm, stages = _BACKWARD(x.device, width=width, itemsize=x.element_size())

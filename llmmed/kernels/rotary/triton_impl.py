@@ -10,7 +10,7 @@ import triton.language as tl
 from torch import Tensor
 
 from llmmed.kernels.base import Implementation
-from llmmed.kernels.operator import TRITON_DEVICES, make_operator, require_triton
+from llmmed.kernels.operator import TRITON_DEVICES, make_operator, require_triton, unit_stride
 from llmmed.kernels.tunable import Tunable
 
 _TILE = 4096  # elements a program rotates: 32 a thread with four warps
@@ -97,7 +97,7 @@ _BACKWARD = Tunable("rotary_triton_bwd_kernel", _launch, _alternatives)
 def _rotate(
     kernel: triton.JITFunction, launch: Tunable[Launch], q: Tensor, k: Tensor, cos: Tensor, sin: Tensor
 ) -> tuple[Tensor, Tensor]:
-    q, k = (x if x.stride(-1) == 1 else x.contiguous() for x in (q, k))
+    q, k = unit_stride(q), unit_stride(k)
     batch, seq, q_heads, head_dim = q.shape
     k_heads, half = k.shape[2], head_dim // 2
     q_out, k_out = (torch.empty(x.shape, dtype=x.dtype, device=x.device) for x in (q, k))

@@ -16,22 +16,21 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from llmmed.kernels.attention import triton_impl as attention_impl
-from llmmed.kernels.attention.triton_impl import (
+from llmmed.kernels.attention.loops import (
     MOST_SEQUENCES,
-    Launch,
-    _attend,
-    _is_long,
-    _key_gradients,
-    _load,
-    _query_gradient,
-    _shape,
-    _store,
+    attend,
+    is_long,
+    kernel_constants,
+    key_gradients,
+    launch_shape,
+    load_tile,
     padded,
+    query_gradient,
+    store_tile,
     tunable,
 )
 from llmmed.kernels.base import Implementation
-from llmmed.kernels.operator import TRITON_DEVICES, make_operator, require_triton
+from llmmed.kernels.operator import TRITON_DEVICES, make_operator, require_triton, unit_stride
 
 _TILE = 4096  # elements that a program of the keys' prepass rotates: 32 a thread with four warps
 
@@ -59,7 +58,7 @@ def _rotate(
 def _store_turned_back(
     ptr, tile, rows, stride, cos_ptr, sin_ptr, seq, HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr
 ):  # fmt: skip
-    """Stores the gradient of what `_load_rotated` loads, given that of what it returns."""
+    """Stores the gradient of heads, given that of what `_rotate` made of them."""
     HALF: tl.constexpr = HEAD_DIM // 2
     BLOCK_HALF: tl.constexpr = BLOCK_D // 2
     first, second = tl.split(tl.permute(tl.reshape(tile, (tile.shape[0], 2, BLOCK_HALF)), (0, 2, 1)))
@@ -105,19 +104,19 @@ def rotary_attention_triton_fwd_kernel(
     _rotate(q_ptr + rows * x_seq, q_rot_ptr + rows * BLOCK_D, rows < seq, rows, cos_ptr, sin_ptr, HEAD_DIM, BLOCK_D)
     # Read back, because a product takes what is loaded from shared memory and what is computed from scarce registers.
     tl.debug_barrier()
-    q = _load(q_rot_ptr, rows, BLOCK_D, dims, seq, BLOCK_D, EVEN)
+    q = load_tile(q_rot_ptr, rows, BLOCK_D, dims, seq, BLOCK_D, EVEN)
 
     peak = tl.full((BLOCK_M,), float("-inf"), dtype=tl.float32)
     total = tl.zeros((BLOCK_M,), dtype=tl.float32)
     acc = tl.zeros((BLOCK_M, BLOCK_D), dtype=tl.float32)
     diagonal = block * BLOCK_M
-    acc, total, peak = _attend(acc, total, peak, q, k_rot_ptr, v_ptr, BLOCK_D, x_seq, rows, 0, diagonal, seq, SCALE,
-                               BLOCK_D, HEAD_DIM, BLOCK_D, BLOCK_N, False, EVEN, PRECISION)  # fmt: skip
-    acc, total, peak = _attend(acc, total, peak, q, k_rot_ptr, v_ptr, BLOCK_D, x_seq, rows, diagonal,
-                               tl.minimum(diagonal + BLOCK_M, seq), seq, SCALE,
-                               BLOCK_D, HEAD_DIM, BLOCK_D, BLOCK_N, True, EVEN, PRECISION)  # fmt: skip
+    acc, total, peak = attend(acc, total, peak, q, k_rot_ptr, v_ptr, BLOCK_D, x_seq, rows, 0, diagonal, seq, SCALE,
+                              BLOCK_D, HEAD_DIM, BLOCK_D, BLOCK_N, False, EVEN, PRECISION)  # fmt: skip
+    acc, total, peak = attend(acc, total, peak, q, k_rot_ptr, v_ptr, BLOCK_D, x_seq, rows, diagonal,
+                              tl.minimum(diagonal + BLOCK_M, seq), seq, SCALE,
+                              BLOCK_D, HEAD_DIM, BLOCK_D, BLOCK_N, True, EVEN, PRECISION)  # fmt: skip
     out_ptr += (batch * seq * HEADS + head) * HEAD_DIM
-    _store(out_ptr, acc / total[:, None], rows, HEADS * HEAD_DIM, dims, seq, HEAD_DIM)
+    store_tile(out_ptr, acc / total[:, None], rows, HEADS * HEAD_DIM, dims, seq, HEAD_DIM)
     tl.store(lse_ptr + tl.program_id(1).to(tl.int64) * seq + rows, peak + tl.log2(total), mask=rows < seq)
 
 
@@ -136,20 +135,20 @@ def rotary_attention_triton_bwd_q_kernel(
     v_ptr += batch * v_batch + kv_head * v_head
     rows, dims = block * BLOCK_M + tl.arange(0, BLOCK_M), tl.arange(0, BLOCK_D)
     offset = (batch * seq * HEADS + head) * HEAD_DIM
-    dout = _load(dout_ptr + offset, rows, HEADS * HEAD_DIM, dims, seq, HEAD_DIM, EVEN)
-    out = _load(out_ptr + offset, rows, HEADS * HEAD_DIM, dims, seq, HEAD_DIM, EVEN)
+    dout = load_tile(dout_ptr + offset, rows, HEADS * HEAD_DIM, dims, seq, HEAD_DIM, EVEN)
+    out = load_tile(out_ptr + offset, rows, HEADS * HEAD_DIM, dims, seq, HEAD_DIM, EVEN)
     delta = tl.sum(out.to(tl.float32) * dout.to(tl.float32), axis=1)
     statistics = tl.program_id(1).to(tl.int64) * seq + rows
     tl.store(delta_ptr + statistics, delta, mask=rows < seq)  # for the keys' kernel, which comes next
     lse = tl.load(lse_ptr + statistics, mask=rows < seq, other=float("inf"))
-    q = _load(q_rot_ptr + (batch * HEADS + head) * seq * BLOCK_D, rows, BLOCK_D, dims, seq, BLOCK_D, EVEN)
+    q = load_tile(q_rot_ptr + (batch * HEADS + head) * seq * BLOCK_D, rows, BLOCK_D, dims, seq, BLOCK_D, EVEN)
     dq = tl.zeros((BLOCK_M, BLOCK_D), dtype=tl.float32)
     diagonal = block * BLOCK_M
-    dq = _query_gradient(dq, q, dout, lse, delta, k_rot_ptr, v_ptr, BLOCK_D, v_seq, rows, 0, diagonal, seq, SCALE,
-                         BLOCK_D, HEAD_DIM, BLOCK_D, BLOCK_N, False, EVEN, PRECISION)  # fmt: skip
-    dq = _query_gradient(dq, q, dout, lse, delta, k_rot_ptr, v_ptr, BLOCK_D, v_seq, rows, diagonal,
-                         tl.minimum(diagonal + BLOCK_M, seq), seq, SCALE,
-                         BLOCK_D, HEAD_DIM, BLOCK_D, BLOCK_N, True, EVEN, PRECISION)  # fmt: skip
+    dq = query_gradient(dq, q, dout, lse, delta, k_rot_ptr, v_ptr, BLOCK_D, v_seq, rows, 0, diagonal, seq, SCALE,
+                        BLOCK_D, HEAD_DIM, BLOCK_D, BLOCK_N, False, EVEN, PRECISION)  # fmt: skip
+    dq = query_gradient(dq, q, dout, lse, delta, k_rot_ptr, v_ptr, BLOCK_D, v_seq, rows, diagonal,
+                        tl.minimum(diagonal + BLOCK_M, seq), seq, SCALE,
+                        BLOCK_D, HEAD_DIM, BLOCK_D, BLOCK_N, True, EVEN, PRECISION)  # fmt: skip
     ROW: tl.constexpr = (HEADS + 2 * KV_HEADS) * HEAD_DIM
     # SCALE carries log2(e) for exp2; the gradient of the scores does not.
     _store_turned_back(dq_ptr + batch * seq * ROW + head * HEAD_DIM, dq * (SCALE * 0.6931471805599453), rows, ROW,
@@ -167,8 +166,8 @@ def rotary_attention_triton_bwd_kv_kernel(
     batch, kv_head = (tl.program_id(1) // KV_HEADS).to(tl.int64), (tl.program_id(1) % KV_HEADS).to(tl.int64)
     first = tl.program_id(0) * BLOCK_N
     cols, dims = first + tl.arange(0, BLOCK_N), tl.arange(0, BLOCK_D)
-    k = _load(k_rot_ptr + (batch * KV_HEADS + kv_head) * seq * BLOCK_D, cols, BLOCK_D, dims, seq, BLOCK_D, EVEN)
-    v = _load(v_ptr + batch * v_batch + kv_head * v_head, cols, v_seq, dims, seq, HEAD_DIM, EVEN)
+    k = load_tile(k_rot_ptr + (batch * KV_HEADS + kv_head) * seq * BLOCK_D, cols, BLOCK_D, dims, seq, BLOCK_D, EVEN)
+    v = load_tile(v_ptr + batch * v_batch + kv_head * v_head, cols, v_seq, dims, seq, HEAD_DIM, EVEN)
     dk = tl.zeros((BLOCK_N, BLOCK_D), dtype=tl.float32)
     dv = tl.zeros((BLOCK_N, BLOCK_D), dtype=tl.float32)
     for member in range(GROUP):
@@ -177,15 +176,15 @@ def rotary_attention_triton_bwd_kv_kernel(
         q_head_ptr = q_rot_ptr + statistics * BLOCK_D
         d_head_ptr = dout_ptr + (batch * seq * HEADS + head) * HEAD_DIM
         # Blocks on the diagonal are masked; BLOCK_M divides BLOCK_N, so the rest need no mask.
-        dk, dv = _key_gradients(dk, dv, k, v, q_head_ptr, d_head_ptr, lse_ptr + statistics, delta_ptr + statistics,
-                                BLOCK_D, HEADS * HEAD_DIM, cols, first, tl.minimum(first + BLOCK_N, seq), seq, SCALE,
-                                BLOCK_D, HEAD_DIM, BLOCK_D, BLOCK_M, True, EVEN, PRECISION)  # fmt: skip
-        dk, dv = _key_gradients(dk, dv, k, v, q_head_ptr, d_head_ptr, lse_ptr + statistics, delta_ptr + statistics,
-                                BLOCK_D, HEADS * HEAD_DIM, cols, first + BLOCK_N, seq, seq, SCALE,
-                                BLOCK_D, HEAD_DIM, BLOCK_D, BLOCK_M, False, EVEN, PRECISION)  # fmt: skip
+        dk, dv = key_gradients(dk, dv, k, v, q_head_ptr, d_head_ptr, lse_ptr + statistics, delta_ptr + statistics,
+                               BLOCK_D, HEADS * HEAD_DIM, cols, first, tl.minimum(first + BLOCK_N, seq), seq, SCALE,
+                               BLOCK_D, HEAD_DIM, BLOCK_D, BLOCK_M, True, EVEN, PRECISION)  # fmt: skip
+        dk, dv = key_gradients(dk, dv, k, v, q_head_ptr, d_head_ptr, lse_ptr + statistics, delta_ptr + statistics,
+                               BLOCK_D, HEADS * HEAD_DIM, cols, first + BLOCK_N, seq, seq, SCALE,
+                               BLOCK_D, HEAD_DIM, BLOCK_D, BLOCK_M, False, EVEN, PRECISION)  # fmt: skip
     ROW: tl.constexpr = (HEADS + 2 * KV_HEADS) * HEAD_DIM
     to = batch * seq * ROW + kv_head * HEAD_DIM
-    _store(dv_ptr + to, dv, cols, ROW, dims, seq, HEAD_DIM)
+    store_tile(dv_ptr + to, dv, cols, ROW, dims, seq, HEAD_DIM)
     _store_turned_back(dk_ptr + to, dk * (SCALE * 0.6931471805599453), cols, ROW,
                        cos_ptr, sin_ptr, seq, HEAD_DIM, BLOCK_D)  # fmt: skip
 
@@ -203,13 +202,6 @@ _KEYS = tunable("rotary_attention_triton_bwd_kv_kernel", 1)
 _QUERIES = tunable("rotary_attention_triton_bwd_q_kernel", 2)
 
 
-def _constants(q: Tensor, k: Tensor, v: Tensor, launch: Launch) -> dict[str, Any]:
-    """As `attention`'s, but for strides in 64 bits, which these kernels do without."""
-    constants = attention_impl._constants(q, k, v, launch)
-    del constants["LONG"]
-    return constants
-
-
 def _rotate_keys(k: Tensor, cos: Tensor, sin: Tensor, block_d: int) -> Tensor:
     """[batch, n_kv_heads, seq, block_d]."""
     batch, seq, kv_heads, head_dim = k.shape
@@ -223,12 +215,11 @@ def _rotate_keys(k: Tensor, cos: Tensor, sin: Tensor, block_d: int) -> Tensor:
 
 
 def _forward(qkv: Tensor, cos: Tensor, sin: Tensor, n_heads: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    qkv = qkv if qkv.stride(-1) == 1 else qkv.contiguous()
-    cos, sin = cos.contiguous(), sin.contiguous()
+    qkv, cos, sin = unit_stride(qkv), cos.contiguous(), sin.contiguous()
     q, k, v = _split(qkv, n_heads)
     batch, seq, heads, _ = q.shape
-    launch = _FORWARD(q.device, **_shape(q, k))
-    constants = _constants(q, k, v, launch)
+    launch = _FORWARD(q.device, **launch_shape(q, k))
+    constants = kernel_constants(q, k, launch)
     k_rot = _rotate_keys(k, cos, sin, constants["BLOCK_D"])
     q_rot = k_rot.new_empty((batch, heads, seq, constants["BLOCK_D"]))
     out = torch.empty(q.shape, dtype=q.dtype, device=q.device)
@@ -256,22 +247,21 @@ def _backward(
     dout: Tensor, qkv: Tensor, cos: Tensor, sin: Tensor, n_heads: int,
     out: Tensor, lse: Tensor, q_rot: Tensor, k_rot: Tensor,
 ) -> tuple[Tensor]:  # fmt: skip
-    qkv = qkv if qkv.stride(-1) == 1 else qkv.contiguous()
-    cos, sin = cos.contiguous(), sin.contiguous()
+    qkv, cos, sin = unit_stride(qkv), cos.contiguous(), sin.contiguous()
     dout = dout.contiguous()  # as a step hands it over
     q, k, v = _split(qkv, n_heads)
     batch, seq, heads, _ = q.shape
     delta = torch.empty_like(lse)
     dqkv = torch.empty(qkv.shape, dtype=qkv.dtype, device=qkv.device)
     dq, dk, dv = _split(dqkv, n_heads)
-    for_keys, for_queries = (each(q.device, **_shape(q, k)) for each in (_KEYS, _QUERIES))
+    for_keys, for_queries = (each(q.device, **launch_shape(q, k)) for each in (_KEYS, _QUERIES))
     rotary_attention_triton_bwd_q_kernel[(triton.cdiv(seq, for_queries.rows), batch * heads)](
         q_rot, k_rot, v, cos, sin, out, dout, lse, delta, dq, *v.stride()[:3], seq,
-        BLOCK_M=for_queries.rows, BLOCK_N=for_queries.cols, **_constants(q, k, v, for_queries),
+        BLOCK_M=for_queries.rows, BLOCK_N=for_queries.cols, **kernel_constants(q, k, for_queries),
     )  # fmt: skip
     rotary_attention_triton_bwd_kv_kernel[(triton.cdiv(seq, for_keys.rows), batch * k.shape[2])](
         q_rot, k_rot, v, cos, sin, dout, lse, delta, dk, dv, *v.stride()[:3], seq,
-        BLOCK_M=for_keys.cols, BLOCK_N=for_keys.rows, **_constants(q, k, v, for_keys),
+        BLOCK_M=for_keys.cols, BLOCK_N=for_keys.rows, **kernel_constants(q, k, for_keys),
     )  # fmt: skip
     return (dqkv,)
 
@@ -299,7 +289,7 @@ def rotary_attention(qkv: Tensor, cos: Tensor, sin: Tensor, n_heads: int) -> Ten
     sequence's first; raises `ValueError` beyond."""
     if qkv.shape[0] * n_heads > MOST_SEQUENCES:
         raise ValueError(f"rotary_attention (triton): batch times heads is over {MOST_SEQUENCES}")
-    if _is_long(qkv):
+    if is_long(qkv):
         raise ValueError("rotary_attention (triton): a sequence spans 2^31 elements of the projection")
     result: Tensor = _operator(qkv, cos, sin, n_heads)
     return result

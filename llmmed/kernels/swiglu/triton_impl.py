@@ -98,7 +98,7 @@ def _halves(gate: Tensor, up: Tensor | None) -> tuple[Tensor, Tensor]:
     """Gate and up, each [rows, d_ff] with unit stride in the last dimension."""
     gate_rows = as_rows(gate)
     if up is None:
-        gate_half, up_half = gate_rows.split(gate_rows.shape[1] // 2, dim=1)  # an odd width is refused
+        gate_half, up_half = gate_rows.split(gate_rows.shape[1] // 2, dim=1)
         return gate_half, up_half
     return gate_rows, as_rows(up)
 
@@ -162,7 +162,11 @@ _operator = make_operator(
 
 
 def swiglu(gate: Tensor, up: Tensor | None = None) -> Tensor:
-    """See `reference.swiglu`."""
+    """See `reference.swiglu`. Raises `ValueError` where gate and up have other shapes, or a fused width is odd."""
+    if up is not None and gate.shape != up.shape:
+        raise ValueError(f"swiglu (triton): gate is {tuple(gate.shape)} and up {tuple(up.shape)}; expand one of them")
+    if up is None and gate.shape[-1] % 2:
+        raise ValueError(f"swiglu (triton): gate and up side by side have an even width, not {gate.shape[-1]}")
     result: Tensor = _operator(gate, up)
     return result
 

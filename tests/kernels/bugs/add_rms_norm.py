@@ -50,6 +50,14 @@ BUGS = {
     ),
     "weight gradient without the norm": ("dweight += dnormed * x_hat", "dweight += dnormed * total"),
     "gradient for x alone": ("(dx, dx, dweight)", "(dx, torch.zeros_like(dx), dweight)"),
+    "weight taken for contiguous": (
+        "x_rows, residual_rows, weight = as_rows(x), as_rows(residual), weight.contiguous()",
+        "x_rows, residual_rows = as_rows(x), as_rows(residual)",
+    ),
+    "weight taken for contiguous in backward": (
+        "dtotal_rows, weight = as_rows(dnormed), as_rows(dtotal), weight.contiguous()",
+        "dtotal_rows = as_rows(dnormed), as_rows(dtotal)",
+    ),
     "residual overwritten": (
         "normed, total = (torch.empty(x.shape, dtype=x.dtype, device=x.device) for _ in range(2))",
         "normed, total = torch.empty(x.shape, dtype=x.dtype, device=x.device), residual_rows",

@@ -14,8 +14,8 @@ BUGS = {
     "accumulator not rescaled": ("acc * rescale[:, None]", "acc"),
     "not divided by the sum": ("acc / total[:, None]", "acc"),
     "queries one position late": (
-        "    q = _load(q_ptr, rows, q_seq, dims, seq, HEAD_DIM, EVEN)\n\n",
-        "    q = _load(q_ptr, rows + 1, q_seq, dims, seq, HEAD_DIM, EVEN)\n\n",
+        "    q = load_tile(q_ptr, rows, q_seq, dims, seq, HEAD_DIM, EVEN)\n\n",
+        "    q = load_tile(q_ptr, rows + 1, q_seq, dims, seq, HEAD_DIM, EVEN)\n\n",
     ),
     "one key head for all": (
         "KV_HEADS: tl.constexpr = HEADS // GROUP",
@@ -30,7 +30,7 @@ BUGS = {
     ),
     "backward unmasked": ("p = tl.where(rows[None, :] >= cols[:, None], p, 0.0)", "p = p"),
     "only one head of a group": ("for member in range(GROUP):", "for member in range(1):"),
-    "values' gradient in place of the keys'": ("_store(dk_ptr + out, dk * (", "_store(dk_ptr + out, dv * ("),
+    "values' gradient in place of the keys'": ("store_tile(dk_ptr + out, dk * (", "store_tile(dk_ptr + out, dv * ("),
     "last block of keys left out": (
         "attention_triton_bwd_kv_kernel[(triton.cdiv(seq, for_keys.rows),",
         "attention_triton_bwd_kv_kernel[(max(1, triton.cdiv(seq, for_keys.rows) - 1),",

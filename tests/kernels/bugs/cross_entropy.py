@@ -13,15 +13,15 @@ BUGS = {
     "target gradient with the wrong sign": ("/ row_sum - 1.0) * factor", "/ row_sum + 1.0) * factor"),
     "no maximum taken off": ("row_max = tl.max(lane_max, axis=0)", "row_max = tl.max(lane_max, axis=0) * 0.0"),
     "lanes not brought to one maximum": ("lane_sum * tl.exp(lane_max - row_max)", "lane_sum"),
-    "last block unmasked": ('mask=cols < V, other=float("-inf")', "mask=cols < V, other=0.0"),
+    "last block unmasked": ('mask=cols < PADDED, other=float("-inf")', "mask=cols < PADDED, other=0.0"),
     "last block's gradient not written": ("for i in tl.range(0, last + 1,", "for i in tl.range(1, last + 1,"),
     "last row not computed": (
         ".to(tl.int64), n_rows, tl.num_programs(0))",
         ".to(tl.int64), n_rows - 1, tl.num_programs(0))",
     ),
     "ignored rows not zeroed": (
-        "            if GRADIENT:\n                _write_zeros(",
-        "            if V < 0:\n                _write_zeros(",
+        "            if GRADIENT:\n                write_zeros(",
+        "            if V < 0:\n                write_zeros(",
     ),
     "mean over ignored rows too": ("counts += (targets != ignore_index)", "counts += (rows < n_rows)"),
     "scale ignored": (

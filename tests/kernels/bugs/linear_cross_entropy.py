@@ -6,6 +6,11 @@ BUGS = {
         "write_gradient(logits, logits, target, chosen",
         "write_gradient(logits, logits, target // 2, chosen",
     ),
+    "padding counted among the classes": (
+        "row_statistics(logits, V, PADDED, BLOCK, STAGES)",
+        "row_statistics(logits, PADDED, PADDED, BLOCK, STAGES)",
+    ),
+    "rows taken for contiguous": ("logits = logits_ptr + row * PADDED", "logits = logits_ptr + row * V"),
     "the sum left out of the loss": ("(row_max - chosen) + tl.log(row_sum))", "row_max - chosen)"),
     "weight gradient accumulated in bfloat16": (
         "first=start == 0)",
@@ -18,8 +23,8 @@ BUGS = {
         "for start in range(0, n_rows - chunk_rows, chunk_rows):",
     ),
     "ignored rows not zeroed": (
-        "            if GRADIENT:\n                for start",
-        "            if V < 0:\n                for start",
+        "            if GRADIENT:\n                write_zeros(",
+        "            if V < 0:\n                write_zeros(",
     ),
     "upstream gradient ignored": ("tl.load(factor_ptr) * tl.load(upstream_ptr)", "tl.load(factor_ptr)"),
     "targets of the first chunk everywhere": (

@@ -33,6 +33,11 @@ BUGS = {
         "    y = x * rstd[:, None] * weight[None, :] * tl.where(last, 1.02, 1.0)[:, None]",
     ),
     "first partial sum left out": ("partial.sum(0)", "partial[1:].sum(0)"),
+    "weight taken for contiguous": ("rows, weight = as_rows(x), weight.contiguous()", "rows = as_rows(x)"),
+    "weight taken for contiguous in backward": (
+        "dy_rows, x_rows, weight = as_rows(dy), as_rows(x), weight.contiguous()",
+        "dy_rows, x_rows = as_rows(dy), as_rows(x)",
+    ),
     "input overwritten": (
         "    y = torch.empty(x.shape, dtype=x.dtype, device=x.device)\n",
         "    y = torch.empty(x.shape, dtype=x.dtype, device=x.device)\n    x.mul_(1.5)\n",

@@ -30,7 +30,7 @@ BUGS = {
     "keys' gradient not turned back": (
         "    _store_turned_back(dk_ptr + to, dk * (SCALE * 0.6931471805599453), cols, ROW,\n"
         "                       cos_ptr, sin_ptr, seq, HEAD_DIM, BLOCK_D)",
-        "    _store(dk_ptr + to, dk * (SCALE * 0.6931471805599453), cols, ROW, dims, seq, HEAD_DIM)",
+        "    store_tile(dk_ptr + to, dk * (SCALE * 0.6931471805599453), cols, ROW, dims, seq, HEAD_DIM)",
     ),
     "halves of a gradient not taken apart": (
         "(tile.shape[0], 2, BLOCK_HALF)), (0, 2, 1))",
@@ -68,8 +68,8 @@ BUGS = {
         "BLOCK_D, v_seq, rows + 1, diagonal,\n",
     ),
     "scale 2 % too small": (
-        "    constants = _constants(q, k, v, launch)\n",
-        '    constants = _constants(q, k, v, launch)\n    constants["SCALE"] *= 0.98\n',
+        "    constants = kernel_constants(q, k, launch)\n",
+        '    constants = kernel_constants(q, k, launch)\n    constants["SCALE"] *= 0.98\n',
     ),
     "queries' gradient 2 % too large": (
         "dq * (SCALE * 0.6931471805599453)",

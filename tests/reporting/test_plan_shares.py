@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from llmmed.autotune.plan import CallCount, Candidate, KernelPlan, OpPlan, StepEvidence, StepTimes
-from llmmed.reporting import breakdown
+from llmmed.reporting import plan_shares
 from tests.reporting.test_kernel_table import make_plan
 
 
@@ -37,7 +37,7 @@ OPS = {
 
 
 def test_calls_that_another_op_makes_count_there() -> None:
-    found = breakdown.of_chosen(plan_with(OPS, 10.0))
+    found = plan_shares.of_chosen(plan_with(OPS, 10.0))
     times = {part.op: (part.implementation, part.ms) for part in found.parts}
     # Four of the five rms_norm calls are made inside add_rms_norm.
     assert times == {"add_rms_norm": ("triton", 4.0), "rotary": ("pytorch", 3.0), "rms_norm": ("triton", 0.5)}
@@ -46,17 +46,17 @@ def test_calls_that_another_op_makes_count_there() -> None:
 
 
 def test_the_default_is_told_with_its_own_times() -> None:
-    found = breakdown.of_default(plan_with(OPS, 10.0))
+    found = plan_shares.of_default(plan_with(OPS, 10.0))
     assert {part.op: part.ms for part in found.parts} == {"add_rms_norm": 8.0, "rotary": 3.0, "rms_norm": 1.0}
     assert found.step_ms == 16.0
     assert found.rest_ms == pytest.approx(4.0)
 
 
 def test_without_a_measured_step_there_is_no_rest() -> None:
-    found = breakdown.of_chosen(plan_with(OPS, None))
+    found = plan_shares.of_chosen(plan_with(OPS, None))
     assert found.step_ms is None
     assert found.rest_ms is None
 
 
 def test_a_step_shorter_than_its_ops_has_no_rest() -> None:
-    assert breakdown.of_chosen(plan_with(OPS, 5.0)).rest_ms is None
+    assert plan_shares.of_chosen(plan_with(OPS, 5.0)).rest_ms is None

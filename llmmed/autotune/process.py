@@ -1,0 +1,72 @@
+"""What the processes of tuning have in common: how they start and end, and the settings under which they compile."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import signal
+import subprocess
+import sys
+import threading
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+
+import torch
+
+from llmmed.autotune.journal import Job
+from llmmed.training.execution import take_deterministic_kernels
+
+_SHAPES_PER_FUNCTION = 1024  # the gate alone tries dozens; PyTorch's limit of 8 is meant for a training step
+
+
+@contextlib.contextmanager
+def started_process(
+    module: str, arguments: list[str], log: Path, variables: Mapping[str, str] | None = None
+) -> Iterator[subprocess.Popen[bytes]]:
+    """A process, in a group of its own, so that its compilers end with it, whatever happens here."""
+    # The child finds what this process finds (`-P`: and nothing else), the implementations of other packages too.
+    environment = os.environ | {"PYTHONPATH": os.pathsep.join(entry or os.getcwd() for entry in sys.path)}
+    environment |= variables or {}
+    command = [sys.executable, "-P", "-m", module, *arguments]
+    with log.open("wb") as output:
+        process = subprocess.Popen(
+            command, stdin=subprocess.PIPE, stdout=output, stderr=output, env=environment, start_new_session=True
+        )
+    try:
+        yield process
+    finally:
+        end(process)
+
+
+def end(process: subprocess.Popen[bytes]) -> None:
+    """Ends a process of `started_process` and all that it started, however far they are."""
+    with contextlib.suppress(ProcessLookupError):
+        os.killpg(process.pid, signal.SIGKILL)
+    process.wait()
+    assert process.stdin is not None
+    process.stdin.close()
+
+
+def end_with_parent() -> None:
+    """The parent holds the other end of standard input. When that closes, this process group ends, compilers too."""
+
+    def wait() -> None:
+        os.read(sys.stdin.fileno(), 1)
+        os.killpg(0, signal.SIGKILL)
+
+    threading.Thread(target=wait, daemon=True).start()
+
+
+def offer_to_out_of_memory_killer() -> None:
+    """Where memory runs out on Linux, a candidate is to die and not the run."""
+    with contextlib.suppress(OSError):
+        Path("/proc/self/oom_score_adj").write_text("1000", encoding="utf-8")
+
+
+def take_settings(job: Job) -> None:
+    """What compiled kernels depend on, so that what one process compiles another finds."""
+    torch._dynamo.config.recompile_limit = _SHAPES_PER_FUNCTION
+    torch._dynamo.config.accumulated_recompile_limit = _SHAPES_PER_FUNCTION
+    torch.set_float32_matmul_precision(job.matmul_precision)
+    if job.deterministic:
+        take_deterministic_kernels()

@@ -1,0 +1,82 @@
+"""The parent's side of compiling ahead: starts the processes, and ends what hangs."""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import subprocess
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+from llmmed.autotune.board import STEP, Board
+from llmmed.autotune.journal import Job
+from llmmed.autotune.process import end, started_process
+from llmmed.machine import cores
+
+logger = logging.getLogger(__name__)
+
+_LEAST, _MOST = 3, 15  # processes; with fewer it is not worth their start
+# A compiler that hangs is dealt with by those who judge: seconds in which nothing gets done, and in all.
+_STANDSTILL, _SECONDS = 45.0, 90.0
+
+
+def warming_processes(job: Job) -> int:
+    """How many processes compile ahead: one compiles on a single core."""
+    candidates = sum(len(task.verify) + len(task.verified) for task in job.tasks)
+    count = min(cores() - 1, candidates, _MOST)
+    return count if job.device == "cuda" and count >= _LEAST else 0
+
+
+class Warming:
+    """Processes that fill the compilers' caches while the one that judges starts, waits, and judges."""
+
+    def __init__(self, board: Board, processes: list[subprocess.Popen[bytes]], standstill: float = _STANDSTILL) -> None:
+        self._board, self._processes, self._standstill = board, processes, standstill
+        self._began = self._progress = time.perf_counter()
+        self._count = 0
+        self._over = False
+
+    @classmethod
+    @contextlib.contextmanager
+    def started(cls, job: Job, folder: Path, seconds: float) -> Iterator[Warming]:
+        """Until the end of the context. Where for `seconds`, or 45, nothing gets done, nobody waits any longer."""
+        path, board = folder / "warm.json", folder / "warm"
+        job.write(path)
+        warming = cls(Board(board), [], min(_STANDSTILL, seconds))
+        # Each is one of many: what would take all cores for itself takes one.
+        alone = {"OMP_NUM_THREADS": "1", "TORCHINDUCTOR_COMPILE_THREADS": "1"}
+        with contextlib.ExitStack() as stack:
+            for _ in range(warming_processes(job)):
+                process = started_process("llmmed.autotune.warm", [str(path), str(board)], folder / "warm.log", alone)
+                warming._processes.append(stack.enter_context(process))
+            try:
+                yield warming
+            finally:
+                warming._tell_of_step()
+
+    def look(self) -> None:
+        """Sees to it that nobody waits for processes that hang or have ended. To be called now and then."""
+        if self._over:
+            return
+        awaited, count, now = self._board.is_awaited(), self._board.count(but=STEP), time.perf_counter()
+        if count > self._count:
+            self._count, self._progress = count, now
+        in_time = now - self._progress < self._standstill and now - self._began < _SECONDS
+        if awaited and in_time and any(each.poll() is None for each in self._processes):
+            return
+        self._over = True
+        for process in self._processes if awaited else ():
+            end(process)
+        self._board.end()
+        done = sorted(self._board.finished(but=STEP), reverse=True)
+        slowest = "".join(f"\n{line}" for line in done[:5])
+        logger.info("compiled %d units ahead; the slowest, in s:%s", len(done), slowest)
+
+    def _tell_of_step(self) -> None:
+        plans = sorted(self._board.finished(STEP), reverse=True)
+        failed = [line for line in plans if ": " in line]
+        if plans:
+            lines = "".join(f"\n{line}" for line in [*failed[:3], *plans[:5]])
+            told = f"compiled {len(plans) - len(failed)} plans ahead for the step, {len(failed)} could not be"
+            logger.info("%s; some of these and the slowest, in s:%s", told, lines)

@@ -1,0 +1,114 @@
+"""Compiling ahead without running: the caches take what it leaves for what the real step compiles."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import replace
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+from torch._functorch._aot_autograd import autograd_cache
+from torch._inductor import compile_fx
+from torch._inductor.fx_passes import pad_mm
+from torch._inductor.output_code import CompiledFxGraph
+from torch._inductor.runtime import benchmarking
+
+from llmmed.autotune.compiled_ahead import compile_ahead
+from llmmed.autotune.step_clock import StepClock
+from llmmed.config import Config
+from llmmed.kernels.ahead_of_time import TARGETS
+from llmmed.kernels.catalog import default_choice
+from llmmed.kernels.operator import INTERPRETED, absent_gpu
+from llmmed.model import Transformer
+
+CHOICE = {**default_choice(), "linear_cross_entropy": "triton", "swiglu": "triton"}
+
+
+@pytest.fixture
+def keys(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[str]]:
+    """What the caches go by, of each graph that is compiled, forward and backward together."""
+    found: list[str] = []
+    real = autograd_cache.autograd_cache_key
+
+    def key(*arguments: Any, **options: Any) -> Any:
+        answer = real(*arguments, **options)
+        found.append(answer[0])
+        return answer
+
+    monkeypatch.setattr(autograd_cache, "autograd_cache_key", key)
+    torch._dynamo.reset()
+    yield found
+    torch._dynamo.reset()
+
+
+def without_kernels(graph: torch.fx.GraphModule, inputs: Any, **options: Any) -> Callable[..., Any]:
+    """Stands for the part of Inductor that writes and compiles kernels."""
+
+    def run(arguments: list[Tensor]) -> Any:
+        return graph(*arguments)
+
+    run._boxed_call = True  # type: ignore[attr-defined]
+    return run
+
+
+def test_what_is_compiled_ahead_is_what_the_step_compiles(
+    tiny: Config, keys: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config = replace(tiny, train=replace(tiny.train, compile="compiled"))
+
+    def refused(graph: torch.fx.GraphModule, inputs: Any, **options: Any) -> Callable[..., Any]:
+        """As where a product's shape is odd; but nothing may be tried out beside those who take times."""
+        with pytest.raises(RuntimeError, match="wants to try something out"):
+            pad_mm.get_do_bench()(lambda: None)
+        return without_kernels(graph, inputs)
+
+    monkeypatch.setattr(compile_fx, "compile_fx_inner", refused)
+    compile_ahead(config, default_choice(), [0, 2])
+    compile_ahead(config, default_choice(), [1])  # perhaps by another process
+    ahead = list(keys)
+    assert len(set(ahead)) == 3  # embedding, block, loss
+    assert "benchmark_gpu" not in vars(benchmarking.benchmarker)
+    keys.clear()
+    torch._dynamo.reset()
+
+    def backend(graph: torch.fx.GraphModule, inputs: Any) -> Any:
+        return compile_fx.compile_fx(graph, inputs, inner_compile=without_kernels)  # type: ignore[arg-type]
+
+    parts = Transformer.compile_parts
+    monkeypatch.setattr(Transformer, "compile_parts", lambda model: parts(model, backend))
+    StepClock(config, "compiled")._subject(default_choice())
+    assert sorted(keys) == sorted(ahead)
+
+
+@pytest.mark.skipif(INTERPRETED, reason="in the interpreter they run here")
+def test_kernels_that_cannot_run_here_are_compiled_around(
+    tiny: Config, keys: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Forward and backward, since neither is run."""
+    backward: list[bool] = []
+
+    def inner(graph: torch.fx.GraphModule, inputs: Any, **options: Any) -> Callable[..., Any]:
+        backward.append(options.get("is_backward", False))
+        return without_kernels(graph, inputs)
+
+    monkeypatch.setattr(compile_fx, "compile_fx_inner", inner)
+    with absent_gpu(TARGETS[90]):
+        compile_ahead(tiny, CHOICE)
+    assert sorted(backward) == [False] * 3 + [True] * 3
+    assert len(set(keys)) == 3
+
+
+def test_what_is_in_the_caches_already_is_not_run(
+    tiny: Config, keys: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.delattr(CompiledFxGraph, "__del__", raising=False)
+    found = object.__new__(CompiledFxGraph)  # as the caches give it
+
+    def compiled(*arguments: Any, **options: Any) -> Callable[..., Any]:
+        return lambda *inputs: found(inputs)
+
+    monkeypatch.setattr(compile_fx, "compile_fx", compiled)
+    compile_ahead(tiny, default_choice())
+    assert not keys

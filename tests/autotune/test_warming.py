@@ -1,0 +1,255 @@
+"""Compiling ahead, seen from those who wait for it: what they wait for, and that nobody waits for ever."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+
+from llmmed.autotune import child, warming, worker
+from llmmed.autotune.board import ALL, CLOCK, STEP, Board
+from llmmed.autotune.child import Findings, Limits
+from llmmed.autotune.journal import Begun, Event, Job, JournalReader, JournalWriter, StepTask, Task
+from llmmed.autotune.plan import Candidate
+from llmmed.autotune.process import end, started_process
+from llmmed.autotune.warming import Warming, warming_processes
+from llmmed.autotune.worker import Worker
+from llmmed.autotune.workload import Workload
+from llmmed.compose import as_dict
+from llmmed.config import Config
+from llmmed.kernels.base import Implementation
+from llmmed.kernels.catalog import get_op
+
+
+@pytest.fixture
+def board(tmp_path: Path) -> Board:
+    return Board(tmp_path / "warm")
+
+
+@pytest.fixture
+def job(norms: Workload, tmp_path: Path) -> Job:
+    return Job(
+        journal=tmp_path / "journal.jsonl",
+        device="cpu",
+        mode="eager",
+        deterministic=False,
+        matmul_precision="highest",
+        tasks=[Task.of("rms_norm", norms.by_op()["rms_norm"], ["pytorch"], measure=True)],
+        seconds=60.0,
+        warm=tmp_path / "warm",
+    )
+
+
+@pytest.fixture
+def main(job: Job, monkeypatch: pytest.MonkeyPatch) -> Callable[..., None]:
+    """The tuning process's `main`, in this process, with a job."""
+    monkeypatch.setattr(worker.os, "_exit", lambda code: None)
+    for name in ("end_with_parent", "offer_to_out_of_memory_killer"):
+        monkeypatch.setattr(worker, name, lambda: None)
+    monkeypatch.setattr(worker, "take_settings", lambda job: None)
+    path = job.journal.with_name("job.json")
+    monkeypatch.setattr(worker.sys, "argv", ["worker", str(path)])
+
+    def run(age: float = 0.0, **change: object) -> None:
+        job.model_copy(update={"warm": None} | change).write(path)
+        os.utime(path, (time.time() - age,) * 2)
+        worker.main()
+
+    return run
+
+
+@pytest.fixture
+def sleeper() -> Iterator[subprocess.Popen[bytes]]:
+    process = subprocess.Popen(
+        [sys.executable, "-c", "import time; time.sleep(60)"], stdin=subprocess.PIPE, start_new_session=True
+    )
+    yield process
+    end(process)
+
+
+def test_an_op_waits_for_its_own_units_and_for_those_on_the_gpu(board: Board) -> None:
+    assert board.is_awaited(ALL, "rotary")  # not even begun
+    board.announce({ALL: 1, CLOCK: 1, "rotary": 1, "swiglu": 2})
+    board.finish("rotary", "1", "")
+    assert board.is_awaited(ALL, "rotary")
+    board.finish(ALL, "0", "")
+    board.finish(STEP, "default", "")
+    assert not board.is_awaited(ALL, "rotary")
+    assert board.is_awaited(ALL, "swiglu")
+    for name in ("2", "3"):
+        board.finish("swiglu", name, "")
+    assert not board.is_awaited(ALL, "swiglu")
+    assert board.is_awaited()
+    board.end()
+    assert not board.is_awaited()
+
+
+def test_nobody_waits_for_those_who_have_died_or_hang(
+    board: Board, sleeper: subprocess.Popen[bytes], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    now = 0.0
+    monkeypatch.setattr(warming, "time", SimpleNamespace(perf_counter=lambda: now))
+    board.announce({ALL: 3})
+    warm = Warming(board, [sleeper])
+    for unit in ("0", "1"):
+        now += 40.0
+        warm.look()
+        assert board.is_awaited()
+        board.finish(ALL, unit, "")  # slow, but it goes on
+        board.finish(STEP, unit, "")
+        warm.look()
+    now += 46.0
+    warm.look()
+    assert not board.is_awaited()
+    assert sleeper.returncode == -signal.SIGKILL
+
+
+def test_those_who_are_done_may_go_on_with_the_step(board: Board, sleeper: subprocess.Popen[bytes]) -> None:
+    board.announce({ALL: 1})
+    board.finish(ALL, "0", "")
+    Warming(board, [sleeper], 0.0).look()
+    assert sleeper.poll() is None
+
+
+def test_only_the_cores_that_are_ours_are_taken(job: Job, monkeypatch: pytest.MonkeyPatch) -> None:
+    many = job.model_copy(
+        update={"device": "cuda", "tasks": [t.model_copy(update={"verify": ["x"] * 40}) for t in job.tasks]}
+    )
+    found = []
+    for count in (2, 4, 64):
+        monkeypatch.setattr(warming, "cores", lambda count=count: count)
+        found.append(warming_processes(many))
+    assert found == [0, 3, 15]
+    assert warming_processes(job) == 0
+
+
+def test_verdicts_wait_for_their_units_and_times_for_all(
+    job: Job, board: Board, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(worker, "_settle", lambda: None)
+    board.announce({ALL: 1, "rms_norm": 1, CLOCK: 1})
+    reader, stages = JournalReader(job.journal), list[str]()
+
+    def begun() -> list[str]:
+        events: list[Event] = list(reader.read())
+        stages.extend(event.stage for event in events if isinstance(event, Begun))
+        return stages
+
+    def until(stage: str) -> list[str]:
+        while stage not in begun():
+            time.sleep(0.01)
+        return stages
+
+    with JournalWriter(job.journal) as journal:
+        thread = threading.Thread(target=Worker(job, journal).run, daemon=True)
+        thread.start()
+        assert until("warm") == ["warm"]
+        board.finish(ALL, "0", "")
+        assert begun() == ["warm"]
+        board.finish("rms_norm", "1", "")
+        until("verify")
+        while stages.count("warm") < 2:
+            begun()
+        time.sleep(0.05)
+        assert begun() == ["warm", "verify", "warm"]
+        board.finish(CLOCK, "2", "")
+        thread.join(60)
+    assert begun()[3:5] == ["load", "measure"]
+
+
+def test_the_time_that_a_process_takes_to_start_counts(
+    main: Callable[..., None], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its parent ends it in time, and until then it must have come to an end of its own."""
+    left: list[float] = []
+    monkeypatch.setattr(worker, "_settle", lambda: None)
+    monkeypatch.setattr(Worker, "run", lambda self: left.append(self._deadline - time.perf_counter()))
+    main(age=12.0, seconds=60.0)
+    assert left == [pytest.approx(48.0, abs=1.0)]
+
+
+def test_what_is_there_for_good_is_no_garbage_to_look_through(
+    main: Callable[..., None], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    done: list[str] = []
+    monkeypatch.setattr(worker.gc, "collect", lambda: done.append("collect"))
+    monkeypatch.setattr(worker.gc, "freeze", lambda: done.append("freeze"))
+    monkeypatch.setattr(Worker, "_verify", lambda *arguments: done.append("verify") or Candidate(status="wrong"))
+    monkeypatch.setattr(Worker, "_confirm", lambda *arguments: done.append("step"))
+    main(step=StepTask(config={}, pinned={}, known={}))
+    assert done == ["collect", "freeze", "verify", "collect", "freeze", "step"]
+
+
+def test_the_search_for_launches_is_shared(job: Job, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What one leaves is for those that follow, and nobody takes it all."""
+    now, quick = 0.0, {"b"}
+    got: dict[str, float] = {}
+
+    def search(op: Any, implementation: Implementation, *rest: Any, time_is_up: Callable[[], bool], **more: Any) -> Any:
+        nonlocal now
+        began = now
+        while not time_is_up() and not (implementation.name in quick and now > began):
+            now += 0.01
+        got[implementation.name] = now - began
+        return []
+
+    monkeypatch.setattr(worker, "time", SimpleNamespace(perf_counter=lambda: now))
+    monkeypatch.setattr(worker, "search_launches", search)
+    monkeypatch.setattr(worker, "_can_be_searched", lambda op, name: True)
+    monkeypatch.setattr(worker, "get_implementation", lambda op, name: Implementation(name, load=lambda: search))
+    monkeypatch.setattr(worker, "load_function", lambda op, implementation: search)
+    task = job.tasks[0]
+    with JournalWriter(job.journal) as journal:
+        working = Worker(job.model_copy(update={"searching_seconds": 6.0, "warm": None}), journal)
+        working._searches_left = 3
+        for name in ("a", "b", "c"):
+            working._find_launches(get_op("rms_norm"), name, Candidate(status="verified"), task.counts(), task)
+    assert got == pytest.approx({"a": 2.0, "b": 0.01, "c": 4.0}, abs=0.05)
+
+
+def test_a_restart_searches_no_longer_than_is_left() -> None:
+    limits = Limits(candidate_seconds=90.0, budget_seconds=240.0, deadline=0.0)
+    assert child._searching_seconds(limits, Findings()) == 5.0
+    assert child._searching_seconds(limits, Findings(seconds={"launch": 4.0})) == 1.0
+    assert child._searching_seconds(limits, Findings(seconds={"launch": 9.0})) == 0.0
+
+
+def test_a_warm_up_process_does_not_outlive_its_parent(job: Job, board: Board, tiny: Config, tmp_path: Path) -> None:
+    """As a tuning process does not; it would hold the GPU's memory."""
+    for part in range(3):
+        board.claim(f"{STEP}-default-{part}")  # by processes that never get done: this one waits for them
+    step = StepTask(config=as_dict(tiny), pinned={}, known={})
+    job.model_copy(update={"mode": "compiled", "tasks": [], "step": step}).write(tmp_path / "job.json")
+    arguments = [str(tmp_path / "job.json"), str(tmp_path / "warm")]
+    with started_process("llmmed.autotune.warm", arguments, tmp_path / "log") as process:
+        while board.is_awaited():
+            assert process.poll() is None, (tmp_path / "log").read_text()
+            time.sleep(0.05)
+        assert process.stdin is not None
+        process.stdin.close()
+        assert process.wait(timeout=10) == -signal.SIGKILL
+
+
+def test_a_deterministic_run_is_compiled_ahead_deterministically(
+    job: Job, board: Board, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from llmmed.autotune import process
+
+    taken: list[str] = []
+    monkeypatch.setattr(process, "take_deterministic_kernels", lambda: taken.append("deterministic"))
+    monkeypatch.setattr(torch, "set_float32_matmul_precision", taken.append)
+    with torch._dynamo.config.patch(recompile_limit=8, accumulated_recompile_limit=256):
+        process.take_settings(job)
+        process.take_settings(job.model_copy(update={"deterministic": True, "matmul_precision": "high"}))
+        assert torch._dynamo.config.recompile_limit >= 1024
+    assert taken == ["highest", "high", "deterministic"]
