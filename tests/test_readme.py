@@ -93,7 +93,7 @@ def test_make_runs_what_the_readme_says(target: str, tmp_path: Path) -> None:
     ).stdout.splitlines()
     last = {
         "train": "python scripts/train.py kernels=auto model=small seed=1",
-        "test": "-m pytest -q -n 2 -m interpreter seed=1",
+        "test": '-m pytest -q -n 3 --dist loadgroup -m "not interpreter and not gpu" seed=1',
         "doctor": "python -m llmmed.doctor seed=1",
     }[target]
     assert any(line.endswith(last) for line in told), told
