@@ -42,6 +42,7 @@ lint: setup-dev ## ruff: style and formatting.
 types: setup-dev ## mypy, strict.
 	$(VENV)/bin/mypy
 
+# loadgroup deals out one test at a time, the long ones first.
 unit: setup-dev ## CPU tests, among them the ahead-of-time compilation of every Triton kernel.
 	OMP_NUM_THREADS=1 $(PY) -m pytest -q -n 3 --dist loadgroup -m "not interpreter and not gpu" $(ARGS)
 

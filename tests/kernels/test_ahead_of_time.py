@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import functools
 import importlib
-import itertools
 import re
 import textwrap
 from dataclasses import replace
@@ -24,7 +23,6 @@ from llmmed.autotune.workload import record_workload
 from llmmed.compose import compose
 from llmmed.kernels.ahead_of_time import (
     TARGETS,
-    CompiledKernel,
     Launch,
     compile_launches,
     compiling_only,
@@ -40,7 +38,6 @@ from llmmed.kernels.catalog import (
     op_names,
 )
 from llmmed.kernels.operator import INTERPRETED, absent_gpu
-from llmmed.kernels.tunable import Site
 
 pytestmark = pytest.mark.skipif(INTERPRETED, reason="nothing is compiled under TRITON_INTERPRET=1")
 
@@ -72,44 +69,27 @@ def production_calls() -> dict[str, list[Call]]:
     return by_op
 
 
-@pytest.fixture(scope="module")
-def compiled() -> list[CompiledKernel]:
+@pytest.mark.slow
+@pytest.mark.timeout(600)
+def test_all_compile_for_every_target_and_do_not_spill() -> None:
     launches = []
     for op, name in CANDIDATES:
         calls = production_calls()[op]
+        base, large = calls[: len(calls) // 2], calls[len(calls) // 2 :]
         launches += record_launches(op, name, calls, targets=[90])
         # Elsewhere base alone, to save minutes. Attention has tiles of its own for large's heads and for each size of
         # shared memory.
-        launches += record_launches(op, name, calls[: len(calls) // 2], targets=[t for t in TARGETS if t != 90])
+        launches += record_launches(op, name, base, targets=[target for target in TARGETS if target != 90])
         if "attention" in op:
-            launches += record_launches(op, name, calls[len(calls) // 2 :], targets=[80, 86])
+            launches += record_launches(op, name, large, targets=[80, 86])
         if "rms_norm" in op:  # whose pipelines take twice the shared memory in float32
-            launches += record_launches(op, name, [calls[0].with_compute_dtype(torch.float32)], targets=[86])
-    return compile_launches(launches)
-
-
-@pytest.mark.slow
-@pytest.mark.timeout(600)  # the first of them compiles all
-@pytest.mark.xdist_group("compiled")  # in one process, which compiles them once
-@pytest.mark.parametrize(("op", "name"), CANDIDATES)
-def test_compiles_for_every_target_and_does_not_spill(compiled: list[CompiledKernel], op: str, name: str) -> None:
-    kernels = [kernel for kernel in compiled if (kernel.op, kernel.implementation) == (op, name)]
-    assert {kernel.target for kernel in kernels} == set(TARGETS)
+            launches += record_launches(op, name, [base[0].with_compute_dtype(torch.float32)], targets=[86])
+    kernels = compile_launches(launches)
+    for op, name in CANDIDATES:
+        assert {k.target for k in kernels if (k.op, k.implementation) == (op, name)} == set(TARGETS), (op, name)
     spilling = [k for k in kernels if k.spills > SPILL_CEILINGS.get(k.kernel, 0)]
     too_large = [k for k in kernels if not k.fits]
     assert not spilling + too_large, "\n".join(kernel.describe() for kernel in spilling + too_large)
-
-
-@pytest.mark.parametrize(("op", "streams"), [("rms_norm", 2), ("add_rms_norm", 3)])
-def test_a_norm_s_pipeline_fits_into_shared_memory_at_every_width(op: str, streams: int) -> None:
-    (tunable,) = (t for t in get_implementation(op, "triton").tunable if "bwd" in t.kernel)
-    for gpu, width, itemsize in itertools.product(TARGETS.values(), (64, 384, 768, 2048, 5000, 8192, 16384), (2, 4)):
-        site = Site(tunable.kernel, (("itemsize", itemsize), ("width", width)))
-        with absent_gpu(gpu):
-            launches = [tunable.default(torch.device("cpu"), site), *tunable.alternatives(torch.device("cpu"), site)]
-        block = 1 << (width - 1).bit_length()
-        staged = [(each["stages"] - 1) * streams * each["block_m"] * block * itemsize for each in launches]
-        assert max(staged) < gpu.shared_bytes, (gpu, width, itemsize, launches)
 
 
 @pytest.mark.parametrize("op", sorted({op for op, _ in CANDIDATES}))
