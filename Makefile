@@ -3,7 +3,7 @@ PYTHON ?= python3
 VENV := .venv
 PY := $(VENV)/bin/python
 ARGS ?=
-INTERPRETER = OMP_NUM_THREADS=1 TRITON_INTERPRET=1 $(PY) -m pytest -q -n 2 -m interpreter $(ARGS)
+INTERPRETER = OMP_NUM_THREADS=1 TRITON_INTERPRET=1 $(PY) -m pytest -q -m interpreter $(ARGS)
 
 .PHONY: help train test doctor setup setup-dev lint types unit interpreter interpreter-afterwards gpu clean
 
@@ -47,11 +47,11 @@ unit: setup-dev ## CPU tests, among them the ahead-of-time compilation of every 
 	OMP_NUM_THREADS=1 $(PY) -m pytest -q -n 3 --dist loadgroup -m "not interpreter and not gpu" $(ARGS)
 
 interpreter: setup-dev ## Triton kernels run on the CPU, in Triton's interpreter.
-	$(INTERPRETER)
+	$(INTERPRETER) -n 2
 
 # Beside the unit tests, which wait for processes half of their time. What it prints comes in one piece.
 interpreter-afterwards: setup-dev
-	@$(INTERPRETER) > $(VENV)/interpreter.log 2>&1; code=$$?; cat $(VENV)/interpreter.log; exit $$code
+	@$(INTERPRETER) -n 1 > $(VENV)/interpreter.log 2>&1; code=$$?; cat $(VENV)/interpreter.log; exit $$code
 
 gpu: setup-dev ## Tests that need a CUDA GPU.
 	$(PY) -m pytest -q -m gpu $(ARGS)

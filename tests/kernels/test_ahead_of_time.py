@@ -77,11 +77,11 @@ def test_all_compile_for_every_target_and_do_not_spill() -> None:
         calls = production_calls()[op]
         base, large = calls[: len(calls) // 2], calls[len(calls) // 2 :]
         launches += record_launches(op, name, calls, targets=[90])
-        # Elsewhere base alone, to save minutes. Attention has tiles of its own for large's heads and for each size of
-        # shared memory.
+        # Elsewhere base alone, to save minutes. Attention has tiles of its own for large's heads, and others
+        # where there is less shared memory.
         launches += record_launches(op, name, base, targets=[target for target in TARGETS if target != 90])
         if "attention" in op:
-            launches += record_launches(op, name, large, targets=[80, 86])
+            launches += record_launches(op, name, large, targets=[86])
         if "rms_norm" in op:  # whose pipelines take twice the shared memory in float32
             launches += record_launches(op, name, [base[0].with_compute_dtype(torch.float32)], targets=[86])
     kernels = compile_launches(launches)
@@ -107,8 +107,8 @@ def test_every_launch_that_a_search_may_choose_compiles_for_an_h100() -> None:
     launches = [
         launch
         for op, name in CANDIDATES
-        # Large's heads for one of the two that share their loops, base's for the other.
-        for call in production_calls()[op][1 if op == "attention" else 0 :][:1]
+        if op != "attention"  # whose loops and launches are rotary_attention's
+        for call in production_calls()[op][:1]
         for launch in searched_launches(op, name, call)
     ]
     kernels = compile_launches(launches)
