@@ -23,6 +23,7 @@ from llmmed.config import Config
 from llmmed.errors import UserError
 from llmmed.files import finite, write_json
 from llmmed.init_from import InitialWeights
+from llmmed.kernels.base import Unavailable
 from llmmed.kernels.catalog import load_kernels
 from llmmed.model import Transformer
 from llmmed.plan_of_checkpoint import plan_of_checkpoint
@@ -179,8 +180,16 @@ def _confirm_execution(config: Config, plan: KernelPlan, launched: set[str]) -> 
 
 
 def build(config: Config, plan: KernelPlan, initial: InitialWeights | None = None) -> Transformer:
-    """The model with the plan's kernels, on the run's device. Parameters are the same under every plan."""
-    model = Transformer.for_training(config, load_kernels(plan.choice, plan.launches), config.device)
+    """The model with the plan's kernels, on the run's device. Parameters are the same under every plan.
+
+    Raises:
+        UserError: Pins ask for implementations that do not go together.
+    """
+    try:
+        kernels = load_kernels(plan.choice, plan.launches)
+    except Unavailable as reason:
+        raise UserError(str(reason)) from reason
+    model = Transformer.for_training(config, kernels, config.device)
     if initial is not None:
         model.load_state_dict(initial.load(config.model))
     return model
