@@ -22,17 +22,16 @@ doctor: setup ## What to paste into a bug report, and what to do about what is w
 setup: $(VENV)/.installed ## Creates .venv and installs the package.
 setup-dev: $(VENV)/.installed-dev
 
-# What is imported is compiled when it is first imported; compiling all of torch takes longer than all of that.
 # The interpreter of $(PYTHON) must be 3.11 or newer; pip says so itself if it is not.
 $(VENV)/bin/pip:
 	$(PYTHON) -m venv $(VENV)
 
 $(VENV)/.installed: pyproject.toml | $(VENV)/bin/pip
-	$(VENV)/bin/pip install --quiet --no-compile --disable-pip-version-check -e '.[biomed]'
+	$(VENV)/bin/pip install --quiet --disable-pip-version-check -e '.[biomed]'
 	@touch $@
 
 $(VENV)/.installed-dev: pyproject.toml | $(VENV)/bin/pip
-	$(VENV)/bin/pip install --quiet --no-compile --disable-pip-version-check -e '.[biomed,dev]'
+	$(VENV)/bin/pip install --quiet --disable-pip-version-check -e '.[biomed,dev]'
 	@touch $@ $(VENV)/.installed
 
 lint: setup-dev ## ruff: style and formatting.

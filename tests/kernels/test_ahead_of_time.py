@@ -50,6 +50,11 @@ SPILL_CEILINGS = {
 }
 
 
+def targets(op: str) -> set[int]:
+    """All, but for attention, whose loops and launches are those of rotary_attention: an H100."""
+    return {90} if op == "attention" else set(TARGETS)
+
+
 @functools.cache
 def production_calls() -> dict[str, list[Call]]:
     """What the base and large models call in bf16 on one 80 GB GPU, Muon's step included."""
@@ -79,14 +84,14 @@ def test_all_compile_for_every_target_and_do_not_spill() -> None:
         launches += record_launches(op, name, calls, targets=[90])
         # Elsewhere base alone, to save minutes. Attention has tiles of its own for large's heads, and others
         # where there is less shared memory.
-        launches += record_launches(op, name, base, targets=[target for target in TARGETS if target != 90])
-        if "attention" in op:
+        launches += record_launches(op, name, base, targets=[target for target in targets(op) if target != 90])
+        if op == "rotary_attention":
             launches += record_launches(op, name, large, targets=[86])
         if "rms_norm" in op:  # whose pipelines take twice the shared memory in float32
             launches += record_launches(op, name, [base[0].with_compute_dtype(torch.float32)], targets=[86])
     kernels = compile_launches(launches)
     for op, name in CANDIDATES:
-        assert {k.target for k in kernels if (k.op, k.implementation) == (op, name)} == set(TARGETS), (op, name)
+        assert {k.target for k in kernels if (k.op, k.implementation) == (op, name)} == targets(op), (op, name)
     spilling = [k for k in kernels if k.spills > SPILL_CEILINGS.get(k.kernel, 0)]
     too_large = [k for k in kernels if not k.fits]
     assert not spilling + too_large, "\n".join(kernel.describe() for kernel in spilling + too_large)
@@ -107,14 +112,14 @@ def test_every_launch_that_a_search_may_choose_compiles_for_an_h100() -> None:
     launches = [
         launch
         for op, name in CANDIDATES
-        if op != "attention"  # whose loops and launches are rotary_attention's
+        if "attention" not in op  # whose kernels of products take a minute; a search leaves out what cannot be launched
         for call in production_calls()[op][:1]
         for launch in searched_launches(op, name, call)
     ]
     kernels = compile_launches(launches)
     spilling = [k for k in kernels if k.spills > SPILL_CEILINGS.get(k.kernel, 0)]
     too_large = [k for k in kernels if not k.fits]
-    assert len({kernel.constants for kernel in kernels}) > 50
+    assert len({kernel.constants for kernel in kernels}) > 30
     assert not spilling + too_large, "\n".join(kernel.describe() for kernel in spilling + too_large)
 
 
