@@ -3,7 +3,9 @@ PYTHON ?= python3
 VENV := .venv
 PY := $(VENV)/bin/python
 ARGS ?=
-INTERPRETER = OMP_NUM_THREADS=1 TRITON_INTERPRET=1 $(PY) -m pytest -q -m interpreter $(ARGS)
+# Hundreds of processes are started: none computes on all cores, and what one has compiled the next need not.
+TEST_ENV = OMP_NUM_THREADS=1 PYTHONDONTWRITEBYTECODE=
+INTERPRETER = $(TEST_ENV) TRITON_INTERPRET=1 $(PY) -m pytest -q -m interpreter $(ARGS)
 
 .PHONY: help train test doctor setup setup-dev lint types unit interpreter interpreter-afterwards gpu clean
 
@@ -43,7 +45,7 @@ types: setup-dev ## mypy, strict.
 
 # loadgroup deals out one test at a time, the long ones first.
 unit: setup-dev ## CPU tests, among them the ahead-of-time compilation of every Triton kernel.
-	OMP_NUM_THREADS=1 $(PY) -m pytest -q -n 3 --dist loadgroup -m "not interpreter and not gpu" $(ARGS)
+	$(TEST_ENV) $(PY) -m pytest -q -n 3 --dist loadgroup -m "not interpreter and not gpu" $(ARGS)
 
 interpreter: setup-dev ## Triton kernels run on the CPU, in Triton's interpreter.
 	$(INTERPRETER) -n 2
