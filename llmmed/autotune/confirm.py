@@ -137,6 +137,7 @@ def confirm(
     time_for_second_looks: Callable[[], bool] = lambda: True,
     answered: Callable[[StepEvidence], None] = lambda evidence: None,
     last_match_died: str = "",
+    micro_batches: int = 1,
 ) -> StepEvidence:
     """Starts from a plan, tries flips, and holds what is left against that plan once more.
 
@@ -155,6 +156,7 @@ def confirm(
         time_for_second_looks: Asked before each flip that is tried once more; without it, the contest is complete.
         answered: Hears of the answer once there is one, and again with each mode: what comes after may not end well.
         last_match_died: What became of a process before this one in the last match, which then is not held again.
+        micro_batches: Of a step.
 
     Raises:
         Failed: not even the default plan runs.
@@ -183,6 +185,7 @@ def confirm(
         mode=mode,
         modes={mode: chosen.ms},
         memory_budget_gib=memory_budget_gib,
+        micro_batches=micro_batches,
         finished=finished,
     )
     answered(evidence)

@@ -138,6 +138,7 @@ class StepEvidence(_Frozen):
     `default` is PyTorch's plan (with what is pinned), `chosen` the plan that was left. `modes` are the times of the
     chosen plan in other modes, where `train.compile=auto` leaves that open; `mode` is the one to train in. `depths` are
     the numbers of layers that whole plans were timed with: twice all of them, or two from which a line is drawn.
+    `micro_batches` are those of a step, which its times count all.
     """
 
     trial_depth: int
@@ -149,6 +150,7 @@ class StepEvidence(_Frozen):
     mode: Mode
     modes: dict[Mode, float] = Field(default_factory=dict)
     memory_budget_gib: float | None = None
+    micro_batches: int = Field(default=1, ge=1)
     finished: bool = True  # False: kernels.budget_seconds ended the trials
 
 

@@ -44,8 +44,9 @@ from llmmed.autotune.measure import Pass, compiled_alone, measure_ceilings, meas
 from llmmed.autotune.plan import Candidate, Ceilings, Mode, StepTrial, launches_of
 from llmmed.autotune.process import end_with_parent, offer_to_out_of_memory_killer, take_settings
 from llmmed.autotune.step_clock import StepClock
+from llmmed.autotune.step_plan import release
 from llmmed.autotune.verify import Verdict, forget, verify
-from llmmed.compose import from_dict
+from llmmed.compose import accumulation_steps, from_dict
 from llmmed.config import Config
 from llmmed.kernels.base import Call, Op, Unavailable
 from llmmed.kernels.catalog import DEFAULT, get_implementation, get_op, load_function, take_launches
@@ -203,7 +204,7 @@ class Worker:
             self._searches_left -= 1
         self._journal.write(Launched(op=op.name, name=name, launches=found))
         forget()
-        _release(device)
+        release(device)
         candidate = candidate.model_copy(update={"launches": found})
         self._known.setdefault(op.name, {})[name] = candidate
         return candidate
@@ -236,7 +237,7 @@ class Worker:
         timed = {name: passed[name].model_copy(update=asdict(found)) for name, found in measurements.items()}
         self._journal.write(Timed(op=op.name, candidates=timed))
         self._known.setdefault(op.name, {}).update(timed)
-        _release(self._device)
+        release(self._device)
 
     def _confirm(self, task: StepTask) -> None:
         """Lets the step decide between what passed the gate. Without a choice to make, says nothing."""
@@ -281,6 +282,7 @@ class Worker:
                         StepDone(evidence=evidence, reason=reason)
                     ),
                     last_match_died=task.last_match_died,
+                    micro_batches=accumulation_steps(config.train),
                     time_for_second_looks=lambda: time.perf_counter() < second_looks_end,
                     time_is_up=lambda clock=clock: time.perf_counter() + 2 * clock.slowest > self._deadline,  # type: ignore[misc]
                 )
@@ -302,7 +304,7 @@ class Worker:
         self._journal.write(Judged(op=op, name=name, candidate=candidate))
         self._known.setdefault(op, {})[name] = candidate
         self._end_if_damaged(op, name)
-        _release(self._device)
+        release(self._device)
 
     def _end_if_damaged(self, op: str, name: str) -> None:
         """Ends the process if the GPU is in a state of error, in which nothing that follows could run."""
@@ -399,12 +401,6 @@ def _settle() -> None:
     which it would make 0.2 s long."""
     gc.collect()
     gc.freeze()
-
-
-def _release(device: torch.device) -> None:
-    gc.collect()
-    if device.type == "cuda":
-        torch.cuda.empty_cache()
 
 
 def _prepare(device: str) -> None:

@@ -11,14 +11,14 @@ from dataclasses import dataclass
 
 from llmmed.autotune.plan import KernelPlan
 from llmmed.kernels.base import Unavailable
-from llmmed.kernels.catalog import DEFAULT, get_implementation
+from llmmed.kernels.catalog import DEFAULT, get_implementation, get_op
 
 REST = "everything else"
 
 
 @dataclass(frozen=True)
 class Part:
-    """One op with one implementation, all its calls of a micro-batch."""
+    """One op with one implementation, all its calls."""
 
     op: str
     implementation: str
@@ -27,7 +27,7 @@ class Part:
 
 @dataclass(frozen=True)
 class Breakdown:
-    """A micro-batch under one choice of kernels; times in ms.
+    """A step under one choice of kernels, or a micro-batch where no step was measured, as `whole` says; times in ms.
 
     `step_ms` is the whole, measured in the real step, None where that was not measured. `rest_ms` is what the ops do
     not account for: products, embedding, the optimizer; None without a whole, or where the ops, timed one by one,
@@ -37,6 +37,11 @@ class Breakdown:
     parts: tuple[Part, ...]
     step_ms: float | None
     untimed: tuple[str, ...]
+
+    @property
+    def whole(self) -> str:
+        """What the times are of."""
+        return "micro-batch" if self.step_ms is None else "step"
 
     @property
     def ops_ms(self) -> float:
@@ -60,6 +65,7 @@ def of_default(plan: KernelPlan) -> Breakdown:
 
 def _breakdown(plan: KernelPlan, choice: Mapping[str, str], step_ms: float | None) -> Breakdown:
     own = _own_shares(plan)
+    micro_batches = plan.step.micro_batches if plan.step else 1
     parts, untimed = [], []
     for name, op in plan.ops.items():
         implementation = choice.get(name, op.chosen)
@@ -69,7 +75,8 @@ def _breakdown(plan: KernelPlan, choice: Mapping[str, str], step_ms: float | Non
         if candidate is None or candidate.total_ms is None:
             untimed.append(name)
         else:
-            parts.append(Part(name, implementation, candidate.total_ms * own[name]))
+            passes = 1 if _is_of_the_optimizer(name) else micro_batches
+            parts.append(Part(name, implementation, candidate.total_ms * own[name] * passes))
     return Breakdown(tuple(sorted(parts, key=lambda part: -part.ms)), step_ms, tuple(untimed))
 
 
@@ -81,6 +88,14 @@ def _own_shares(plan: KernelPlan) -> dict[str, float]:
         for part in _parts_of(name):
             inside[part] += count
     return {name: max(0, count - inside[name]) / count if count else 0.0 for name, count in calls.items()}
+
+
+def _is_of_the_optimizer(op: str) -> bool:
+    """Whether an op is called once a step, after all micro-batches: it has no backward."""
+    try:
+        return not get_op(op).differentiable
+    except KeyError:  # of another version
+        return False
 
 
 def _parts_of(op: str) -> tuple[str, ...]:

@@ -59,13 +59,13 @@ def _bars(chosen: Breakdown, default: Breakdown, *, same: bool) -> str:
     rows.append(f'<tr class="chosen"><td>the whole step</td>{whole}</tr>')
     headers = ["part of the step", *(text for title in shown for text in (f"{title}, ms", "kernel"))]
     numbers = range(1, len(headers), 2)
-    return bars("time of a micro-batch", "ms", values) + table(headers, rows, numbers)
+    return bars(f"time of a {chosen.whole}", "ms", values) + table(headers, rows, numbers)
 
 
 def _notes(plan: KernelPlan, chosen: Breakdown) -> str:
     text = (
-        "Each op's time was measured by itself, all its calls of a micro-batch, forward and backward; calls inside "
-        "another op count there."
+        f"Each op's time was measured by itself, all its calls of a {chosen.whole}, forward and backward; calls inside "
+        f"another op count there."
     )
     if chosen.rest_ms is not None:
         text += " Everything else is the difference to the whole: products, embedding, the optimizer's update."

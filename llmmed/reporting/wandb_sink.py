@@ -70,9 +70,9 @@ class WandbSink:
 
             entry: dict[str, object] = {"kernel_table": wandb.Table(columns=list(PLAN_COLUMNS), data=plan_rows(plan))}
             if times:
-                bars = wandb.Table(columns=["part of the step", "ms a micro-batch"], data=times)
-                title = "Where the step's time goes"
-                entry["step_breakdown"] = wandb.plot.bar(bars, "part of the step", "ms a micro-batch", title)
+                unit, title = f"ms a {parts.whole}", "Where the step's time goes"
+                bars = wandb.Table(columns=["part of the step", unit], data=times)
+                entry["step_breakdown"] = wandb.plot.bar(bars, "part of the step", unit, title)
             self._run.log(entry, commit=False)  # with the first step's metrics, wherever a resumed run begins
             self._run.summary.update(plan.summary())
 

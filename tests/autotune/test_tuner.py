@@ -132,7 +132,8 @@ def test_the_step_has_the_last_word(tiny: Config, norms: Workload, plant: Plant)
     names = ("slow_in_the_step", "wrong_in_the_step", "dies_in_the_step")
     plant(*names)
     # Where memory counts, none is left out for being slow alone.
-    plan = tune(with_kernels(tiny, objective="memory"), norms, mode="eager")
+    twice = replace(tiny.train, global_batch_tokens=2 * tiny.train.global_batch_tokens)
+    plan = tune(replace(with_kernels(tiny, objective="memory"), train=twice), norms, mode="eager")
     found = {name: candidates(plan)[name] for name in names}
     assert {c.status for c in found.values()} == {"verified"}
     assert all(c.timed for c in found.values())
@@ -144,6 +145,7 @@ def test_the_step_has_the_last_word(tiny: Config, norms: Workload, plant: Plant)
     assert {trial.name for trial in plan.step.trials} == set(names)
     assert plan.step.default.choice["rms_norm"] == "pytorch"
     assert plan.step.default.ms > 0
+    assert plan.step.micro_batches == 2
 
 
 def test_a_real_workload_is_tuned_once_and_then_read_from_the_cache(

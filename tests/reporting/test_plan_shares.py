@@ -52,10 +52,22 @@ def test_the_default_is_told_with_its_own_times() -> None:
     assert found.rest_ms == pytest.approx(4.0)
 
 
+def test_a_step_of_several_micro_batches_counts_all_of_them_and_one_update() -> None:
+    ops = {"rotary": OPS["rotary"], "newton_schulz": op("newton_schulz", 2, "pytorch", {"pytorch": 1.5})}
+    plan = plan_with(ops, 20.0)
+    assert plan.step is not None
+    several = plan.model_copy(update={"step": plan.step.model_copy(update={"micro_batches": 4})})
+    found = plan_shares.of_chosen(several)
+    assert {part.op: part.ms for part in found.parts} == {"rotary": 12.0, "newton_schulz": 1.5}
+    assert found.rest_ms == pytest.approx(6.5)
+    assert found.whole == "step"
+
+
 def test_without_a_measured_step_there_is_no_rest() -> None:
     found = plan_shares.of_chosen(plan_with(OPS, None))
     assert found.step_ms is None
     assert found.rest_ms is None
+    assert found.whole == "micro-batch"
 
 
 def test_a_step_shorter_than_its_ops_has_no_rest() -> None:

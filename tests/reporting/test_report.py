@@ -103,7 +103,7 @@ def test_the_step_is_told_with_its_parts_and_its_trials(tmp_path: Path) -> None:
     plan.model_copy(update={"step": step}).write(run / "kernels.json")
     page = page_of(run)
     for words in (
-        "time of a micro-batch (ms)", "with these kernels: 10.0 ms", "with PyTorch's: 16.0 ms",
+        "time of a step (ms)", "with these kernels: 10.0 ms", "with PyTorch's: 16.0 ms",
         "1 add_rms_norm 4.00 triton 8.00 pytorch", "everything else 2.50 4.00", "the whole step 10.00 16.00",
         "Not timed, and so not in the bars: of_another_version.", "measured at 1 and 2 layers",
         "Outcome: saves 6 ms.", "in the real step ms a step interval", "kernels.budget_seconds ended the trials",
