@@ -13,8 +13,7 @@ from rich.text import Text
 from llmmed.autotune.plan import Candidate, KernelPlan, OpPlan, Status, StepEvidence
 from llmmed.errors import UserError
 from llmmed.kernels.catalog import DEFAULT
-from llmmed.reporting.numbers import ABSENT, Column, number, words
-from llmmed.reporting.numbers import digits as _three_digits
+from llmmed.reporting.numbers import ABSENT, Column, digits, number, words
 
 _CHOSEN = "\N{CHECK MARK}"
 _LEGEND = (
@@ -110,13 +109,13 @@ def _step_line(step: StepEvidence) -> str:
     """What the real step said of the whole plan."""
     default, chosen = step.default, step.chosen
     if chosen.choice == default.choice:
-        return f"In the step: {_three_digits(chosen.ms)} ms a step.{_ended(step)}\n"
+        return f"In the step: {digits(chosen.ms)} ms a step.{_ended(step)}\n"
     others = {op: name for op, name in default.choice.items() if name != DEFAULT}
     against = "PyTorch's" if not others else f"PyTorch's and {', '.join(f'{n} for {op}' for op, n in others.items())}"
-    text = f"In the step: {_three_digits(chosen.ms)} ms a step; {_three_digits(default.ms)} with {against}"
+    text = f"In the step: {digits(chosen.ms)} ms a step; {digits(default.ms)} with {against}"
     if default.peak_memory_gib is not None and chosen.peak_memory_gib is not None:
         text += f"; {chosen.peak_memory_gib:.2f} GiB against {default.peak_memory_gib:.2f}"
-    modes = ", ".join(f"{mode} {_three_digits(ms)}" for mode, ms in step.modes.items() if mode != step.mode)
+    modes = ", ".join(f"{mode} {digits(ms)}" for mode, ms in step.modes.items() if mode != step.mode)
     text += f" ({step.mode}; {modes} ms)" if modes else ""
     return f"{text}.{_ended(step)}\n"
 
@@ -133,7 +132,7 @@ def _stages(plan: KernelPlan) -> str:
 
 _COLUMNS: tuple[Column[Candidate], ...] = (
     Column("relative\nerror", lambda c: number(c.relative_error, ".1e")),
-    Column("fwd+bwd\nms", lambda c: _three_digits(c.total_ms)),
+    Column("fwd+bwd\nms", lambda c: digits(c.total_ms)),
     Column("memory\nMiB", lambda c: number(c.peak_memory_mib, ",.0f")),
     Column("speed-\nup", lambda c: number(c.speedup, ".2f")),
 )
