@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import fcntl
 import hashlib
 import json
 import math
@@ -9,7 +10,7 @@ import os
 import tempfile
 from collections.abc import Iterable, Mapping
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 import platformdirs
 
@@ -42,6 +43,18 @@ def write_atomically(path: Path, content: bytes | str) -> None:
 def write_json(path: Path, data: Any) -> None:
     """Writes JSON atomically, indented, in the order given."""
     write_atomically(path, json.dumps(data, indent=2, ensure_ascii=False) + "\n")
+
+
+def try_lock(file: IO[Any] | int, *, shared: bool = False) -> bool:
+    """Locks an open file until it is closed, if only by the end of this process. Returns whether nobody else has it.
+
+    Raises `OSError` where the file system has no locks.
+    """
+    try:
+        fcntl.flock(file, (fcntl.LOCK_SH if shared else fcntl.LOCK_EX) | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return False
+    return True
 
 
 def finite(data: Any) -> Any:

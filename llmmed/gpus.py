@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import contextlib
-import fcntl
 import os
 import subprocess
 import tempfile
 import time
 from collections.abc import Iterator
 from pathlib import Path
+
+from llmmed.files import try_lock
 
 _SECONDS_BETWEEN_LOOKS = 0.5
 
@@ -43,10 +44,7 @@ def own_gpu(*, wanted: bool = True) -> Iterator[dict[str, str]]:
     while True:
         for gpu in gpus:
             with (folder / f"{gpu.replace('/', '-')}.lock").open("w") as file:
-                try:
-                    fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-                except BlockingIOError:
-                    continue
-                yield {"CUDA_VISIBLE_DEVICES": gpu}
-                return
+                if try_lock(file):
+                    yield {"CUDA_VISIBLE_DEVICES": gpu}
+                    return
         time.sleep(_SECONDS_BETWEEN_LOOKS)

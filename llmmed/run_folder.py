@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import fcntl
 import importlib.metadata
 import logging
 import os
@@ -22,7 +21,7 @@ from omegaconf import OmegaConf
 from llmmed.compose import as_dict
 from llmmed.config import Config
 from llmmed.errors import UserError
-from llmmed.files import read_json, write_atomically, write_json
+from llmmed.files import read_json, try_lock, write_atomically, write_json
 
 logger = logging.getLogger(__name__)
 
@@ -66,12 +65,11 @@ def hold(folder: Path) -> None:
         return
     descriptor = os.open(folder / _LOCK, os.O_RDWR | os.O_CREAT, 0o666)
     try:
-        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        os.close(descriptor)
-        raise UserError(
-            f"{holder(folder) or 'another process'} is training in {shown(folder)}; wait for its end, or stop it"
-        ) from None
+        if not try_lock(descriptor):
+            os.close(descriptor)
+            raise UserError(
+                f"{holder(folder) or 'another process'} is training in {shown(folder)}; wait for its end, or stop it"
+            )
     except OSError as error:
         logger.warning(
             "%s cannot be locked (%s), so that nothing keeps a second process from training there; start none",
@@ -88,9 +86,7 @@ def holder(folder: Path) -> str | None:
         return None
     try:
         with (folder / _LOCK).open() as file:
-            try:
-                fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
-            except BlockingIOError:
+            if not try_lock(file, shared=True):
                 return file.read() or "another process"
     except OSError:  # nobody has ever trained there, or nothing can be locked there
         pass

@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 import contextlib
-import functools
 import logging
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 
-from llmmed.files import cache_folder
+from llmmed.files import cache_folder, try_lock
 
 logger = logging.getLogger(__name__)
 
@@ -22,12 +21,10 @@ def turn(key: str, seconds: float) -> Iterator[None]:
     Where files cannot be locked, everybody tunes at once.
     """
     with contextlib.ExitStack() as stack:
-        with contextlib.suppress(ImportError, OSError):
-            import fcntl
-
+        with contextlib.suppress(OSError):
             file = stack.enter_context((cache_folder("plans") / f"{key}.lock").open("ab"))
             deadline, told = time.monotonic() + seconds, False
-            while not _locked(functools.partial(fcntl.flock, file, fcntl.LOCK_EX | fcntl.LOCK_NB)):
+            while not try_lock(file):
                 if time.monotonic() >= deadline:
                     logger.info("the other run has not come to its end; tuning beside it")
                     break
@@ -36,11 +33,3 @@ def turn(key: str, seconds: float) -> Iterator[None]:
                     told = True
                 time.sleep(_POLL_SECONDS)
         yield
-
-
-def _locked(lock: Callable[[], object]) -> bool:
-    try:
-        lock()
-    except BlockingIOError:
-        return False
-    return True

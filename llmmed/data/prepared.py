@@ -25,7 +25,7 @@ from llmmed.data.parallel import Report
 from llmmed.data.preparation import build, check_vocabulary, sources_of
 from llmmed.data.shards import PARTS
 from llmmed.errors import UserError
-from llmmed.files import cache_folder, read_json, sha256_of, sha256_of_file, write_json
+from llmmed.files import cache_folder, read_json, sha256_of, sha256_of_file, try_lock, write_json
 
 if TYPE_CHECKING:
     import numpy.typing as npt
@@ -177,9 +177,7 @@ def _alone(lock: Path, report: Report) -> Iterator[None]:
     """One process at a time; the lock goes with the process, however that ends."""
     with lock.open("w") as file:
         os.utime(lock)
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
+        if not try_lock(file):
             report("another run is preparing the same data; waiting for it")
             fcntl.flock(file, fcntl.LOCK_EX)
         yield
@@ -255,10 +253,10 @@ def _clear_abandoned(root: Path, ours: Path, report: Report) -> None:
         lock = work.with_suffix(".lock")  # touched by every attempt
         if work == ours or (lock.exists() and time.time() - lock.stat().st_mtime < _DAYS_KEPT * 86_400):
             continue
-        with lock.open("a") as file, contextlib.suppress(BlockingIOError):
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            report(f"removing {work}: a preparation that was not gone on with for {_DAYS_KEPT} days")
-            shutil.rmtree(work, ignore_errors=True)
+        with lock.open("a") as file:
+            if try_lock(file):
+                report(f"removing {work}: a preparation that was not gone on with for {_DAYS_KEPT} days")
+                shutil.rmtree(work, ignore_errors=True)
 
 
 def _plain(mixture: Mixture) -> Tokens | Mixture:
