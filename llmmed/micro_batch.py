@@ -5,12 +5,7 @@ The configuration itself knows numbers only: `cli` replaces `auto` here, before 
 
 from __future__ import annotations
 
-import contextlib
 import json
-import os
-import signal
-import subprocess
-import sys
 import tempfile
 import time
 from collections.abc import Callable, Sequence
@@ -22,6 +17,7 @@ from omegaconf import DictConfig
 from llmmed import compose, continuation
 from llmmed.config import Config, TrainConfig
 from llmmed.errors import UserError
+from llmmed.processes import started_process
 
 TOO_LARGE = 3  # exit code of the process that tries one size
 
@@ -101,22 +97,11 @@ def _stated(overrides: Sequence[str]) -> int:
 def _fits(config: Config, size: int) -> bool:
     """Whether two steps with micro-batches of that size run on the GPU. Raises `UserError` if that cannot be told."""
     tried = replace(config, train=replace(config.train, micro_batch_size=size))
-    environment = os.environ | {"PYTHONPATH": os.pathsep.join(entry or os.getcwd() for entry in sys.path)}
     with tempfile.TemporaryDirectory(prefix="llmmed-micro-batch-") as folder:
         job, log = Path(folder) / "config.json", Path(folder) / "log"
         job.write_text(json.dumps(compose.as_dict(tried)), encoding="utf-8")
-        command = [sys.executable, "-P", "-m", "llmmed.training.fits", str(job)]
-        # It ends when its standard input closes, so that it cannot outlive this process.
-        with log.open("wb") as output:
-            process = subprocess.Popen(
-                command, stdin=subprocess.PIPE, stdout=output, stderr=output, env=environment, start_new_session=True
-            )
-        try:
+        with started_process("llmmed.training.fits", [str(job)], log) as process:
             code = process.wait()
-        finally:
-            with contextlib.suppress(ProcessLookupError):
-                os.killpg(process.pid, signal.SIGKILL)
-            process.wait()
         said = log.read_text(encoding="utf-8", errors="replace").strip()
     if code not in (0, TOO_LARGE):
         reason = said.splitlines()[-1:] or [f"exit code {code}"]

@@ -3,9 +3,14 @@
 from __future__ import annotations
 
 import os
+import shutil
+import sys
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
+
+from llmmed.kernels import catalog
 
 INTERPRETED = os.environ.get("TRITON_INTERPRET", "0") == "1"
 
@@ -31,3 +36,26 @@ def _own_cache(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.Mon
 @pytest.fixture
 def repository() -> Path:
     return Path(__file__).parent.parent
+
+
+@pytest.fixture
+def plant(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[..., None]]:
+    """Installs planted `rms_norm` kernels as a package, and hides the compiler, which would take most of the time."""
+    site = tmp_path / "site"
+
+    def install(*names: str) -> None:
+        information = site / "planted_kernels-1.0.dist-info"
+        information.mkdir(parents=True)
+        (information / "METADATA").write_text("Metadata-Version: 2.1\nName: planted-kernels\nVersion: 1.0\n")
+        points = (f"rms_norm.{name} = planted_kernels:{name.upper()}\n" for name in names)
+        (information / "entry_points.txt").write_text(f"[{catalog.ENTRY_POINT_GROUP}]\n{''.join(points)}")
+        shutil.copy(Path(__file__).parent / "autotune" / "planted_kernels.py", site)
+        monkeypatch.syspath_prepend(site)
+        catalog._entry_points.cache_clear()
+
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
+    monkeypatch.setenv("PATH", str(tmp_path))
+    yield install
+    monkeypatch.undo()
+    sys.modules.pop("planted_kernels", None)
+    catalog._entry_points.cache_clear()

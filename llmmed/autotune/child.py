@@ -36,8 +36,8 @@ from llmmed.autotune.journal import (
     Tried,
 )
 from llmmed.autotune.plan import Candidate, Ceilings, Mode, Status, StepEvidence, StepTrial
-from llmmed.autotune.process import end, started_process
 from llmmed.autotune.warming import Warming, warming_processes
+from llmmed.processes import end, started_process
 
 logger = logging.getLogger(__name__)
 

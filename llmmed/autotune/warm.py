@@ -30,13 +30,14 @@ from llmmed.autotune.journal import Job, Task
 from llmmed.autotune.launch_search import open_sites
 from llmmed.autotune.measure import compiled_alone
 from llmmed.autotune.plan import Mode
-from llmmed.autotune.process import end_with_parent, offer_to_out_of_memory_killer, take_settings
+from llmmed.autotune.process_settings import offer_to_out_of_memory_killer, take_settings
 from llmmed.autotune.step_ahead import StepAhead
 from llmmed.autotune.verify import Layout, arriving, exact_products, trials
 from llmmed.kernels.ahead_of_time import compiling_only, run_on_meta
 from llmmed.kernels.base import Call, Op
 from llmmed.kernels.catalog import DEFAULT, get_implementation, get_op, load_function
 from llmmed.kernels.tunable import Launches
+from llmmed.processes import end_with_parent
 
 _NICE = 15  # the process that judges goes first
 

@@ -11,8 +11,8 @@ from pathlib import Path
 
 from llmmed.autotune.board import STEP, Board
 from llmmed.autotune.journal import Job
-from llmmed.autotune.process import end, started_process
 from llmmed.machine import cores
+from llmmed.processes import end, started_process
 
 logger = logging.getLogger(__name__)
 

@@ -42,7 +42,7 @@ from llmmed.autotune.journal import (
 from llmmed.autotune.launch_search import check_launches, gate_at, search_launches
 from llmmed.autotune.measure import Pass, compiled_alone, measure_ceilings, measure_op, take_turns
 from llmmed.autotune.plan import Candidate, Ceilings, Mode, StepTrial, launches_of
-from llmmed.autotune.process import end_with_parent, offer_to_out_of_memory_killer, take_settings
+from llmmed.autotune.process_settings import offer_to_out_of_memory_killer, take_settings
 from llmmed.autotune.step_clock import StepClock
 from llmmed.autotune.step_plan import release
 from llmmed.autotune.verify import Verdict, forget, verify
@@ -52,6 +52,7 @@ from llmmed.kernels.base import Call, Op, Unavailable
 from llmmed.kernels.catalog import DEFAULT, get_implementation, get_op, load_function, take_launches
 from llmmed.kernels.operator import INTERPRETED
 from llmmed.kernels.tunable import Launches, Site
+from llmmed.processes import end_with_parent
 
 _SECOND_LOOKS = 0.4  # of the budget: until then, flips that were close are tried again once the plan has changed
 _ROOM = 64 * 2**30  # bytes of a GPU's memory

@@ -18,7 +18,6 @@ from pydantic import BaseModel, ConfigDict, Field
 from llmmed import compose
 from llmmed.autotune.failures import classify, one_line
 from llmmed.autotune.plan import Status
-from llmmed.autotune.process import end_with_parent
 from llmmed.benchmark.contestants import CONTESTANTS, Contestant, Trainee, build
 from llmmed.benchmark.profiled_groups import measure_breakdown
 from llmmed.benchmark.settings import StepSettings, compose_benchmark
@@ -26,6 +25,7 @@ from llmmed.compose import accumulation_steps
 from llmmed.config import Config
 from llmmed.errors import UserError
 from llmmed.files import write_atomically
+from llmmed.processes import end_with_parent
 
 _BATCHES = 4  # different ones, in turns
 

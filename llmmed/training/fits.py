@@ -5,10 +5,7 @@ Exit code 0 if it does, `micro_batch.TOO_LARGE` if not. A process of its own, so
 
 from __future__ import annotations
 
-import os
-import signal
 import sys
-import threading
 from pathlib import Path
 
 import torch
@@ -19,6 +16,7 @@ from llmmed.config import Config
 from llmmed.kernels.catalog import default_choice, load_kernels
 from llmmed.micro_batch import TOO_LARGE
 from llmmed.model import Transformer
+from llmmed.processes import end_with_parent
 from llmmed.training import memory
 from llmmed.training.execution import prepare_backend, resolve_compile
 from llmmed.training.micro_step import build_micro_step
@@ -28,7 +26,7 @@ _SHARE = 0.92  # of the free memory; the rest is for other kernels than PyTorch'
 
 
 def main() -> None:
-    threading.Thread(target=_end_with_parent, daemon=True).start()
+    end_with_parent()
     config = TypeAdapter(Config).validate_json(Path(sys.argv[1]).read_text(encoding="utf-8"))
     sys.exit(0 if fits(config) else TOO_LARGE)
 
@@ -53,11 +51,6 @@ def fits(config: Config) -> bool:
             return False
         raise
     return torch.cuda.max_memory_reserved(device) <= limit
-
-
-def _end_with_parent() -> None:
-    os.read(sys.stdin.fileno(), 1)
-    os.killpg(0, signal.SIGKILL)
 
 
 if __name__ == "__main__":

@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from pathlib import Path
+
 import pytest
 import torch
 
+from llmmed.autotune.journal import Job
 from llmmed.autotune.workload import Workload
 from llmmed.compose import compose
 from llmmed.config import Config
@@ -32,6 +36,25 @@ def tiny() -> Config:
             "kernels.candidate_seconds=60",
         ]
     )
+
+
+@pytest.fixture
+def make_job(tmp_path: Path) -> Callable[..., Job]:
+    """A job for a minute on the CPU, in eager mode, with nothing to do; what is given changes that."""
+
+    def make(**given: object) -> Job:
+        values: dict[str, object] = {
+            "journal": tmp_path / "journal.jsonl",
+            "device": "cpu",
+            "mode": "eager",
+            "deterministic": False,
+            "matmul_precision": "highest",
+            "tasks": [],
+            "seconds": 60.0,
+        }
+        return Job.model_validate(values | given)
+
+    return make
 
 
 @pytest.fixture

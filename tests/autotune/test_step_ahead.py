@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterator
+from collections.abc import Callable, Collection, Iterator
 from pathlib import Path
 
 import pytest
@@ -21,18 +21,13 @@ VERIFIED = Candidate(status="verified")
 
 
 @pytest.fixture
-def job(tiny: Config, tmp_path: Path) -> Job:
+def job(make_job: Callable[..., Job], tiny: Config) -> Job:
     calls = record_workload(tiny).by_op()
     names = {"rotary": ["pytorch", "triton"], "swiglu": ["pytorch", "liger", "triton"]}
-    return Job(
-        journal=tmp_path / "journal.jsonl",
-        device="cpu",
+    return make_job(
         mode="compiled",
-        deterministic=False,
-        matmul_precision="highest",
         tasks=[Task.of(op, calls[op], names[op], measure=True) for op in names],
         step=StepTask(config=as_dict(tiny), pinned={"attention": "triton"}, known={}),
-        seconds=60.0,
     )
 
 

@@ -9,13 +9,11 @@ import json
 import logging
 import os
 import re
-import shutil
 import signal
 import subprocess
-import sys
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -26,37 +24,13 @@ from llmmed.autotune import child, tuner
 from llmmed.autotune.child import Findings, Progress
 from llmmed.autotune.journal import Event, Job, JournalReader, StepDone, StepTask, Task
 from llmmed.autotune.plan import Candidate, KernelPlan, StepEvidence, StepTimes, StepTrial
-from llmmed.autotune.process import started_process
 from llmmed.autotune.tuner import tune
 from llmmed.autotune.workload import Workload, record_workload
 from llmmed.config import Config
 from llmmed.errors import UserError
-from llmmed.kernels import catalog
+from llmmed.processes import started_process
 
 Plant = Callable[..., None]
-
-
-@pytest.fixture
-def plant(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Plant]:
-    """Installs the planted kernels of these names, and hides the compiler, which would take most of the time."""
-    site = tmp_path / "site"
-
-    def install(*names: str) -> None:
-        information = site / "planted_kernels-1.0.dist-info"
-        information.mkdir(parents=True)
-        (information / "METADATA").write_text("Metadata-Version: 2.1\nName: planted-kernels\nVersion: 1.0\n")
-        points = (f"rms_norm.{name} = planted_kernels:{name.upper()}\n" for name in names)
-        (information / "entry_points.txt").write_text(f"[{catalog.ENTRY_POINT_GROUP}]\n{''.join(points)}")
-        shutil.copy(Path(__file__).with_name("planted_kernels.py"), site)
-        monkeypatch.syspath_prepend(site)
-        catalog._entry_points.cache_clear()
-
-    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
-    monkeypatch.setenv("PATH", str(tmp_path))
-    yield install
-    monkeypatch.undo()
-    sys.modules.pop("planted_kernels", None)
-    catalog._entry_points.cache_clear()
 
 
 @pytest.fixture(autouse=True)
@@ -419,17 +393,11 @@ def test_interrupting_ends_the_tuning_process(
     assert [process.returncode for process in processes] == [-signal.SIGKILL]
 
 
-def test_the_tuning_process_does_not_outlive_its_parent(norms: Workload, plant: Plant, tmp_path: Path) -> None:
+def test_the_tuning_process_does_not_outlive_its_parent(
+    make_job: Callable[..., Job], norms: Workload, plant: Plant, tmp_path: Path
+) -> None:
     plant("hangs")
-    job = Job(
-        journal=tmp_path / "journal",
-        device="cpu",
-        mode="eager",
-        deterministic=False,
-        matmul_precision="highest",
-        tasks=[Task.of("rms_norm", norms.by_op()["rms_norm"], ["hangs"], measure=True)],
-        seconds=60.0,
-    )
+    job = make_job(tasks=[Task.of("rms_norm", norms.by_op()["rms_norm"], ["hangs"], measure=True)])
     job.write(tmp_path / "job.json")
     with started_process("llmmed.autotune.worker", [str(tmp_path / "job.json")], tmp_path / "log") as process:
         reader, events = JournalReader(job.journal), list[Event]()

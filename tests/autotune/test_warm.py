@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -12,27 +13,19 @@ from llmmed.autotune.board import Board
 from llmmed.autotune.journal import Job, Task
 from llmmed.autotune.launch_search import open_sites
 from llmmed.autotune.plan import Candidate
-from llmmed.autotune.process import started_process
 from llmmed.autotune.verify import trials
 from llmmed.autotune.workload import Workload
 from llmmed.kernels.ahead_of_time import TARGETS
 from llmmed.kernels.base import Call
 from llmmed.kernels.catalog import get_implementation, get_op
 from llmmed.kernels.operator import INTERPRETED, absent_gpu
+from llmmed.processes import started_process
 
 
 @pytest.fixture
-def job(norms: Workload, tmp_path: Path) -> Job:
+def job(make_job: Callable[..., Job], norms: Workload) -> Job:
     task = Task.of("rms_norm", norms.by_op()["rms_norm"], ["pytorch", "triton"], measure=True)
-    return Job(
-        journal=tmp_path / "journal",
-        device="cpu",
-        mode="graphs",
-        deterministic=False,
-        matmul_precision="high",
-        tasks=[task],
-        seconds=60.0,
-    )
+    return make_job(tasks=[task], mode="graphs", matmul_precision="high")
 
 
 def test_every_trial_of_the_gate_is_covered(job: Job, norms: Workload) -> None:

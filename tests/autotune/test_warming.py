@@ -16,12 +16,11 @@ from typing import Any
 import pytest
 import torch
 
-from llmmed.autotune import child, warming, worker
+from llmmed.autotune import child, process_settings, warming, worker
 from llmmed.autotune.board import ALL, CLOCK, STEP, Board
 from llmmed.autotune.child import Findings, Limits
 from llmmed.autotune.journal import Begun, Event, Job, JournalReader, JournalWriter, StepTask, Task
 from llmmed.autotune.plan import Candidate
-from llmmed.autotune.process import end, started_process
 from llmmed.autotune.warming import Warming, warming_processes
 from llmmed.autotune.worker import Worker
 from llmmed.autotune.workload import Workload
@@ -29,6 +28,7 @@ from llmmed.compose import as_dict
 from llmmed.config import Config
 from llmmed.kernels.base import Implementation
 from llmmed.kernels.catalog import get_op
+from llmmed.processes import end, started_process
 
 
 @pytest.fixture
@@ -37,17 +37,9 @@ def board(tmp_path: Path) -> Board:
 
 
 @pytest.fixture
-def job(norms: Workload, tmp_path: Path) -> Job:
-    return Job(
-        journal=tmp_path / "journal.jsonl",
-        device="cpu",
-        mode="eager",
-        deterministic=False,
-        matmul_precision="highest",
-        tasks=[Task.of("rms_norm", norms.by_op()["rms_norm"], ["pytorch"], measure=True)],
-        seconds=60.0,
-        warm=tmp_path / "warm",
-    )
+def job(make_job: Callable[..., Job], norms: Workload, tmp_path: Path) -> Job:
+    task = Task.of("rms_norm", norms.by_op()["rms_norm"], ["pytorch"], measure=True)
+    return make_job(tasks=[task], warm=tmp_path / "warm")
 
 
 @pytest.fixture
@@ -243,13 +235,11 @@ def test_a_warm_up_process_does_not_outlive_its_parent(job: Job, board: Board, t
 def test_a_deterministic_run_is_compiled_ahead_deterministically(
     job: Job, board: Board, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from llmmed.autotune import process
-
     taken: list[str] = []
-    monkeypatch.setattr(process, "take_deterministic_kernels", lambda: taken.append("deterministic"))
+    monkeypatch.setattr(process_settings, "take_deterministic_kernels", lambda: taken.append("deterministic"))
     monkeypatch.setattr(torch, "set_float32_matmul_precision", taken.append)
     with torch._dynamo.config.patch(recompile_limit=8, accumulated_recompile_limit=256):
-        process.take_settings(job)
-        process.take_settings(job.model_copy(update={"deterministic": True, "matmul_precision": "high"}))
+        process_settings.take_settings(job)
+        process_settings.take_settings(job.model_copy(update={"deterministic": True, "matmul_precision": "high"}))
         assert torch._dynamo.config.recompile_limit >= 1024
     assert taken == ["highest", "high", "deterministic"]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import signal
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -62,16 +63,11 @@ def test_the_journal_gives_every_event_once_and_waits_for_whole_lines(tmp_path: 
     assert list(reader.read()) == []
 
 
-def test_a_job_survives_the_disk(tmp_path: Path, norms: Workload) -> None:
-    job = Job(
-        journal=tmp_path / "journal",
-        device="cpu",
-        mode="eager",
+def test_a_job_survives_the_disk(make_job: Callable[..., Job], tmp_path: Path, norms: Workload) -> None:
+    job = make_job(
         deterministic=True,
-        matmul_precision="highest",
         tasks=[task(norms, "pytorch", "triton").model_copy(update={"verified": {"liger": VERIFIED}})],
         ceilings=Ceilings(copy_gb_per_second=3000),
-        seconds=60.0,
     )
     job.write(tmp_path / "job.json")
     read = Job.read(tmp_path / "job.json")
@@ -112,14 +108,11 @@ STEP = StepEvidence(
 
 @pytest.mark.parametrize("answered", [False, True])
 def test_a_death_in_the_last_match_is_not_the_defaults_fault(
-    answered: bool, tmp_path: Path, norms: Workload, monkeypatch: pytest.MonkeyPatch
+    answered: bool, make_job: Callable[..., Job], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(child, "end", lambda process: None)
     step = StepTask(config={}, pinned={}, known={})
-    job = Job(
-        journal=tmp_path / "journal", device="cpu", mode="eager", deterministic=False, matmul_precision="highest",
-        tasks=[], step=step, seconds=60.0,
-    )  # fmt: skip
+    job = make_job(step=step)
     with JournalWriter(job.journal) as writer:
         writer.write(Begun(stage="step"))
         if answered:

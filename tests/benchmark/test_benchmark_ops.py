@@ -4,11 +4,10 @@ from __future__ import annotations
 
 import csv
 import json
-import shutil
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -25,31 +24,8 @@ from llmmed.benchmark import ops
 from llmmed.benchmark.page import write_page
 from llmmed.benchmark.results import OpsResult
 from llmmed.benchmark.settings import compose_benchmark
-from llmmed.kernels import catalog
 from llmmed.reporting import benchmark_plots
 from tests.benchmark.samples import TINY, benchmark
-
-
-@pytest.fixture
-def plant(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, repository: Path) -> Iterator[Callable[..., None]]:
-    """Installs planted `rms_norm` kernels as a package, and hides the compiler, which would take most of the time."""
-    site = tmp_path / "site"
-
-    def install(*names: str) -> None:
-        information = site / "planted_kernels-1.0.dist-info"
-        information.mkdir(parents=True)
-        (information / "METADATA").write_text("Metadata-Version: 2.1\nName: planted-kernels\nVersion: 1.0\n")
-        points = (f"rms_norm.{name} = planted_kernels:{name.upper()}\n" for name in names)
-        (information / "entry_points.txt").write_text(f"[{catalog.ENTRY_POINT_GROUP}]\n{''.join(points)}")
-        shutil.copy(repository / "tests" / "autotune" / "planted_kernels.py", site)
-        monkeypatch.syspath_prepend(site)
-        catalog._entry_points.cache_clear()
-
-    monkeypatch.setenv("PATH", str(tmp_path))
-    yield install
-    monkeypatch.undo()
-    sys.modules.pop("planted_kernels", None)
-    catalog._entry_points.cache_clear()
 
 
 @pytest.mark.slow

@@ -1,4 +1,4 @@
-"""What the processes of tuning have in common: how they start and end, and the settings under which they compile."""
+"""Processes that end with the one that started them, however that ends. Imports no torch."""
 
 from __future__ import annotations
 
@@ -10,13 +10,6 @@ import sys
 import threading
 from collections.abc import Iterator, Mapping
 from pathlib import Path
-
-import torch
-
-from llmmed.autotune.journal import Job
-from llmmed.training.execution import take_deterministic_kernels
-
-_SHAPES_PER_FUNCTION = 1024  # the gate alone tries dozens; PyTorch's limit of 8 is meant for a training step
 
 
 @contextlib.contextmanager
@@ -55,18 +48,3 @@ def end_with_parent() -> None:
         os.killpg(0, signal.SIGKILL)
 
     threading.Thread(target=wait, daemon=True).start()
-
-
-def offer_to_out_of_memory_killer() -> None:
-    """Where memory runs out on Linux, a candidate is to die and not the run."""
-    with contextlib.suppress(OSError):
-        Path("/proc/self/oom_score_adj").write_text("1000", encoding="utf-8")
-
-
-def take_settings(job: Job) -> None:
-    """What compiled kernels depend on, so that what one process compiles another finds."""
-    torch._dynamo.config.recompile_limit = _SHAPES_PER_FUNCTION
-    torch._dynamo.config.accumulated_recompile_limit = _SHAPES_PER_FUNCTION
-    torch.set_float32_matmul_precision(job.matmul_precision)
-    if job.deterministic:
-        take_deterministic_kernels()
