@@ -32,7 +32,8 @@ from llmmed.autotune.measure import compiled_alone
 from llmmed.autotune.plan import Mode
 from llmmed.autotune.process_settings import offer_to_out_of_memory_killer, take_settings
 from llmmed.autotune.step_ahead import StepAhead
-from llmmed.autotune.verify import Layout, arriving, exact_products, trials
+from llmmed.autotune.trials import Layout, trials
+from llmmed.autotune.verify import arriving, exact_products
 from llmmed.kernels.ahead_of_time import compiling_only, run_on_meta
 from llmmed.kernels.base import Call, Op
 from llmmed.kernels.catalog import DEFAULT, get_implementation, get_op, load_function

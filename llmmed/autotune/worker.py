@@ -7,7 +7,6 @@ an op as soon as they are done with it, and takes times when they are done with 
 
 from __future__ import annotations
 
-import contextlib
 import gc
 import math
 import os
@@ -24,6 +23,7 @@ from llmmed.autotune.board import ALL, Board
 from llmmed.autotune.choose import choose
 from llmmed.autotune.confirm import Choice, Duel, Failed, Match, confirm, shortlist
 from llmmed.autotune.failures import classify, one_line
+from llmmed.autotune.gpu_state import damage_of, has_room, memory_of, prepare
 from llmmed.autotune.journal import (
     LAST_MATCH,
     Begun,
@@ -55,7 +55,6 @@ from llmmed.kernels.tunable import Launches, Site
 from llmmed.processes import end_with_parent
 
 _SECOND_LOOKS = 0.4  # of the budget: until then, flips that were close are tried again once the plan has changed
-_ROOM = 64 * 2**30  # bytes of a GPU's memory
 _SECONDS_A_LAUNCH = {"cuda": 0.03, "cpu": 0.2}  # of timed passes
 
 
@@ -66,7 +65,7 @@ def main() -> None:
     offer_to_out_of_memory_killer()
     take_settings(job)
     if job.warm is not None and Board(job.warm).is_awaited():
-        _prepare(job.device)
+        prepare(job.device)
     _settle()
     started = time.time() - path.stat().st_mtime  # seconds ago, most of which PyTorch took
     job = job.model_copy(update={"seconds": job.seconds - started})
@@ -97,7 +96,7 @@ class Worker:
         for task in self._tasks:
             op, calls = get_op(task.op), task.counts()
             if task.verify:
-                self._wait_for_compilers(*((ALL, task.op) if _has_room(self._device) else ()))
+                self._wait_for_compilers(*((ALL, task.op) if has_room(self._device) else ()))
             for name in task.verify:
                 candidate = self._verify(op, name, calls, task.cases(name))
                 if candidate.status == "verified":
@@ -276,7 +275,7 @@ class Worker:
                     other_modes=[other for other in left if other != mode],
                     objective=kernels.objective,
                     margin=kernels.margin,
-                    memory_budget_gib=kernels.memory_budget_gib or _memory_of(self._device),
+                    memory_budget_gib=kernels.memory_budget_gib or memory_of(self._device),
                     before=task.trials,
                     told=told,
                     answered=lambda evidence, reason=reason: self._journal.write(  # type: ignore[misc]
@@ -299,7 +298,7 @@ class Worker:
 
     def _conclude(self, op: str, name: str, candidate: Candidate) -> None:
         """Journals a verdict. Ends the process if the candidate has left the GPU unusable to those that follow."""
-        damage = _damage(self._device)
+        damage = damage_of(self._device)
         if damage is not None and candidate.status in ("verified", "wrong", "no_backward"):
             candidate = Candidate(status="crashed", reason=f"left the GPU in error: {damage}")
         self._journal.write(Judged(op=op, name=name, candidate=candidate))
@@ -309,7 +308,7 @@ class Worker:
 
     def _end_if_damaged(self, op: str, name: str) -> None:
         """Ends the process if the GPU is in a state of error, in which nothing that follows could run."""
-        if (damage := _damage(self._device)) is not None:
+        if (damage := damage_of(self._device)) is not None:
             print(f"ending after {op}.{name}: {damage}", file=sys.stderr, flush=True)
             os._exit(1)
 
@@ -351,19 +350,6 @@ def _unsearched(task: Task, passed: Mapping[str, Candidate]) -> list[str]:
     return [name for name in left if _can_be_searched(task.op, name)]
 
 
-def _has_room(device: torch.device) -> bool:
-    """Whether a GPU has room for the processes that compile, each of which holds half a GiB, beside one that judges:
-    where memory ran out, a right candidate would be rejected."""
-    return device.type != "cuda" or torch.cuda.get_device_properties(device).total_memory >= _ROOM
-
-
-def _memory_of(device: torch.device) -> float | None:
-    """What a plan may take of a GPU, in GiB: a little is left to the driver, the compiler and other programs."""
-    if device.type != "cuda":
-        return None
-    return 0.94 * torch.cuda.get_device_properties(device).total_memory / 2**30
-
-
 def _as_candidate(verdict: Verdict) -> Candidate:
     error, ratio = verdict.relative_error, verdict.worst_ratio
     return Candidate(
@@ -386,29 +372,11 @@ def _product_dtypes(tasks: list[Task]) -> list[torch.dtype]:
     return list(found)
 
 
-def _damage(device: torch.device) -> str | None:
-    """What the GPU answers if it is in a state of error, which no later call can mend. Waits for what still runs."""
-    if device.type != "cuda":
-        return None
-    try:
-        torch.cuda.synchronize(device)
-    except Exception as error:  # noqa: BLE001 - of any kind: the driver's errors come as several
-        return one_line(error)
-    return None
-
-
 def _settle() -> None:
     """Takes what is there for good, a third of a million objects of PyTorch's, out of every later search for garbage,
     which it would make 0.2 s long."""
     gc.collect()
     gc.freeze()
-
-
-def _prepare(device: str) -> None:
-    """Loads the compiler, starts its processes and makes the GPU's context, which takes seconds, while others work."""
-    with contextlib.suppress(Exception):  # what does not work here is told where it is needed
-        torch.compile(lambda x: x + 1)(torch.zeros(16, device=device))
-        torch._dynamo.reset()
 
 
 if __name__ == "__main__":

@@ -5,6 +5,7 @@
 """
 
 from llmmed.training.execution import prepare_backend, resolve_compile
-from llmmed.training.loop import Result, train
+from llmmed.training.loop import train
+from llmmed.training.result import Result
 
 __all__ = ["Result", "prepare_backend", "resolve_compile", "train"]

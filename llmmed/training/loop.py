@@ -37,31 +37,13 @@ from llmmed.training.micro_step import build_micro_step
 from llmmed.training.prefetch import Prefetcher
 from llmmed.training.profiling import StepTrace
 from llmmed.training.progress import TrainingProgress
+from llmmed.training.result import Result
 from llmmed.training.samples import Sampler, one_line
 from llmmed.training.step import Stepper
 
 logger = logging.getLogger(__name__)
 
 _TRACED_STEP = 2  # after the first of this process: compiled and captured, and early enough to matter
-
-
-@dataclass(frozen=True)
-class Result:
-    """What a finished run reports. Losses in nats a token, NaN where there is none; memory as the allocator's peak."""
-
-    steps: int
-    train_loss: float
-    val_loss: float
-    val_accuracy: float
-    best_val_loss: float
-    best_step: int
-    tokens_per_second: float
-    mfu: float | None
-    peak_memory_gib: float | None
-    training_time_seconds: float
-    time_to_first_step_seconds: float
-    skipped_steps: int
-    diverged: bool  # the last validation loss is not finite
 
 
 def train(

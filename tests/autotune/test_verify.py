@@ -13,7 +13,8 @@ from torch import Tensor
 from llmmed.autotune.failures import classify
 from llmmed.autotune.judge import Truth, judge
 from llmmed.autotune.plan import Status
-from llmmed.autotune.verify import Verdict, forget, trials, verify
+from llmmed.autotune.trials import trials
+from llmmed.autotune.verify import Verdict, forget, verify
 from llmmed.kernels.base import Call, Implementation, Unavailable, tensor_spec
 from llmmed.kernels.catalog import get_implementation, get_op, load_function
 

@@ -13,7 +13,7 @@ from llmmed.autotune.board import Board
 from llmmed.autotune.journal import Job, Task
 from llmmed.autotune.launch_search import open_sites
 from llmmed.autotune.plan import Candidate
-from llmmed.autotune.verify import trials
+from llmmed.autotune.trials import trials
 from llmmed.autotune.workload import Workload
 from llmmed.kernels.ahead_of_time import TARGETS
 from llmmed.kernels.base import Call

@@ -15,8 +15,9 @@ from llmmed.kernels.catalog import default_choice, load_kernels
 from llmmed.model import Transformer
 from llmmed.training import checkpoint
 from llmmed.training.execution import resolve_compile
-from llmmed.training.loop import Result, train
+from llmmed.training.loop import train
 from llmmed.training.metrics import Sink
+from llmmed.training.result import Result
 
 TINY = [
     "experiment=smoke",
