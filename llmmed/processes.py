@@ -48,3 +48,22 @@ def end_with_parent() -> None:
         os.killpg(0, signal.SIGKILL)
 
     threading.Thread(target=wait, daemon=True).start()
+
+
+def how_it_ended(exit_code: int) -> str:
+    """In words, e.g. "was killed by SIGSEGV"."""
+    if exit_code >= 0:
+        return f"ended with exit code {exit_code}"
+    name = signal.Signals(-exit_code).name
+    return f"was killed by {name}" + (" (out of memory?)" if name == "SIGKILL" else "")
+
+
+def last_lines(log: Path, most: int = 40) -> str:
+    """The end of what a process wrote."""
+    return "\n".join(log.read_text(encoding="utf-8", errors="replace").splitlines()[-most:])
+
+
+def last_line(log: Path) -> str:
+    """The last line of a process that is not empty; of a traceback it is the error."""
+    lines = [line.strip() for line in log.read_text(encoding="utf-8", errors="replace").splitlines() if line.strip()]
+    return lines[-1][:200] if lines else ""

@@ -37,7 +37,7 @@ from llmmed.autotune.journal import (
 )
 from llmmed.autotune.plan import Candidate, Ceilings, Mode, Status, StepEvidence, StepTrial
 from llmmed.autotune.warming import Warming, warming_processes
-from llmmed.processes import end, started_process
+from llmmed.processes import end, how_it_ended, last_line, last_lines, started_process
 
 logger = logging.getLogger(__name__)
 
@@ -265,7 +265,7 @@ class _Attempt:
             return f"kernels.budget_seconds={self._limits.budget_seconds:g} was used up"
         last_words = last_line(log)
         if process.returncode not in (0, -signal.SIGKILL):
-            logger.info("the tuning process %s; its last lines:\n%s", how_it_ended(process.returncode), _tail(log))
+            logger.info("the tuning process %s; its last lines:\n%s", how_it_ended(process.returncode), last_lines(log))
         if too_slow is not None and self._open is not too_slow:
             return ""  # it came to its end in that very moment
         if self._open is not None and self._open.name:
@@ -365,19 +365,3 @@ def _fill_in(findings: Findings, tasks: list[Task], reason: str) -> None:
                 known[name] = Candidate(status="not_tried", reason=f"not tried: {reason}")
             elif task.measure and task.op not in findings.measured and known[name].status == "verified":
                 known[name] = known[name].model_copy(update={"reason": f"verified, not timed: {reason}"})
-
-
-def how_it_ended(exit_code: int) -> str:
-    if exit_code >= 0:
-        return f"ended with exit code {exit_code}"
-    name = signal.Signals(-exit_code).name
-    return f"was killed by {name}" + (" (out of memory?)" if name == "SIGKILL" else "")
-
-
-def _tail(log: Path, lines: int = 40) -> str:
-    return "\n".join(log.read_text(encoding="utf-8", errors="replace").splitlines()[-lines:])
-
-
-def last_line(log: Path) -> str:
-    lines = [line.strip() for line in log.read_text(encoding="utf-8", errors="replace").splitlines() if line.strip()]
-    return lines[-1][:200] if lines else ""

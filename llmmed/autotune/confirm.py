@@ -20,6 +20,7 @@ _HOPELESS = 1.15  # alone, times what it would replace: beyond, the step is not 
 _REVISITED = 0.01  # of the step: a flip that matters less is looked at again once the plan around it has changed
 _NOT_AS_A_WHOLE = "the plan that was left does not run as a whole"
 _EQUAL_MEMORY = 0.01  # of the step's: below, two plans take the same
+_MUCH_MEMORY = 0.05  # of the step's: what saves more is taken also where the time shows neither gain nor loss
 
 
 @dataclass(frozen=True)
@@ -330,7 +331,10 @@ class _State:
         if duel.gain_ms_high < 0:
             return "rejected", f"{time} ({duel.gain_ms:+.3g} ms)"
         low, high = duel.gain_ms_low / self._terms.step_ms, duel.gain_ms_high / self._terms.step_ms
-        return "rejected", f"within the step's noise ({low:+.1%} to {high:+.1%})"
+        noise = f"within the step's noise ({low:+.1%} to {high:+.1%})"
+        if duel.gain_ms >= 0 and saved is not None and peak is not None and saved > _MUCH_MEMORY * peak:
+            return "accepted", f"{noise}, and takes {saved:,.0f} MiB less"
+        return "rejected", noise
 
     def to_revisit(self, base: Choice) -> list[tuple[str, str]]:
         """Close decisions that were made against another plan than the one that is left, the closest first."""

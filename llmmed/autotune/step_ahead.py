@@ -6,6 +6,7 @@ as far as that is known: what has been found out until now is in the tuning proc
 
 from __future__ import annotations
 
+import contextlib
 import os
 import time
 from collections.abc import Collection, Iterator
@@ -101,12 +102,11 @@ class StepAhead:
 
     def _compile(self, plan: Choice, what: str, parts: Collection[int]) -> None:
         began, failure = time.perf_counter(), ""
-        _limit_memory(self._device, _MEMORY)
         try:
-            compile_ahead(self._config, plan, parts)
+            with _little_memory(self._device):
+                compile_ahead(self._config, plan, parts)
         except Exception as error:  # noqa: BLE001 - what does not compile is told where it is tried
             failure = f": {one_line(error)}"
-        _limit_memory(self._device, 1.0)
         text = f"{time.perf_counter() - began:6.1f} {what}{failure}"
         self._board.finish(STEP, sha256_of([what])[:16], text)
 
@@ -124,7 +124,16 @@ def _processes(device: torch.device) -> int:
     return max(1, min(_MOST_PROCESSES, int(share * total / each)))
 
 
-def _limit_memory(device: torch.device, share: float) -> None:
-    if device.type == "cuda":
+@contextlib.contextmanager
+def _little_memory(device: torch.device) -> Iterator[None]:
+    """Where this process may allocate next to nothing."""
+    if device.type != "cuda":
+        yield
+        return
+    torch.cuda.empty_cache()
+    torch.cuda.set_per_process_memory_fraction(_MEMORY, device.index)  # the current GPU where it has none
+    try:
+        yield
+    finally:
         torch.cuda.empty_cache()
-        torch.cuda.set_per_process_memory_fraction(share, device)
+        torch.cuda.set_per_process_memory_fraction(1.0, device.index)

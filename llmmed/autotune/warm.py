@@ -82,7 +82,8 @@ class _Unit:
     """One call of a candidate that tuning will make: as the gate makes it, or compiled, as the clock does.
 
     All layouts belong to one unit, since they mostly share their kernels: two processes would compile the same twice.
-    With `launches` it is a call as the search for launch parameters makes it. `position` is the op's among the tasks.
+    With `launches` it is a call as the search for launch parameters makes it; `timed`, one of a candidate that the
+    compiler writes anew for each shape and precision, as the clock makes it. `position` is the op's among the tasks.
     """
 
     op: Op
@@ -91,14 +92,15 @@ class _Unit:
     layouts: tuple[Layout, ...]
     compiled: bool
     launches: Launches = field(default_factory=dict)
+    timed: bool = False
     position: int = 0
 
     @property
     def awaited_by(self) -> str:
         """The op whose candidates can be verified when this is done, or all, or the clock."""
-        if self.compiled or _per_shape(self.op.name, self.name):
-            return ALL
-        return CLOCK if self.launches else self.op.name
+        if self.launches or self.timed:
+            return CLOCK
+        return ALL if self.compiled or _per_shape(self.op.name, self.name) else self.op.name
 
     def order(self) -> tuple[int, int, int]:
         """First what runs on the GPU, which those who judge want for themselves; then op by op, as they come."""
@@ -128,7 +130,7 @@ class _Unit:
             implementation.take_launches({})
             return
         if implementation.per_shape:
-            with exact_products():
+            with contextlib.nullcontext() if self.timed else exact_products():
                 run_once(self.op, function, self.call, device)
             return
         with exact_products(), compiling_only(device):  # which compile-time arguments depend on
@@ -144,8 +146,11 @@ def _units(tasks: list[Task], mode: Mode, device: torch.device) -> Iterator[_Uni
 def _units_of(task: Task, mode: Mode, device: torch.device) -> Iterator[_Unit]:
     op, calls = get_op(task.op), list(task.counts())
     for name in [*task.verify, *task.verified] if task.measure else ():
-        if compiled_alone(get_implementation(task.op, name), mode):
+        implementation = get_implementation(task.op, name)
+        if compiled_alone(implementation, mode):
             yield from (_Unit(op, name, call, ("contiguous",), compiled=True) for call in calls)
+        elif implementation.per_shape:
+            yield from (_Unit(op, name, call, ("contiguous",), compiled=False, timed=True) for call in calls)
     for name in task.verify:
         few, cases = _per_shape(task.op, name), task.cases(name)
         tried = trials(op, calls, None, device, few_shapes=few, cases=cases) if name != DEFAULT else ()

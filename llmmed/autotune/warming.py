@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import logging
+import signal
 import subprocess
 import time
 from collections.abc import Iterator
@@ -12,7 +13,7 @@ from pathlib import Path
 from llmmed.autotune.board import STEP, Board
 from llmmed.autotune.journal import Job
 from llmmed.machine import cores
-from llmmed.processes import end, started_process
+from llmmed.processes import end, how_it_ended, last_line, started_process
 
 logger = logging.getLogger(__name__)
 
@@ -31,7 +32,10 @@ def warming_processes(job: Job) -> int:
 class Warming:
     """Processes that fill the compilers' caches while the one that judges starts, waits, and judges."""
 
-    def __init__(self, board: Board, processes: list[subprocess.Popen[bytes]], standstill: float = _STANDSTILL) -> None:
+    def __init__(
+        self, board: Board, processes: dict[subprocess.Popen[bytes], Path], standstill: float = _STANDSTILL
+    ) -> None:
+        """`processes` with the files that they write to."""
         self._board, self._processes, self._standstill = board, processes, standstill
         self._began = self._progress = time.perf_counter()
         self._count = 0
@@ -43,17 +47,19 @@ class Warming:
         """Until the end of the context. Where for `seconds`, or 45, nothing gets done, nobody waits any longer."""
         path, board = folder / "warm.json", folder / "warm"
         job.write(path)
-        warming = cls(Board(board), [], min(_STANDSTILL, seconds))
+        warming = cls(Board(board), {}, min(_STANDSTILL, seconds))
         # Each is one of many: what would take all cores for itself takes one.
         alone = {"OMP_NUM_THREADS": "1", "TORCHINDUCTOR_COMPILE_THREADS": "1"}
         with contextlib.ExitStack() as stack:
-            for _ in range(warming_processes(job)):
-                process = started_process("llmmed.autotune.warm", [str(path), str(board)], folder / "warm.log", alone)
-                warming._processes.append(stack.enter_context(process))
+            for number in range(warming_processes(job)):
+                log = folder / f"warm{number}.log"
+                process = started_process("llmmed.autotune.warm", [str(path), str(board)], log, alone)
+                warming._processes[stack.enter_context(process)] = log
             try:
                 yield warming
             finally:
                 warming._tell_of_step()
+                warming._tell_of_deaths()
 
     def look(self) -> None:
         """Sees to it that nobody waits for processes that hang or have ended. To be called now and then."""
@@ -80,3 +86,10 @@ class Warming:
             lines = "".join(f"\n{line}" for line in [*failed[:3], *plans[:5]])
             told = f"compiled {len(plans) - len(failed)} plans ahead for the step, {len(failed)} could not be"
             logger.info("%s; some of these and the slowest, in s:%s", told, lines)
+
+    def _tell_of_deaths(self) -> None:
+        """Nothing depends on these processes but time, so that no one else would notice."""
+        for process, log in self._processes.items():
+            ended = process.poll()
+            if ended and ended != -signal.SIGKILL:
+                logger.info("a process that compiled ahead %s: %s", how_it_ended(ended), last_line(log))

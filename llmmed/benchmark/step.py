@@ -16,7 +16,6 @@ from pathlib import Path
 from statistics import median
 from typing import TYPE_CHECKING
 
-from llmmed.autotune.child import how_it_ended, last_line
 from llmmed.autotune.measure import median_interval
 from llmmed.benchmark.contestants import CONTESTANTS, Contestant
 from llmmed.benchmark.results import StepRow, StepShape
@@ -24,7 +23,7 @@ from llmmed.benchmark.settings import ALL, StepSettings, config_of
 from llmmed.benchmark.step_worker import StepFound, StepJob
 from llmmed.config import Config
 from llmmed.model import flops_per_token, parameter_count
-from llmmed.processes import started_process
+from llmmed.processes import how_it_ended, last_line, started_process
 
 if TYPE_CHECKING:
     from llmmed.benchmark.ops import Tell

@@ -113,6 +113,19 @@ def test_noise_changes_nothing() -> None:
     assert "within the step's noise" in step.trials[0].reason
 
 
+@pytest.mark.parametrize(("gain", "saved", "taken"), [(0.1, 60.0, True), (0.1, 40.0, False), (-0.1, 60.0, False)])
+def test_within_the_noise_much_less_memory_decides(gain: float, saved: float, taken: bool) -> None:
+    """But nothing that looks slower, and the whole plan must win by its time all the same."""
+    costs = {(("rotary", "triton"),): -gain, (("swiglu", "triton"),): -1.0}
+    arena = Known(costs, {("rotary", "triton"): -saved}, noise=0.4)
+    step = decide(arena, ("rotary", "triton"), ("swiglu", "triton"))
+    trial = next(trial for trial in step.trials if trial.op == "rotary")
+    assert trial.status == ("accepted" if taken else "rejected")
+    assert (f"takes {saved:.0f} MiB less" in trial.reason) == taken
+    assert step.chosen.choice["rotary"] == ("triton" if taken else "pytorch")
+    assert decide(arena, ("rotary", "triton")).chosen.choice == BASE
+
+
 def test_the_whole_plan_must_beat_the_margin() -> None:
     arena = Known({(("rotary", "triton"),): -0.05})
     step = decide(arena, ("rotary", "triton"))

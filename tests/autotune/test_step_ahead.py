@@ -6,6 +6,7 @@ from collections.abc import Callable, Collection, Iterator
 from pathlib import Path
 
 import pytest
+import torch
 
 from llmmed.autotune import step_ahead
 from llmmed.autotune.board import STEP, Board
@@ -129,3 +130,19 @@ def test_what_does_not_compile_says_so_and_the_rest_goes_on(
     step.compile_default()
     (line,) = board.finished(STEP)
     assert line.endswith("the default plan, part 1 of 3: RuntimeError: no such thing")
+
+
+def test_memory_is_limited_while_it_compiles_and_whatever_becomes_of_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    """By the rule that torch itself has for a GPU: one without an index is not taken for the current one."""
+    limits: list[tuple[float, int | None]] = []
+
+    def limit(share: float, device: object = None) -> None:
+        limits.append((share, device if device is None else torch.cuda._utils._get_device_index(device)))
+
+    monkeypatch.setattr(torch.cuda, "empty_cache", lambda: None)
+    monkeypatch.setattr(torch.cuda, "set_per_process_memory_fraction", limit)
+    for device, index in (("cuda", None), ("cuda:1", 1)):
+        limits.clear()
+        with pytest.raises(ValueError, match="does not compile"), step_ahead._little_memory(torch.device(device)):
+            raise ValueError("does not compile")
+        assert limits == [(step_ahead._MEMORY, index), (1.0, index)]

@@ -9,14 +9,14 @@ import pytest
 import torch
 
 from llmmed.autotune import warm
-from llmmed.autotune.board import Board
+from llmmed.autotune.board import ALL, CLOCK, Board
 from llmmed.autotune.journal import Job, Task
 from llmmed.autotune.launch_search import open_sites
 from llmmed.autotune.plan import Candidate
 from llmmed.autotune.trials import trials
 from llmmed.autotune.workload import Workload
 from llmmed.kernels.ahead_of_time import TARGETS
-from llmmed.kernels.base import Call
+from llmmed.kernels.base import Call, Op
 from llmmed.kernels.catalog import get_implementation, get_op
 from llmmed.kernels.operator import INTERPRETED, absent_gpu
 from llmmed.processes import started_process
@@ -45,13 +45,24 @@ def test_what_is_compiled_for_each_shape_is_run_for_real(norms: Workload, monkey
     units = list(warm._units([task], "eager", torch.device("cpu")))
     calls = list(norms.by_op()["rms_norm"])
     tried = {t.call for t in trials(get_op("rms_norm"), calls, None, torch.device("cpu"), few_shapes=True)}
-    assert {unit.call for unit in units} == tried
-    run: list[Call] = []
-    monkeypatch.setattr(warm, "run_once", lambda op, function, call, device: run.append(call))
+    assert {unit.call for unit in units if not unit.timed} == tried
+    assert [unit.call for unit in units if unit.timed] == calls
+    run: list[tuple[Call, str]] = []
+
+    def run_once(op: Op, function: object, call: Call, device: torch.device) -> None:
+        run.append((call, torch.get_float32_matmul_precision()))
+
+    monkeypatch.setattr(warm, "run_once", run_once)
     monkeypatch.setattr(warm, "run_on_meta", None)
-    for unit in units:
-        unit.run(torch.device("cpu"))
-    assert run == [unit.call for unit in units]
+    torch.set_float32_matmul_precision("high")  # what the run takes; the gate's products are exact
+    try:
+        for unit in units:
+            unit.run(torch.device("cpu"))
+    finally:
+        torch.set_float32_matmul_precision("highest")
+    assert run == [(unit.call, "high" if unit.timed else "highest") for unit in units]
+    assert {unit.awaited_by for unit in units if unit.timed} == {CLOCK}
+    assert {unit.awaited_by for unit in units if not unit.timed} == {ALL}
 
 
 @pytest.mark.skipif(INTERPRETED, reason="nothing is searched under TRITON_INTERPRET=1")

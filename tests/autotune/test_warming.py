@@ -92,7 +92,7 @@ def test_nobody_waits_for_those_who_have_died_or_hang(
     now = 0.0
     monkeypatch.setattr(warming, "time", SimpleNamespace(perf_counter=lambda: now))
     board.announce({ALL: 3})
-    warm = Warming(board, [sleeper])
+    warm = Warming(board, {sleeper: Path("log")})
     for unit in ("0", "1"):
         now += 40.0
         warm.look()
@@ -109,8 +109,21 @@ def test_nobody_waits_for_those_who_have_died_or_hang(
 def test_those_who_are_done_may_go_on_with_the_step(board: Board, sleeper: subprocess.Popen[bytes]) -> None:
     board.announce({ALL: 1})
     board.finish(ALL, "0", "")
-    Warming(board, [sleeper], 0.0).look()
+    Warming(board, {sleeper: Path("log")}, 0.0).look()
     assert sleeper.poll() is None
+
+
+def test_one_that_dies_is_told_of(
+    job: Job, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Nothing else would show it: what it left undone is compiled by those who judge, and takes them longer."""
+    monkeypatch.setattr(warming, "warming_processes", lambda job: 1)
+    told = job.model_copy(update={"tasks": [job.tasks[0].model_copy(update={"op": "no_such_op"})]})
+    with caplog.at_level("INFO"), Warming.started(told, tmp_path, 60.0) as warm:
+        (process,) = warm._processes
+        assert process.wait(60) == 1
+    assert "a process that compiled ahead ended with exit code 1" in caplog.text
+    assert "no_such_op" in caplog.text
 
 
 def test_only_the_cores_that_are_ours_are_taken(job: Job, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -17,18 +17,21 @@ from llmmed.training.execution import resolve_compile
 from llmmed.training.loop import train
 from llmmed.training.metrics import read_metrics
 
-STEPS = 300
+STEPS, SEEDS = 300, (0, 1, 2)
 TRITON = {op: "triton" for op in default_choice() if "triton" in implementation_names(op)}
-CHANCE = 1.5  # two runs that differ by rounding alone depart from each other by more or less
+CHANCE = (
+    1.25  # two runs that differ by rounding alone depart from each other by more or less, a single one by 1.6 times
+)
 
 
-def curve(folder: Path, precision: str, mode: str, kernels: dict[str, str]) -> dict[str, torch.Tensor]:
+def curve(folder: Path, precision: str, mode: str, kernels: dict[str, str], seed: int) -> dict[str, torch.Tensor]:
     """Loss and gradient norm of every step."""
     folder.mkdir()
     torch.compiler.reset()
     config = compose(
         ["model=small", "data=biomed", "logger=none", "device=cuda", f"train.max_steps={STEPS}", "train.log_every=1",
-         "train.eval_every=0", "train.checkpoint_every=0", f"train.precision={precision}", f"train.compile={mode}"]
+         "train.eval_every=0", "train.checkpoint_every=0", f"train.precision={precision}", f"train.compile={mode}",
+         f"seed={seed}"]
     )  # fmt: skip
     model = Transformer(
         config.model,
@@ -54,12 +57,20 @@ def curve(folder: Path, precision: str, mode: str, kernels: dict[str, str]) -> d
 @pytest.mark.skipif(biomed.missing_package() is not None, reason="needs the package of data=biomed")
 @pytest.mark.parametrize("precision", ["bf16", "fp16"])
 def test_triton_departs_no_further_than_the_compiler(tmp_path: Path, precision: str) -> None:
-    eager = curve(tmp_path / "eager", precision, "eager", {})
-    compiled = curve(tmp_path / "compiled", precision, "compiled", {})
-    triton = curve(tmp_path / "triton", precision, "graphs", TRITON)
-    for key in ("loss", "grad_norm"):
-        # A step that overflows in float16 has no norm in any of them.
-        finite = eager[key].isfinite() & compiled[key].isfinite() & triton[key].isfinite()
-        assert finite.sum() > 0.9 * STEPS
-        allowed = (compiled[key] - eager[key])[finite].abs().mean()
-        assert (triton[key] - eager[key])[finite].abs().mean() <= CHANCE * allowed, key
+    departures: dict[str, dict[str, list[float]]] = {
+        key: {"compiled": [], "triton": []} for key in ("loss", "grad_norm")
+    }
+    for seed in SEEDS:
+        eager = curve(tmp_path / f"eager{seed}", precision, "eager", {}, seed)
+        found = {
+            "compiled": curve(tmp_path / f"compiled{seed}", precision, "compiled", {}, seed),
+            "triton": curve(tmp_path / f"triton{seed}", precision, "graphs", TRITON, seed),
+        }
+        for key, by_name in departures.items():
+            # A step that overflows in float16 has no norm in any of them.
+            finite = eager[key].isfinite() & found["compiled"][key].isfinite() & found["triton"][key].isfinite()
+            assert finite.sum() > 0.9 * STEPS
+            for name, values in by_name.items():
+                values.append((found[name][key] - eager[key])[finite].abs().mean().item())
+    for key, by_name in departures.items():
+        assert sum(by_name["triton"]) <= CHANCE * sum(by_name["compiled"]), (key, by_name)
