@@ -37,6 +37,7 @@ _SETTLING_SECONDS = {"cuda": 0.5, "cpu": 0.0}  # before: a GPU that has idled ru
 _SAMPLE_SECONDS = {"cuda": 0.008, "cpu": 0.02}  # of each timed stretch; a single step if that takes longer
 _ROUNDS = {"cuda": (15, 60), "cpu": (9, 60)}
 _PRECISE = 0.002  # of the step: with the difference known to this, more rounds would decide nothing
+_CLEAR = 2.0  # times half of its interval: a difference so large has a sign that more rounds would not change
 # Two right plans round differently; this much of a gradient's norm is no error, nor four times what the default's own
 # two ways of running it differ by. The gate has judged the ops before: here it is stale or foreign memory that shows.
 _DIFFERENCE = {torch.float32: 2e-3, torch.bfloat16: 0.06, torch.float16: 0.03}
@@ -120,7 +121,8 @@ class StepClock:
         growth = self._calls[self.layers][op] / self._calls[self.trial_depth][op]
         scale = growth * accumulation_steps(self._config.train)
         try:
-            gains = [scale * (a - b) for a, b in self._pairs(standing.run, subject.run)]
+            pairs = self._pairs(standing.run, subject.run, sign_is_enough=True)
+            gains = [scale * (a - b) for a, b in pairs]
         except Exception as error:
             raise Failed(_failure(error)) from error
         saved = None
@@ -136,7 +138,7 @@ class StepClock:
         for depth in dict.fromkeys(self.depths):
             first, second = self._subject(choice, depth), self._subject(other, depth, mode)
             try:
-                pairs.append(self._pairs(first.run, second.run))
+                pairs.append(self._pairs(first.run, second.run, sign_is_enough=mode is not None))
             except Exception as error:
                 raise Failed(_failure(error)) from error
             memory.append((first.memory_mib, second.memory_mib))
@@ -206,7 +208,9 @@ class StepClock:
         spread = math.hypot(*(weight * half for weight, half in zip(weights, halves, strict=True)))
         return count * middle, count * (middle - spread), count * (middle + spread)
 
-    def _pairs(self, first: Callable[[], object], second: Callable[[], object]) -> list[tuple[float, float]]:
+    def _pairs(
+        self, first: Callable[[], object], second: Callable[[], object], *, sign_is_enough: bool = False
+    ) -> list[tuple[float, float]]:
         """Times in ms, taken in turns and in changing order, so that a drift of the clock rate meets both."""
         kind = self.device.type
         once = max(self._sample(each, 1) for each in (first, second)) / 1e3
@@ -217,7 +221,7 @@ class StepClock:
         least, most = _ROUNDS[kind]
         most = max(least, min(most, int(_SECONDS[kind] / (2 * number * once))))
         pairs: list[tuple[float, float]] = []
-        while len(pairs) < least or (len(pairs) < most and not _precise(pairs)):
+        while len(pairs) < least or (len(pairs) < most and not _known(pairs, sign_is_enough)):
             if len(pairs) % 2:
                 after = self._sample(second, number)
                 pairs.append((self._sample(first, number), after))
@@ -342,8 +346,10 @@ def _sum_of(a: tuple[float, float, float], b: tuple[float, float, float]) -> tup
     return a[0] + b[0], a[0] + b[0] - low, a[0] + b[0] + high
 
 
-def _precise(pairs: list[tuple[float, float]]) -> bool:
-    _, low, high = median_interval([a - b for a, b in pairs])
+def _known(pairs: list[tuple[float, float]], sign_is_enough: bool) -> bool:
+    middle, low, high = median_interval([a - b for a, b in pairs])
+    if sign_is_enough and abs(middle) > _CLEAR * (high - low) / 2:
+        return True
     return high - low <= 2 * _PRECISE * median(a for a, _ in pairs)
 
 

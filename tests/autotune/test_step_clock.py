@@ -48,10 +48,10 @@ def test_a_plan_against_itself_gains_nothing(clock: StepClock) -> None:
     match = clock.whole(base, base)
     assert match.first.ms > 0
     assert match.first.peak_memory_gib is None
-    assert abs(match.gain_ms) < match.first.ms
+    assert match.gain_ms_low < match.first.ms  # whatever else this machine is doing
     duel = clock.duel(base, "swiglu", "pytorch")
     assert duel.memory_gain_mib is None
-    assert abs(duel.gain_ms) < 2 * match.first.ms
+    assert duel.gain_ms_low < match.first.ms
 
 
 def test_the_truth_is_the_gradient_of_a_model_of_that_depth(clock: StepClock, tiny: Config) -> None:
@@ -93,7 +93,7 @@ def test_another_result_in_the_step_is_a_failure(clock: StepClock, monkeypatch: 
 def test_a_plan_that_raises_while_it_is_timed_as_a_whole_has_failed(
     clock: StepClock, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def out(first: object, second: object) -> None:
+    def out(first: object, second: object, **how: object) -> None:
         raise MemoryError
 
     monkeypatch.setattr(clock, "_subject", lambda *key: SimpleNamespace(run=None, memory_mib=None))
@@ -163,6 +163,20 @@ def test_rounds_end_once_the_difference_is_known(clock: StepClock, monkeypatch: 
 
     assert rounds(0.0) == 9
     assert 9 < rounds(0.2) < rounds(4.0)
+
+
+def test_rounds_end_once_the_sign_is_clear_where_that_is_enough(
+    clock: StepClock, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def rounds(gain: float, **how: bool) -> int:
+        chance, took = random.Random(0), {"slow": 20.0 + gain, "fast": 20.0}
+        monkeypatch.setattr(clock, "_sample", lambda run, number: took[run()] + chance.uniform(0.0, 4.0))
+        return len(clock._pairs(lambda: "slow", lambda: "fast", **how))
+
+    most = rounds(0.0)
+    assert rounds(0.0, sign_is_enough=True) == most
+    assert rounds(5.0, sign_is_enough=True) == rounds(-5.0, sign_is_enough=True) == 9
+    assert min(rounds(5.0), most) > 9
 
 
 def test_memory_is_measured_where_times_are_taken(clock: StepClock, monkeypatch: pytest.MonkeyPatch) -> None:

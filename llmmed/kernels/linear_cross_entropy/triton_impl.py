@@ -29,7 +29,6 @@ from llmmed.kernels.tunable import Tunable
 
 _CHUNKS = 2  # the logits of a chunk take half of what all would
 _CHUNK_MIB = 576  # and no more than this: each chunk reads and writes the weight's gradient once
-_CHUNKS_BEYOND = 3  # where a search may choose more than that: a third and the weight are an eighth of eager's memory
 
 
 class Chunk(NamedTuple):
@@ -52,9 +51,7 @@ def tunables() -> Tunables:
         Tunable(
             "chunks",
             lambda device, vocab, width, itemsize: Chunk(_CHUNK_MIB),
-            lambda device, vocab, width, itemsize: tuple(
-                map(Chunk, (2 * _CHUNK_MIB, _CHUNK_MIB // 2, _CHUNK_MIB // 4))
-            ),
+            lambda device, vocab, width, itemsize: (Chunk(_CHUNK_MIB // 2),),
         ),
     )
 
@@ -156,9 +153,7 @@ def _padded_row(vocab: int) -> int:
 
 def _chunk_rows(n_rows: int, row_bytes: int, most: Chunk) -> int:
     """Rows a chunk: in two chunks, or in as many as the memory budget asks for, all alike but for whole tiles."""
-    whole = n_rows * row_bytes
-    budget = min(most.mib * 2**20, max(_CHUNK_MIB * 2**20, -(-whole // _CHUNKS_BEYOND)))
-    wanted = max(1, -(-n_rows // max(_CHUNKS, -(-whole // budget))))
+    wanted = max(1, -(-n_rows // max(_CHUNKS, -(-(n_rows * row_bytes) // (most.mib * 2**20)))))
     tile = 128 if wanted > 128 else 16
     return max(1, min(n_rows, -(-wanted // tile) * tile))
 
