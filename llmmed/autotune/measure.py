@@ -319,7 +319,7 @@ class _CudaClock:
     def device_ms(self, action: Callable[[], object]) -> float:
         """Device time of a few launches, with a cold L2."""
         start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-        self._sleep(_hiding_seconds(1e-4))
+        self._sleep(_hiding_seconds(1e-3))
         self._flush.zero_()
         start.record()
         action()

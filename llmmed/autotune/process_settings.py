@@ -8,7 +8,7 @@ from pathlib import Path
 import torch
 
 from llmmed.autotune.journal import Job
-from llmmed.training.execution import take_deterministic_kernels
+from llmmed.training.execution import keep_triton_cache, take_deterministic_kernels
 
 _SHAPES_PER_FUNCTION = 1024  # the gate alone tries dozens; PyTorch's limit of 8 is meant for a training step
 
@@ -24,5 +24,7 @@ def take_settings(job: Job) -> None:
     torch._dynamo.config.recompile_limit = _SHAPES_PER_FUNCTION
     torch._dynamo.config.accumulated_recompile_limit = _SHAPES_PER_FUNCTION
     torch.set_float32_matmul_precision(job.matmul_precision)
+    if job.device == "cuda":
+        keep_triton_cache()
     if job.deterministic:
         take_deterministic_kernels()

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import importlib.util
 import os
 import shutil
+from pathlib import Path
 
 import torch
 
@@ -17,9 +19,28 @@ def prepare_backend(config: Config) -> None:
     """Process-wide settings, in one place: TF32 for float32 products on a GPU, unless determinism is asked for."""
     exact = config.train.deterministic or config.device == "cpu"  # on a CPU "high" is emulated, and slow
     torch.set_float32_matmul_precision("highest" if exact else "high")
+    if config.device == "cuda":
+        keep_triton_cache()
     if config.train.deterministic:
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # read when cuBLAS starts
         take_deterministic_kernels()
+
+
+def keep_triton_cache() -> None:
+    """Has Triton keep what it compiles where it always does.
+
+    With torch 2.11 to 2.13 Inductor, once it has compiled something, points the whole process at a folder of its own.
+    What other processes have compiled for it, or itself before, would not be found there.
+    """
+    if importlib.util.find_spec("triton") is None:
+        return
+    from triton import knobs
+
+    folder = Path(knobs.cache.dir)
+    with contextlib.suppress(OSError):  # then Inductor's, which is in the folder for temporary files
+        folder.mkdir(parents=True, exist_ok=True)
+        if os.access(folder, os.W_OK):
+            os.environ.setdefault("TRITON_CACHE_DIR", str(folder))
 
 
 def take_deterministic_kernels() -> None:

@@ -45,24 +45,18 @@ def test_chunks_are_alike(rows: int, vocab: int, mib: int) -> None:
 
 
 @pytest.mark.parametrize("name", ["triton", "triton_recompute"])
-@pytest.mark.parametrize(
-    ("rows", "width", "vocab"),
-    [(24576, 384, 49152), (32768, 768, 49152), (16384, 768, 49152), (16384, 2048, 131072), (8192, 2048, 49152)],
-)
-def test_no_launch_of_a_search_takes_more_than_an_eighth_of_eager_s_memory(
-    name: str, rows: int, width: int, vocab: int
-) -> None:
-    """But for what the default takes: eager mode holds 6 bytes an element of the logits at the least."""
+@pytest.mark.parametrize("vocab", [16384, 49152, 131072])
+def test_no_launch_of_a_search_takes_more_memory_than_the_default(name: str, vocab: int) -> None:
+    """A search goes by time alone, and larger chunks save little of it."""
     (tunable,) = (t for t in get_implementation("linear_cross_entropy", name).tunable if t.kernel == "chunks")
-    site = Site("chunks", (("itemsize", 2), ("vocab", vocab), ("width", width)))
+    site = Site("chunks", (("itemsize", 2), ("vocab", vocab), ("width", 768)))
     device = torch.device("cpu")
     default, *others = (
-        2 * vocab * (_chunk_rows(rows, 2 * vocab, Chunk(**values)) + width)
+        _chunk_rows(32768, 2 * vocab, Chunk(**values))
         for values in (tunable.default(device, site), *tunable.alternatives(device, site))
     )
-    assert len(others) == 3
-    tile = 2 * vocab * 128
-    assert max(others) <= max(default, 6 * rows * vocab / 8 + tile)
+    assert others
+    assert max(others) < default
 
 
 @pytest.mark.skipif(INTERPRETED, reason="nothing is compiled under TRITON_INTERPRET=1")
