@@ -21,7 +21,7 @@ from hydra.core.hydra_config import HydraConfig
 from hydra.errors import HydraException
 from omegaconf import DictConfig, OmegaConf
 
-from llmmed import compose, continuation, micro_batch, run_folder, sweep
+from llmmed import collector, compose, continuation, micro_batch, run_folder, sweep
 from llmmed.errors import UserError
 from llmmed.files import write_atomically
 from llmmed.signals import INTERRUPTED, Interrupted, StopRequest
@@ -147,7 +147,8 @@ def _run(composed: DictConfig, folder: Path, overrides: list[str], stop: StopReq
     composed = micro_batch.resolve(composed, overrides, folder, report=lambda line: print(line, flush=True))
     config = compose.validate(composed, overrides)
     write_atomically(folder / ".hydra" / "config.yaml", OmegaConf.to_yaml(composed, resolve=True))
-    from llmmed.run import run  # torch comes with it, and is not needed to refuse a mistake
+    with collector.still():
+        from llmmed.run import run  # torch comes with it, and is not needed to refuse a mistake
 
     return run(config, folder, started=_STARTED, stop=stop)
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import importlib
 import os
 import signal
 import subprocess
@@ -11,16 +12,19 @@ import threading
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 
+from llmmed import collector
+
 
 @contextlib.contextmanager
 def started_process(
     module: str, arguments: list[str], log: Path, variables: Mapping[str, str] | None = None
 ) -> Iterator[subprocess.Popen[bytes]]:
-    """A process, in a group of its own, so that its compilers end with it, whatever happens here."""
+    """A process that runs a module's `main`, in a group of its own, so that its compilers end with it, whatever happens
+    here."""
     # The child finds what this process finds (`-P`: and nothing else), the implementations of other packages too.
     environment = os.environ | {"PYTHONPATH": os.pathsep.join(entry or os.getcwd() for entry in sys.path)}
     environment |= variables or {}
-    command = [sys.executable, "-P", "-m", module, *arguments]
+    command = [sys.executable, "-P", "-m", __name__, module, *arguments]
     with log.open("wb") as output:
         process = subprocess.Popen(
             command, stdin=subprocess.PIPE, stdout=output, stderr=output, env=environment, start_new_session=True
@@ -67,3 +71,13 @@ def last_line(log: Path) -> str:
     """The last line of a process that is not empty; of a traceback it is the error."""
     lines = [line.strip() for line in log.read_text(encoding="utf-8", errors="replace").splitlines() if line.strip()]
     return lines[-1][:200] if lines else ""
+
+
+def _main() -> None:
+    with collector.still():
+        module = importlib.import_module(sys.argv.pop(1))
+    module.main()
+
+
+if __name__ == "__main__":
+    _main()

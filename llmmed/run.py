@@ -14,7 +14,7 @@ from typing import Any
 
 from rich.console import Console
 
-from llmmed import continuation, data, init_from, run_folder
+from llmmed import collector, continuation, data, init_from, run_folder
 from llmmed.autotune.plan import KernelPlan
 from llmmed.autotune.tuner import tune
 from llmmed.autotune.workload import called_ops, record_workload
@@ -110,7 +110,8 @@ def _run(config: Config, folder: Path, console: Console, started: float, stop: S
     if initial is not None:
         init_from.warn_of_other_tokenizer(initial, dataset.tokenizer_file)
 
-    workload = record_workload(config)
+    with collector.still():  # tensors without memory bring PyTorch's compiler with them
+        workload = record_workload(config)
     plan = plan_of_checkpoint(newest, config, workload, mode) if newest is not None else None
     if plan is None:
         with console.status("tuning") as status:

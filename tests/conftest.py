@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import os
 import shutil
 import sys
@@ -13,6 +14,14 @@ import pytest
 from llmmed.kernels import catalog
 
 INTERPRETED = os.environ.get("TRITON_INTERPRET", "0") == "1"
+
+
+gc.disable()  # until everything is imported, as `llmmed.collector` has it for a run
+
+
+def pytest_collection_finish() -> None:
+    gc.freeze()
+    gc.enable()
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

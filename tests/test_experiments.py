@@ -21,7 +21,7 @@ SHORT = ["device=cpu", "kernels=pytorch", "model.n_layers=2", "train.max_steps=2
 OFFLINE = ["data=synthetic", "tokenizer=bpe"]
 
 # Of the text that is read, a part: a tokenizer is trained on it.
-PART = ["data.max_documents=2000"]
+PART = ["data.max_documents=500"]
 
 FILES = ["env.json", "kernels.json", "loss.png", "metrics.jsonl", "status.json", "summary.json", "train.log"]
 SUMMARY = {"tokens_per_second", "mfu", "peak_memory_gib", "final/train_loss", "final/val_loss", "total_parameters",

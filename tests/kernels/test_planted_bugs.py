@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -62,7 +63,11 @@ def assert_rejected(op: str, bug: str, dtype: torch.dtype, device: torch.device,
     implementation, function = mutant(op, bug, folder)
     # On a GPU only a run's own calls have enough rows for every program to take several tiles.
     calls = _calls_of_a_run()[op] if device.type == "cuda" else [next(iter(get_op(op).cases(dtype).values()))]
-    verdict = verify(get_op(op), implementation, function, calls, device)
+    whole = get_op(op)
+    # All shapes at their first values are a part of what the gate tries, and enough for most bugs.
+    verdict = verify(replace(whole, regimes=whole.regimes[:1]), implementation, function, calls, device)
+    if verdict.status == "verified":
+        verdict = verify(whole, implementation, function, calls, device)
     assert verdict.status in ("wrong", "no_backward", "crashed"), verdict
     assert verdict.reason
 
