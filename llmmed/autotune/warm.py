@@ -6,7 +6,7 @@ Nothing is judged here, since processes that share a GPU wait long for its answe
 then, while the process that judges is at it, op by op, what it needs next (`Board`); and last, at the lowest priority,
 plans of the step (`StepAhead`). Whatever goes wrong here goes wrong again where it is judged.
 
-Run as `python -m llmmed.autotune.warm <job.json> <folder>` by `child.py`; the processes that share a folder share the
+`warming.py` starts it with the paths of a job and a folder; the processes that share a folder share the
 work.
 """
 
@@ -197,7 +197,3 @@ def run_once(op: Op, function: Callable[..., Any], call: Call, device: torch.dev
     outputs = [outputs] if isinstance(outputs, Tensor) else list(outputs)
     if leaves:
         torch.autograd.grad(outputs, leaves, [torch.ones_like(o) for o in outputs], allow_unused=True)
-
-
-if __name__ == "__main__":
-    main()

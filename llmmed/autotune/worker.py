@@ -1,6 +1,6 @@
 """The tuning process: verifies every candidate, measures those that passed, and journals each before it is tried.
 
-Run as `python -m llmmed.autotune.worker <job.json>` by `child.py`. It may die of a candidate at any time: what it found
+`child.py` starts it with the path of its job. It may die of a candidate at any time: what it found
 until then is in the journal, and the next process goes on without the culprit. Where others compile ahead, it verifies
 an op as soon as they are done with it, and takes times when they are done with all.
 """
@@ -377,7 +377,3 @@ def _settle() -> None:
     which it would make 0.2 s long."""
     gc.collect()
     gc.freeze()
-
-
-if __name__ == "__main__":
-    main()

@@ -1,6 +1,6 @@
 """One contestant of `benchmark=step`, in a process of its own: trains, times blocks of steps, profiles, writes a file.
 
-Run as `python -m llmmed.benchmark.step_worker <job.json>` by `step.py`.
+`step.py` starts it with the path of its job.
 """
 
 from __future__ import annotations
@@ -192,7 +192,3 @@ def _batches(config: Config, device: torch.device) -> list[list[torch.Tensor]]:
         ]
         for _ in range(_BATCHES)
     ]
-
-
-if __name__ == "__main__":
-    main()

@@ -1,4 +1,4 @@
-"""Tries whether a micro-batch fits into the GPU's memory. Run as `python -m llmmed.training.fits <config.json>`.
+"""Tries whether a micro-batch fits into the GPU's memory. A process of its own, given a configuration as JSON.
 
 Exit code 0 if it does, `micro_batch.TOO_LARGE` if not. A process of its own, so that nothing of it stays on the device.
 """
@@ -51,7 +51,3 @@ def fits(config: Config) -> bool:
             return False
         raise
     return torch.cuda.max_memory_reserved(device) <= limit
-
-
-if __name__ == "__main__":
-    main()
