@@ -36,6 +36,7 @@ class Origin(_Frozen):
     hardware: Hardware
     packages: dict[str, str | None]
     config: dict[str, Any]  # resolved
+    remark: str = ""  # of whoever publishes it: what a reader has to know of this run
 
 
 class OpRow(_Frozen):

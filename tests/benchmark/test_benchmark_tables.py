@@ -110,6 +110,10 @@ def test_the_page_and_the_plots_come_from_the_json_alone(tmp_path: Path) -> None
     assert page.read_text() == text
 
     assert "".join(_origin(origin_on_cpu(), 1.0)).count("A CPU") == 1
+    of_a_run = {"command": "python scripts/benchmark.py ops=rotary hydra.run.dir=/tmp/x", "remark": "A busy machine."}
+    told = "".join(_origin(origin_on_cpu().model_copy(update=of_a_run), 1.0))
+    assert "`python scripts/benchmark.py ops=rotary`" in told
+    assert "**Remark.** A busy machine." in told
     (tmp_path / "a" / "ops.json").write_text("{}")
     with pytest.raises(UserError, match="is not the result of a benchmark"):
         write_page([tmp_path / "a"], page)

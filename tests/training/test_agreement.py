@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from pathlib import Path
 from statistics import geometric_mean
 
@@ -20,9 +21,9 @@ from llmmed.training.metrics import read_metrics
 
 STEPS, SEEDS = 300, (0, 1, 2)
 TRITON = {op: "triton" for op in default_choice() if "triton" in implementation_names(op)}
-CHANCE = (
-    1.25  # two runs that differ by rounding alone depart from each other by more or less, a single one by 1.6 times
-)
+# Runs that differ by rounding alone drift apart by chance, a single pair 0.3 to 3 times as far as another on an H100; the
+# mean of six was 0.95, give or take 0.3.
+CHANCE = 1.75
 
 
 def curve(folder: Path, precision: str, mode: str, kernels: dict[str, str], seed: int) -> dict[str, torch.Tensor]:
@@ -54,25 +55,21 @@ def curve(folder: Path, precision: str, mode: str, kernels: dict[str, str], seed
 
 @pytest.mark.gpu
 @pytest.mark.slow
-@pytest.mark.timeout(600)
+@pytest.mark.timeout(900)
 @pytest.mark.skipif(biomed.missing_package() is not None, reason="needs the package of data=biomed")
-@pytest.mark.parametrize("precision", ["bf16", "fp16"])
-def test_triton_departs_no_further_than_the_compiler(tmp_path: Path, precision: str) -> None:
-    departures: dict[str, dict[str, list[float]]] = {
-        key: {"compiled": [], "triton": []} for key in ("loss", "grad_norm")
-    }
-    for seed in SEEDS:
-        eager = curve(tmp_path / f"eager{seed}", precision, "eager", {}, seed)
-        found = {
-            "compiled": curve(tmp_path / f"compiled{seed}", precision, "compiled", {}, seed),
-            "triton": curve(tmp_path / f"triton{seed}", precision, "graphs", TRITON, seed),
-        }
-        for key, by_name in departures.items():
+def test_triton_departs_no_further_than_the_compiler(tmp_path: Path) -> None:
+    ratios: dict[str, list[float]] = {"loss": [], "grad_norm": []}
+    for precision, seed in itertools.product(("bf16", "fp16"), SEEDS):
+        folder = tmp_path / f"{precision}_{seed}"
+        folder.mkdir()
+        eager = curve(folder / "eager", precision, "eager", {}, seed)
+        compiled = curve(folder / "compiled", precision, "compiled", {}, seed)
+        triton = curve(folder / "triton", precision, "graphs", TRITON, seed)
+        for key, found in ratios.items():
             # A step that overflows in float16 has no norm in any of them.
-            finite = eager[key].isfinite() & found["compiled"][key].isfinite() & found["triton"][key].isfinite()
+            finite = eager[key].isfinite() & compiled[key].isfinite() & triton[key].isfinite()
             assert finite.sum() > 0.9 * STEPS
-            for name, values in by_name.items():
-                values.append((found[name][key] - eager[key])[finite].abs().mean().item())
-    for key, by_name in departures.items():
-        ours, compilers = (geometric_mean(by_name[name]) for name in ("triton", "compiled"))
-        assert ours <= CHANCE * compilers, (key, by_name)
+            ours, compilers = ((each[key] - eager[key])[finite].abs().mean().item() for each in (triton, compiled))
+            found.append(ours / compilers)
+    for key, found in ratios.items():
+        assert geometric_mean(found) <= CHANCE, (key, found)
