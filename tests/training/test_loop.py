@@ -92,6 +92,7 @@ def test_killed_at_random_moments_and_resumed(repository: Path) -> None:
 
 
 @pytest.mark.gpu
+@pytest.mark.timeout(420)
 @pytest.mark.parametrize("kernels", ["triton", "pytorch"])
 def test_on_a_gpu_killed_and_resumed_with_the_same_bits(repository: Path, kernels: str) -> None:
     command = [sys.executable, str(repository / "scripts" / "kill_and_resume.py"), "runs=2", "device=cuda"]
