@@ -45,7 +45,7 @@ types: setup-dev ## mypy, strict.
 
 # loadgroup deals out one test at a time, the long ones first.
 unit: setup-dev ## CPU tests, among them the ahead-of-time compilation of every Triton kernel.
-	$(TEST_ENV) $(PY) -m pytest -q -n 3 --dist loadgroup -m "not interpreter and not gpu" $(ARGS)
+	$(TEST_ENV) $(PY) -m pytest -q -n 2 --dist loadgroup -m "not interpreter and not gpu" $(ARGS)
 
 interpreter: setup-dev ## Triton kernels run on the CPU, in Triton's interpreter.
 	$(INTERPRETER) -n 2
