@@ -160,7 +160,7 @@ h3 { font-size: 1rem; margin: 0 } header p { margin: 4px 0; overflow-wrap: anywh
 .finished, .verified { color: var(--good) } .failed, .wrong, .crashed, .no_backward, .timed_out { color: var(--bad) }
 .interrupted, .running, .not-started, .out_of_memory, .failed_to_compile { color: var(--warn) }
 .unavailable, .not_tried { color: var(--dim) } .reason { font-weight: 600; overflow-wrap: anywhere }
-.tiles { display: grid; grid-template-columns: repeat(auto-fill, minmax(132px, 1fr)); gap: 8px }
+.tiles { display: grid; grid-template-columns: repeat(auto-fill, minmax(140px, 1fr)); gap: 8px }
 .tile { background: var(--card); border-radius: 8px; padding: 8px 12px } .tile * { display: block }
 .tile span { font-size: 1.35rem; font-variant-numeric: tabular-nums } .tile b, .tile i, i { font: inherit;
   font-size: .85rem; color: var(--dim) }
