@@ -71,6 +71,29 @@ def test_settings_that_decide(
     ]
 
 
+@pytest.mark.parametrize(
+    ("what", "value", "told"),
+    [
+        ("hardware", {"device": "another GPU"}, "the machine or its software is another"),
+        ("workload_fingerprint", "f" * 64, "the step makes other calls"),
+        ("mode", "graphs", "the step runs eager and ran graphs"),
+    ],
+)
+def test_a_plan_from_elsewhere(
+    what: str,
+    value: Any,
+    told: str,
+    started: tuple[Config, Workload, KernelPlan],
+    tmp_path: Path,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    config, workload, plan = started
+    if what == "hardware":
+        value = plan.hardware.model_copy(update=value)
+    assert not kept((config, workload, plan.model_copy(update={what: value})), config, tmp_path)
+    assert f"are not taken over: {told};" in caplog.text
+
+
 def test_determinism_is_asked_of_the_gate(
     started: tuple[Config, Workload, KernelPlan], tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:

@@ -32,8 +32,16 @@ def test_the_users_folder_stands(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     assert os.environ["TRITON_CACHE_DIR"] == str(tmp_path)
 
 
-def test_where_triton_cannot_write_inductors_folder_is_as_good(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    (tmp_path / "home").write_text("no folder")
-    triton_takes(tmp_path / "home" / "cache", monkeypatch)
+@pytest.mark.parametrize("there_is_one", [False, True])
+def test_where_triton_cannot_write_inductors_folder_is_as_good(
+    there_is_one: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    home = tmp_path / "home"
+    if there_is_one:
+        (home / "cache").mkdir(parents=True)
+        monkeypatch.setattr(os, "access", lambda path, mode: False)
+    else:
+        home.write_text("no folder")
+    triton_takes(home / "cache", monkeypatch)
     execution.keep_triton_cache()
     assert "TRITON_CACHE_DIR" not in os.environ
