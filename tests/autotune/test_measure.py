@@ -201,3 +201,9 @@ def test_a_gpu_has_ceilings_and_memory(norms: Workload) -> None:
     assert found.host_ms is not None
     assert found.share_of_ceiling is not None
     assert 0 < found.share_of_ceiling < 1
+
+
+def test_launches_are_hidden_for_as_long_as_they_take_but_not_for_ever() -> None:
+    """A candidate that waits for the device in the middle of its pass has a host's time of any length."""
+    assert clock_module._hiding_seconds(0.004) > 0.004
+    assert clock_module._hiding_seconds(5.0) == clock_module._hiding_seconds(0.02) < 0.05
