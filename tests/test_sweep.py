@@ -45,9 +45,21 @@ def times(folder: Path) -> dict[Path, int]:
 
 
 @pytest.mark.slow
+def test_the_others_finish_and_the_message_says_which_failed_and_why(tmp_path: Path, repository: Path) -> None:
+    code, _, errors = run(["kernels=pytorch,triton", "seed=1"], tmp_path, repository)
+    assert code == 1
+    assert statuses(tmp_path) == {"kernels=pytorch": "finished", "kernels=triton": "failed"}
+    last = errors.strip().splitlines()[-1]
+    assert last.startswith("error: ")
+    assert "kernels=triton" in last
+    assert "needs a CUDA GPU" in last or "attention" in last
+    assert len(list((tmp_path / "sweep").glob("*/kernels.json"))) == 1
+
+
+@pytest.mark.slow
 def test_a_killed_job_is_told_and_the_same_command_runs_it_alone(tmp_path: Path, repository: Path) -> None:
-    both = ["train.max_steps=200,4"]
-    process = start(both, tmp_path, repository)
+    three = ["train.max_steps=4,200,5"]
+    process = start(three, tmp_path, repository)
     deadline = time.monotonic() + 120
     while not (running := [p for p in (tmp_path / "sweep").glob("*=200*/metrics.jsonl") if p.stat().st_size]):
         assert time.monotonic() < deadline
@@ -57,17 +69,19 @@ def test_a_killed_job_is_told_and_the_same_command_runs_it_alone(tmp_path: Path,
     output, errors = process.communicate(timeout=120)
     assert process.returncode == 1
     assert errors.strip().splitlines()[-1] == "error: train.max_steps=200 failed: killed by SIGKILL"
-    assert "sweep: 1 of 2 jobs finished" in output
-    assert statuses(tmp_path) == {"train.max_steps=200": "failed", "train.max_steps=4": "finished"}
+    assert "sweep: 2 of 3 jobs finished" in output
+    assert statuses(tmp_path) == {
+        "train.max_steps=4": "finished", "train.max_steps=200": "failed", "train.max_steps=5": "finished",
+    }  # fmt: skip
 
-    (other,) = (path for path in (tmp_path / "sweep").iterdir() if path.is_dir() and path != killed)
-    before = times(other)
-    code, output, errors = run(both, tmp_path, repository)
+    others = [path for path in (tmp_path / "sweep").iterdir() if path.is_dir() and path != killed]
+    before = [times(folder) for folder in others]
+    code, output, errors = run(three, tmp_path, repository)
     assert (code, errors) == (0, "")
-    assert output.count("finished before, skipped") == 1
-    assert "sweep: 2 of 2 jobs finished" in output
+    assert output.count("finished before, skipped") == 2
+    assert "sweep: 3 of 3 jobs finished" in output
     assert set(statuses(tmp_path).values()) == {"finished"}
-    assert times(other) == before
+    assert [times(folder) for folder in others] == before
     assert json.loads((killed / "summary.json").read_text())["steps"] == 200
 
 

@@ -166,8 +166,6 @@ def test_compiles_in_one_graph_and_takes_a_new_plan(
     tiny: ModelConfig, kernels: Kernels, backend: str, dtype: torch.dtype, tolerance: float
 ) -> None:
     torch._dynamo.reset()
-    if backend == "inductor":  # for which g++ compiles every kernel, of each block anew
-        tiny = replace(tiny, n_layers=1)
     model = build(tiny, kernels, dtype)
     compiled = torch.compile(model, fullgraph=True, backend=backend, dynamic=False)
     tokens, targets = draw_tokens(tiny)
