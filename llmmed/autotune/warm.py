@@ -6,8 +6,7 @@ Nothing is judged here, since processes that share a GPU wait long for its answe
 then, while the process that judges is at it, op by op, what it needs next (`Board`); and last, at the lowest priority,
 plans of the step (`StepAhead`). Whatever goes wrong here goes wrong again where it is judged.
 
-`warming.py` starts it with the paths of a job and a folder; the processes that share a folder share the
-work.
+`warming.py` starts it with the paths of a job and a folder; the processes that share a folder share the work.
 """
 
 from __future__ import annotations

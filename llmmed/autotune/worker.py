@@ -1,8 +1,8 @@
 """The tuning process: verifies every candidate, measures those that passed, and journals each before it is tried.
 
-`child.py` starts it with the path of its job. It may die of a candidate at any time: what it found
-until then is in the journal, and the next process goes on without the culprit. Where others compile ahead, it verifies
-an op as soon as they are done with it, and takes times when they are done with all.
+`child.py` starts it with the path of its job. It may die of a candidate at any time: what it found until then is in the
+journal, and the next process goes on without the culprit. Where others compile ahead, it verifies an op as soon as they
+are done with it, and takes times when they are done with all.
 """
 
 from __future__ import annotations

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import shlex
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
@@ -72,9 +71,7 @@ def _origin(origin: Origin, seconds: float) -> Iterator[str]:
     cpu = f", {hardware.cpu}" if hardware.cpu != hardware.device else ""
     yield f"* Machine: {header(origin)}; CUDA {hardware.cuda or 'none'}, Python {hardware.python}{cpu}"
     yield f"* Date: {origin.date}; commit {origin.commit or 'unknown'}{changed}; took {seconds:,.0f} s"
-    own_folder = "hydra.run.dir="  # says nothing about the run
-    words = [word for word in shlex.split(origin.command) if not word.startswith(own_folder)]
-    yield f"* Command: `{shlex.join(words)}`\n"
+    yield f"* Command: `{origin.command}`\n"
     if origin.remark:
         yield f"**Remark.** {origin.remark}\n"
 

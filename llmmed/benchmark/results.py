@@ -150,7 +150,8 @@ def origin(device: str, config: dict[str, Any], command: Sequence[str]) -> Origi
     git = describe_environment()["git"]
     return Origin(
         date=datetime.now(UTC).isoformat(timespec="seconds"),
-        command=shlex.join(["python", *command]),
+        # But for the run's own folder, which says nothing about it.
+        command=shlex.join(["python", *(word for word in command if not word.startswith("hydra.run.dir="))]),
         commit=git["commit"],
         changed_files=len(git["changed_files"]),
         hardware=describe_hardware(device),

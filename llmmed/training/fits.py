@@ -1,4 +1,4 @@
-"""Tries whether a micro-batch fits into the GPU's memory. A process of its own, given a configuration as JSON.
+"""Tries whether a micro-batch fits into the GPU's memory: `micro_batch.py` starts it with a configuration as JSON.
 
 Exit code 0 if it does, `micro_batch.TOO_LARGE` if not. A process of its own, so that nothing of it stays on the device.
 """
