@@ -90,9 +90,8 @@ def generate(request: Request) -> Iterator[str]:
     tokenizer = Tokenizer.from_file(str(tokenizer_file))
     config = TypeAdapter(ModelConfig).validate_python(found.state["config"]["model"])
     _, end = end_of(request.run)
-    prompt = tokenizer.encode(request.prompt, add_special_tokens=False).ids or [
-        end
-    ]  # a document begins after the end of another
+    # A document begins after the end of another: without it the model would continue the middle of one.
+    prompt = [end, *tokenizer.encode(request.prompt, add_special_tokens=False).ids]
     device = "cuda" if torch.cuda.is_available() else "cpu"
     kernels = load_kernels(default_choice())
     length = len(prompt) + request.max_tokens

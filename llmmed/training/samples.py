@@ -54,8 +54,8 @@ class Sampler:
     def _continue(self, prompt: str, step: int) -> str:
         """Nothing where the model cannot write: that is no reason to end its training."""
         room = self._train.seq_len
-        # A document begins after the end of another.
-        tokens = self._tokenizer.encode(prompt, add_special_tokens=False).ids[: room // 2] or [self._end]
+        # A document begins after the end of another: without it the model would continue the middle of one.
+        tokens = [self._end, *self._tokenizer.encode(prompt, add_special_tokens=False).ids[: (room - 1) // 2]]
         count = min(self._train.sample_tokens, room - len(tokens))
         with torch.no_grad():
             found = sample(

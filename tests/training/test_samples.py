@@ -71,7 +71,8 @@ def test_samples_are_of_the_weights_of_their_step(config: Config, dataset: Datas
     model = Transformer(config.model, load_kernels(default_choice()), torch.float32, max_seq_len=16)
     model.load_state_dict(checkpoint.load(folder / "checkpoints" / "step_00000003").model)
     tokenizer = Tokenizer.from_file(str(folder / "tokenizer.json"))
-    expected = list(sample(model, tokenizer.encode("Bone").ids, max_tokens=8, temperature=0.8, top_p=0.95,
+    start_of_document = [dataset.end_token, *tokenizer.encode("Bone").ids]
+    expected = list(sample(model, start_of_document, max_tokens=8, temperature=0.8, top_p=0.95,
                            seed=config.seed, end=dataset.end_token))  # fmt: skip
     assert found[0]["text"] == tokenizer.decode(expected)
 
