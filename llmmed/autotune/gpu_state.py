@@ -7,6 +7,7 @@ import contextlib
 import torch
 
 from llmmed.autotune.failures import one_line
+from llmmed.training.memory import is_out
 
 _ROOM = 64 * 2**30  # bytes of a GPU's memory
 
@@ -29,9 +30,10 @@ def damage_of(device: torch.device) -> str | None:
     if device.type != "cuda":
         return None
     try:
+        torch.rand((), device=device)  # which fails for good once the capture of a graph was broken off
         torch.cuda.synchronize(device)
     except Exception as error:  # noqa: BLE001 - of any kind: the driver's errors come as several
-        return one_line(error)
+        return None if is_out(error) else one_line(error)
     return None
 
 

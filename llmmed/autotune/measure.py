@@ -6,15 +6,18 @@ never waits for the host, and the host's own time to issue them is taken in the 
 mode:
 
 * `eager`: the longer of device and host time, since the step pays whichever is longer;
-* `compiled`, `graphs`: what is made of PyTorch's operations is compiled by itself (`fullgraph=True`, static shapes) and
-  device time alone counts, since the step issues all its launches in one go. What a compiler could fuse across ops,
-  only the step shows.
+* `compiled`: what is made of PyTorch's operations is compiled by itself (`fullgraph=True`, static shapes) and device
+  time alone counts, since the step issues all its launches in one go. What a compiler could fuse across ops, only the
+  step shows;
+* `graphs`: the same, replayed from CUDA graphs as in the step, over several sets of inputs one after the other, so that
+  what a single launch costs is not counted as the kernel's.
 
 On a CPU it is plain elapsed time with warm caches, without memory and without a ceiling.
 """
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import math
 import time
@@ -34,6 +37,8 @@ _SECONDS = {"cuda": 0.25, "cpu": 0.5}  # of timed passes, for each candidate and
 _ROUNDS = (7, 100)
 _WARM_UP_PASSES = (3, 30)
 _STABLE = 0.05  # warm-up ends when two passes in a row differ by less than this share
+_REPLAY_HIDING = 4e-4  # seconds in which a host issues two replays and what is around them
+_MOST_SETS = 16  # of inputs that a graph goes through
 
 
 @dataclass(frozen=True)
@@ -52,7 +57,10 @@ class Measurement:
 
 @dataclass(frozen=True)
 class Pass:
-    """One forward and backward pass, in ms. Host times are None on a CPU, where they are the times."""
+    """One forward and backward pass, in ms.
+
+    Host times are None on a CPU, where they are the times, and for graphs, of which the host issues next to nothing.
+    """
 
     forward: float
     backward: float
@@ -101,8 +109,9 @@ def measure_op(
 
     for call in calls:
         passes[call] = take_turns(
-            op, call, alive, device=device, seconds=_SECONDS[device.type], turn=turn, failed=failed, memory=take_memory
-        )
+            op, call, alive, device=device, mode=mode, seconds=_SECONDS[device.type], turn=turn, failed=failed,
+            memory=take_memory,
+        )  # fmt: skip
         alive = {name: alive[name] for name in passes[call]}
     costs = {call: op.cost(call) for call in calls}
     return {
@@ -117,6 +126,7 @@ def take_turns(
     functions: Mapping[str, Callable[..., Any]],
     *,
     device: torch.device,
+    mode: Mode,
     seconds: float,
     turn: Callable[[str], None],
     failed: Callable[[str, Exception], None],
@@ -125,15 +135,15 @@ def take_turns(
     """Times functions at one call, after a warm-up of each.
 
     Args:
-        op, call, functions, device, turn, failed: As of `measure_op`.
+        op, call, functions, device, mode, turn, failed: As of `measure_op`.
         seconds: Of timed passes for each, within a least and a most number of them.
         memory: Told of each one's peak, in MiB, if that is wanted.
 
     Returns:
         The passes of each that did not fail.
     """
-    clock = _CudaClock(device) if device.type == "cuda" else _CpuClock()
-    inputs = _inputs(op, call, device)
+    clock = _clock(device, mode)
+    inputs = [_inputs(op, call, device, seed) for seed in range(clock.sets(call))]
     subjects = {name: _Subject(function, inputs) for name, function in functions.items()}
     passes: dict[str, list[Pass]] = {name: [] for name in functions}
 
@@ -149,6 +159,7 @@ def take_turns(
     attempt(lambda name, subject: _warm_up(subject, clock), list(subjects))
     if memory is not None:
         attempt(lambda name, subject: memory(name, clock.peak_memory_mib(subject)), list(subjects))
+    attempt(lambda name, subject: clock.prepare(subject), list(subjects))
     for index in range(_rounds([s.work_seconds + clock.hiding_seconds(s) for s in subjects.values()], seconds)):
         names = list(subjects)
         first = index % max(1, len(names))
@@ -236,8 +247,8 @@ def _least_ms(call: Call, cost: Cost, ceilings: Ceilings) -> float:
     return sum(max(n / ceilings.copy_gb_per_second / 1e6, flops / tflops / 1e9) for n, flops in directions)
 
 
-def _inputs(op: Op, call: Call, device: torch.device) -> Inputs:
-    generator = torch.Generator(device=device).manual_seed(0)
+def _inputs(op: Op, call: Call, device: torch.device, seed: int) -> Inputs:
+    generator = torch.Generator(device=device).manual_seed(seed)
     inputs = op.make_inputs(call, op.regimes[0], generator, device)
     for name, spec in call.tensors.items():
         inputs[name].requires_grad_(spec.requires_grad and name in op.differentiable)
@@ -245,37 +256,83 @@ def _inputs(op: Op, call: Call, device: torch.device) -> Inputs:
 
 
 class _Subject:
-    """A candidate with its inputs, ready to run."""
+    """A candidate with its inputs, ready to run.
 
-    def __init__(self, function: Callable[..., Any], inputs: Inputs) -> None:
+    All of `sets` are alike; graphs go through all of them, single passes take the first.
+    """
+
+    def __init__(self, function: Callable[..., Any], sets: Sequence[Inputs]) -> None:
         self.function = function
-        self.inputs = inputs
-        self.leaves = [v for v in inputs.values() if isinstance(v, Tensor) and v.requires_grad]
-        self.upstream: list[Tensor] | None = None
+        self.sets = sets
+        self.leaves = [[v for v in inputs.values() if isinstance(v, Tensor) and v.requires_grad] for inputs in sets]
+        self.upstream: list[list[Tensor]] = []  # a set's, as many as it has outputs
+        self.graphs: tuple[torch.cuda.CUDAGraph, torch.cuda.CUDAGraph | None] | None = None  # forward, backward
         self.host_seconds = 0.0  # that the host takes to issue one warm pass
         self.work_seconds = math.inf  # of one warm pass, everything around it included but what hides its launches
 
-    def forward(self) -> list[Tensor]:
-        outputs = self.function(**self.inputs)
+    def forward(self, index: int = 0) -> list[Tensor]:
+        outputs = self.function(**self.sets[index])
         outputs = [outputs] if isinstance(outputs, Tensor) else list(outputs)
-        return [output for output in outputs if output.requires_grad] if self.leaves else outputs
+        return [output for output in outputs if output.requires_grad] if self.leaves[index] else outputs
 
-    def backward(self, outputs: list[Tensor]) -> None:
-        if self.leaves:
-            assert self.upstream is not None
-            torch.autograd.grad(outputs, self.leaves, self.upstream, allow_unused=True)
+    def backward(self, outputs: list[Tensor], index: int = 0) -> tuple[Tensor | None, ...]:
+        if not self.leaves[index]:
+            return ()
+        return torch.autograd.grad(outputs, self.leaves[index], self.upstream[index], allow_unused=True)
 
     def prepare(self) -> None:
         """Draws the gradients that arrive, the same for all candidates. That of a loss is one."""
         outputs = self.forward()
         generator = torch.Generator(device=outputs[0].device).manual_seed(1)
         self.upstream = [
-            torch.ones_like(o) if not o.ndim else torch.randn(o.shape, generator=generator, device=o.device).to(o.dtype)
-            for o in outputs
+            [
+                torch.ones_like(o)
+                if not o.ndim
+                else torch.randn(o.shape, generator=generator, device=o.device).to(o.dtype)
+                for o in outputs
+            ]
+            for _ in self.sets
         ]
+
+    def capture(self, pool: Any) -> None:
+        """Captures all sets' forward passes in one graph, and their backward passes in another.
+
+        What they leave is given back to the pool once both are captured: replays of other graphs of the pool may write
+        over it between two replays of this pair, not within one.
+        """
+        outputs: list[list[Tensor]] = []
+        gradients: list[tuple[Tensor | None, ...]] = []  # kept: each set writes its own, as in a step
+        numbers = range(len(self.sets))
+        forward = _captured(lambda: outputs.extend(self.forward(i) for i in numbers), pool)
+        backward = None
+        if self.leaves[0]:
+            backward = _captured(lambda: gradients.extend(self.backward(outputs[i], i) for i in numbers), pool)
+        self.graphs = forward, backward
+
+
+def _captured(action: Callable[[], object], pool: Any) -> torch.cuda.CUDAGraph:
+    """As `torch.cuda.graph`, without its collection of garbage, which takes longer than a capture."""
+    graph = torch.cuda.CUDAGraph()
+    torch.cuda.synchronize()
+    with torch.cuda.stream(torch.cuda.Stream()):
+        graph.capture_begin(pool=pool)
+        try:
+            action()
+        except BaseException:
+            with contextlib.suppress(Exception):
+                graph.capture_end()  # what the action raised says more than that its capture is void
+            raise
+        graph.capture_end()
+    return graph
 
 
 class _CpuClock:
+    def sets(self, call: Call) -> int:
+        return 1
+
+    def prepare(self, subject: _Subject) -> None:
+        pass
+
     def hiding_seconds(self, subject: _Subject) -> float:
         return 0.0
 
@@ -296,6 +353,13 @@ class _CudaClock:
         self._flush = torch.empty(2 * properties.L2_cache_size, dtype=torch.int8, device=device)
         self._device = device
         self._cycles_per_ms = 2_000_000  # not less than any GPU's clock rate: a sleep too long is harmless
+
+    def sets(self, call: Call) -> int:
+        """How many sets of inputs it wants."""
+        return 1
+
+    def prepare(self, subject: _Subject) -> None:
+        """Told of each that is warm, before it is timed."""
 
     def run(self, subject: _Subject) -> Pass:
         events = [torch.cuda.Event(enable_timing=True) for _ in range(4)]
@@ -345,7 +409,56 @@ class _CudaClock:
         torch.cuda._sleep(int(self._cycles_per_ms * 1e3 * seconds))
 
 
+class _GraphClock(_CudaClock):
+    """Times replays of CUDA graphs; warms up without, since a capture must find everything compiled."""
+
+    def __init__(self, device: torch.device) -> None:
+        super().__init__(device)
+        self._pool = torch.cuda.graph_pool_handle()
+
+    def sets(self, call: Call) -> int:
+        """Together eight times the cache, so that each finds it without what it needs."""
+        size = sum(spec.nbytes for spec in call.tensors.values())
+        return max(1, min(_MOST_SETS, 4 * self._flush.numel() // max(1, size)))
+
+    def prepare(self, subject: _Subject) -> None:
+        subject.capture(self._pool)
+        self.run(subject)  # the first replay also takes the graph to the device
+        begun = time.perf_counter()
+        self.run(subject)
+        subject.work_seconds = time.perf_counter() - begun - self.hiding_seconds(subject)
+
+    def hiding_seconds(self, subject: _Subject) -> float:
+        return _REPLAY_HIDING if subject.graphs else super().hiding_seconds(subject)
+
+    def run(self, subject: _Subject) -> Pass:
+        if subject.graphs is None:
+            return super().run(subject)
+        forward, backward = subject.graphs
+        events = [torch.cuda.Event(enable_timing=True) for _ in range(4)]
+        self._sleep(_REPLAY_HIDING)
+        self._flush.zero_()
+        events[0].record()
+        forward.replay()
+        events[1].record()
+        if backward is not None:
+            self._flush.zero_()
+            events[2].record()
+            backward.replay()
+            events[3].record()
+        torch.cuda.synchronize(self._device)
+        count = len(subject.sets)
+        backward_ms = events[2].elapsed_time(events[3]) / count if backward is not None else 0.0
+        return Pass(events[0].elapsed_time(events[1]) / count, backward_ms)
+
+
 _Clock = _CpuClock | _CudaClock
+
+
+def _clock(device: torch.device, mode: Mode) -> _Clock:
+    if device.type != "cuda":
+        return _CpuClock()
+    return _GraphClock(device) if mode == "graphs" else _CudaClock(device)
 
 
 def _hiding_seconds(host_seconds: float) -> float:

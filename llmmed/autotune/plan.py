@@ -69,7 +69,7 @@ class Candidate(_Frozen):
     total_ms: float | None = None  # what a micro-batch pays; in eager mode the host's time where that is longer
     total_ms_low: float | None = None  # 95 % confidence interval of total_ms
     total_ms_high: float | None = None
-    host_ms: float | None = None  # to issue the calls, forward and backward; None on a CPU
+    host_ms: float | None = None  # to issue the calls, forward and backward; None on a CPU and in mode graphs
     peak_memory_mib: float | None = None  # extra, of the hungriest call, forward and backward; None on a CPU
     share_of_ceiling: float | None = None  # least possible device time / measured; None on a CPU
     speedup: float | None = None  # the default's total_ms / this one's

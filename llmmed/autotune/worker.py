@@ -178,8 +178,9 @@ class Worker:
             self._journal.write(begun)
             seconds = _SECONDS_A_LAUNCH[device.type]
             return take_turns(
-                op, call, functions, device=device, seconds=seconds, turn=lambda variant: None, failed=told
-            )
+                op, call, functions, device=device, mode=self._mode, seconds=seconds, turn=lambda variant: None,
+                failed=told,
+            )  # fmt: skip
 
         given = task.launches.get(name)
         share = self._searching_left / max(1, self._searches_left)  # what one leaves is for those that follow

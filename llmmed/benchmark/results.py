@@ -53,7 +53,7 @@ class OpRow(_Frozen):
     relative_error: float | None = None
     forward_ms: float | None = None  # of the device
     backward_ms: float | None = None
-    host_ms: float | None = None  # to issue the calls; None on a CPU
+    host_ms: float | None = None  # to issue the calls; None on a CPU and in mode graphs
     total_ms: float | None = None  # what a step pays: in eager mode the host's time where that is longer
     total_ms_low: float | None = None  # 95 % confidence interval of the median
     total_ms_high: float | None = None
@@ -63,6 +63,11 @@ class OpRow(_Frozen):
     peak_memory_mib: float | None = None  # beyond the inputs; None on a CPU
     share_of_ceiling: float | None = None  # least possible device time / measured; None on a CPU
     least_ms: float | None = None  # the least traffic or arithmetic at the ceilings
+
+    @property
+    def on_gpu(self) -> bool:
+        """Whether it was timed, on a GPU."""
+        return self.peak_memory_mib is not None
 
     @property
     def device_ms(self) -> float | None:

@@ -78,15 +78,15 @@ def note(result: OpsResult | StepResult) -> str:
         return _STEP_NOTE + (_HUGGING_FACE_NOTE if "hf" in ran else "")
     timed = [row for row in result.rows if row.total_ms is not None]
     copied = sorted({row.op for row in timed if row.implementation == "liger" and row.op in _COPIED_FOR_LIGER})
-    told = _OPS_NOTE if any(row.host_ms is not None for row in timed) else _OPS_NOTE_CPU
+    told = _OPS_NOTE if any(row.on_gpu for row in timed) else _OPS_NOTE_CPU
     return told + (_LIGER_NOTE.format(", ".join(copied)) if copied else "")
 
 
 _OPS_NOTE = (
     "One call of each shape, forward + backward, every candidate in turns with a cold cache. Device: median time on "
-    "the device; host: time to issue the calls; fwd+bwd: what a step pays (in eager mode the longer of the two), with "
-    "half the 95 % interval of its median (±); ceiling: least possible device time / measured; memory: peak beyond the "
-    "inputs."
+    "the device; host: time to issue the calls; fwd+bwd: what a step pays (in eager mode the longer of the two; in "
+    "mode graphs the device's, replayed from CUDA graphs, PyTorch's implementation compiled), with half the 95 % "
+    "interval of its median (±); ceiling: least possible device time / measured; memory: peak beyond the inputs."
 )
 _OPS_NOTE_CPU = (
     "One call of each shape, forward + backward, every candidate in turns. Fwd+bwd: the median time, with half its "
@@ -156,7 +156,7 @@ def _spread(middle: float | None, low: float | None, high: float | None) -> str:
 
 
 def _device_ms(row: OpRow) -> str:
-    return digits(row.device_ms) if row.host_ms is not None else ""  # on a CPU it says the same as the total
+    return digits(row.device_ms) if row.host_ms is not None else ""  # without the host it says the same as the total
 
 
 def _first_step(row: StepRow) -> str:

@@ -109,7 +109,7 @@ def _time_figure(rows: Sequence[OpRow], title: str) -> Figure:
         axis.set_title(op, fontsize=10)
         axis.set_yscale("log")
         _plain_log_ticks(axis.yaxis)
-        axis.set_ylabel("device time (ms)" if rows[0].host_ms is not None else "time (ms)")
+        axis.set_ylabel("device time (ms)" if rows[0].on_gpu else "time (ms)")
         axis.set_xticks(range(len(sizes)), sizes)
         axis.set_xlim(-0.5, len(sizes) - 0.5)
         axis.grid(axis="y", alpha=0.3)

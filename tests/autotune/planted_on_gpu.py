@@ -79,6 +79,10 @@ def _sleeping_in_the_step(x: Tensor, weight: Tensor, eps: float) -> Tensor:
     return _plain(x, weight, eps)
 
 
+def _waiting(x: Tensor, weight: Tensor, eps: float) -> Tensor:
+    return _plain(x, weight, eps + 0.0 * x.flatten()[0].item())
+
+
 _kept: dict[torch.Size, Tensor] = {}
 
 
@@ -131,4 +135,5 @@ GREEDY = _planted("greedy", _greedy)
 DOES_NOT_COMPILE = _planted("does_not_compile", _launching(_no_such_function_kernel))
 HANGS_THE_COMPILER = _planted("hangs_the_compiler", _launching(_endless_to_compile_kernel))
 ILLEGAL_ACCESS = _planted("illegal_access", _launching(_foreign_memory_kernel))
+WAITS_FOR_THE_DEVICE = _planted("waits_for_the_device", _waiting)
 STALE_UNDER_GRAPHS = _planted("stale_under_graphs", _stale_when_captured)

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from llmmed.autotune import measure as clock_module
 from llmmed.autotune.measure import Measurement, measure_ceilings, measure_op, median_interval
-from llmmed.autotune.plan import Ceilings
+from llmmed.autotune.plan import Ceilings, Mode
 from llmmed.autotune.workload import Workload
 from llmmed.kernels.catalog import get_op
 from llmmed.kernels.rms_norm.pytorch import rms_norm
@@ -147,7 +147,7 @@ def test_what_hides_the_launches_does_not_grow_of_itself(
         return x
 
     clock = clock_module._CudaClock(CPU)
-    subject = clock_module._Subject(forward, {"x": torch.ones(2)})
+    subject = clock_module._Subject(forward, [{"x": torch.ones(2)}])
     subject.prepare = lambda: None  # type: ignore[method-assign]
     clock_module._warm_up(subject, clock)
     begun = gpu.now
@@ -207,3 +207,34 @@ def test_launches_are_hidden_for_as_long_as_they_take_but_not_for_ever() -> None
     """A candidate that waits for the device in the middle of its pass has a host's time of any length."""
     assert clock_module._hiding_seconds(0.004) > 0.004
     assert clock_module._hiding_seconds(5.0) == clock_module._hiding_seconds(0.02) < 0.05
+
+
+@pytest.mark.gpu
+def test_graphs_are_timed_beside_each_other_without_their_launches(norms: Workload) -> None:
+    """All that a candidate does is in its graphs, also where they share memory."""
+
+    def twice(x: Tensor, weight: Tensor, eps: float) -> Tensor:
+        return rms_norm(rms_norm(x, weight, eps), weight, eps)
+
+    def found(mode: Mode) -> dict[str, Measurement]:
+        return measure_op(
+            get_op("rms_norm"),
+            {"once": rms_norm, "twice": twice, "again": rms_norm},
+            norms.by_op()["rms_norm"],
+            device=torch.device("cuda"),
+            mode=mode,
+            ceilings=None,
+            turn=lambda name: None,
+            failed=failures.__setitem__,
+        )
+
+    failures: dict[str, Exception] = {}
+    graphs = found("graphs")
+    assert set(graphs) == {"once", "twice", "again"}
+    assert not failures
+    assert graphs["again"].total_ms == pytest.approx(graphs["once"].total_ms, rel=0.1)
+    for direction in ("forward_ms", "backward_ms"):
+        assert getattr(graphs["twice"], direction) == pytest.approx(2 * getattr(graphs["once"], direction), rel=0.3)
+    assert graphs["once"].host_ms is None
+    assert graphs["once"].peak_memory_mib is not None
+    assert graphs["once"].total_ms < found("compiled")["once"].total_ms

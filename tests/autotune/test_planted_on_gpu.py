@@ -1,4 +1,4 @@
-"""A real run on a GPU with ten kernels that misbehave: none is chosen, each has its reason, and the run trains."""
+"""A real run on a GPU with eleven kernels that misbehave: none is chosen, each has its reason, and the run trains."""
 
 from __future__ import annotations
 
@@ -23,6 +23,7 @@ EXPECTED = {
     "does_not_compile": ("failed_to_compile", "no_such_function"),
     "hangs_the_compiler": ("timed_out", "kernels.candidate_seconds=20"),
     "illegal_access": ("crashed", "illegal memory access"),
+    "waits_for_the_device": ("crashed", "stream is capturing"),
     "slow": ("verified", "the step loses"),
     "slow_in_the_step": ("verified", "the step loses"),
     "stale_under_graphs": ("verified", "in the step the gradient of"),
@@ -31,7 +32,7 @@ EXPECTED = {
 
 @pytest.mark.gpu
 @pytest.mark.timeout(400)
-def test_ten_bad_kernels_in_a_run_on_a_gpu(tmp_path: Path, repository: Path) -> None:
+def test_eleven_bad_kernels_in_a_run_on_a_gpu(tmp_path: Path, repository: Path) -> None:
     pytest.importorskip("triton")
     site, folder = tmp_path / "site", tmp_path / "run"
     information = site / "planted_on_gpu-1.0.dist-info"
