@@ -15,7 +15,13 @@ from torch import Tensor
 
 from llmmed.kernels.base import Implementation
 from llmmed.kernels.operator import TRITON_DEVICES, as_rows, make_operator, require_triton, sm_count
-from llmmed.kernels.rms_norm.triton_impl import Backward, forward_alternatives, forward_launch, stages_that_fit
+from llmmed.kernels.rms_norm.triton_impl import (
+    Backward,
+    forward_alternatives,
+    forward_launch,
+    stages_that_fit,
+    sum_of_partials,
+)
 from llmmed.kernels.tunable import Tunable
 
 _MAX_WIDTH = 16384  # a row must fit into one program's registers
@@ -131,7 +137,7 @@ def _backward(dnormed: Tensor, dtotal: Tensor, total: Tensor, weight: Tensor, rs
         dnormed_rows.stride(0), dtotal_rows.stride(0), n_rows,
         N=width, BLOCK_M=block_m, BLOCK_N=triton.next_power_of_2(width), STAGES=stages, num_warps=num_warps,
     )  # fmt: skip
-    return dx, partial.sum(0).to(weight.dtype)
+    return dx, sum_of_partials(partial, weight.dtype)
 
 
 def _fake_backward(

@@ -66,6 +66,19 @@ def rms_norm_triton_bwd_kernel(
     tl.store(partial_ptr + tl.program_id(0).to(tl.int64) * N + cols, tl.sum(dweight, axis=0), mask=col_mask)
 
 
+@triton.jit
+def norm_weight_gradient_kernel(
+    partial_ptr, gradient_ptr, n_partials, N: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr
+):
+    cols = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
+    total = tl.zeros((BLOCK_M, BLOCK_N), dtype=tl.float32)
+    for start in range(0, n_partials, BLOCK_M):
+        rows = start + tl.arange(0, BLOCK_M)
+        mask = (rows < n_partials)[:, None] & (cols < N)[None, :]
+        total += tl.load(partial_ptr + rows.to(tl.int64)[:, None] * N + cols[None, :], mask=mask, other=0.0)
+    tl.store(gradient_ptr + cols, tl.sum(total, axis=0).to(gradient_ptr.dtype.element_ty), mask=cols < N)
+
+
 class Forward(NamedTuple):
     """Rows a program normalises, and its warps."""
 
@@ -161,7 +174,21 @@ def _backward(dy: Tensor, x: Tensor, weight: Tensor, rstd: Tensor) -> tuple[Tens
         dy_rows, x_rows, weight, rstd, dx, partial, dy_rows.stride(0), x_rows.stride(0), n_rows,
         N=width, BLOCK_M=block_m, BLOCK_N=triton.next_power_of_2(width), STAGES=stages, num_warps=num_warps,
     )  # fmt: skip
-    return dx, partial.sum(0).to(weight.dtype)
+    return dx, sum_of_partials(partial, weight.dtype)
+
+
+def sum_of_partials(partial: Tensor, dtype: torch.dtype) -> Tensor:
+    """The weight's gradient [width] from the programs' partial rows [programs, width], added up in a fixed order.
+
+    PyTorch's sum takes a few programs only, each of which reads its columns' rows one after the other.
+    """
+    n_partials, width = partial.shape
+    gradient = torch.empty(width, dtype=dtype, device=partial.device)
+    block_m, block_n = 256, 16
+    norm_weight_gradient_kernel[(triton.cdiv(width, block_n),)](
+        partial, gradient, n_partials, N=width, BLOCK_M=block_m, BLOCK_N=block_n, num_warps=8
+    )
+    return gradient
 
 
 def _fake_backward(dy: Tensor, x: Tensor, weight: Tensor, rstd: Tensor) -> tuple[Tensor, Tensor]:
