@@ -86,12 +86,19 @@ def confirmed(
     if chosen == DEFAULT and last:
         given_up = step.chosen == step.default and any(trial.status == "accepted" for trial in last.values())
         why = step.reason if given_up else "no rival makes the step better"
+        if all(trial.reason == not_called(op) for trial in last.values()):
+            why = not_called(op)
         told[DEFAULT] = told[DEFAULT].model_copy(update={"reason": f"the default: {why}"})
     if chosen != alone.chosen and alone.chosen not in last:
         untried = f"{told[alone.chosen].reason} alone; not tried in the step: kernels.budget_seconds was used up"
         told[alone.chosen] = told[alone.chosen].model_copy(update={"reason": untried})
         told[chosen] = told[chosen].model_copy(update={"reason": "kept: its rival was not tried in the step"})
     return Decision(chosen, told[chosen].reason, told, alone.warning)
+
+
+def not_called(op: str) -> str:
+    """The reason of a trial that was spared."""
+    return f"the chosen plan does not call {op}"
 
 
 def _unconfirmed(alone: Decision, last: Mapping[str, StepTrial], unanswered: str, default_runs: bool) -> Decision:

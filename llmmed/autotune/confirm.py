@@ -10,8 +10,9 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Literal, Protocol
 
+from llmmed.autotune.choose import not_called
 from llmmed.autotune.plan import Candidate, Mode, StepEvidence, StepTimes, StepTrial
-from llmmed.kernels.catalog import DEFAULT, get_implementation
+from llmmed.kernels.catalog import DEFAULT, get_implementation, with_uses
 
 Choice = Mapping[str, str]
 Objective = Literal["time", "memory"]
@@ -104,14 +105,15 @@ class Terms:
 
 
 def shortlist(base: Choice, candidates: Mapping[str, Mapping[str, Candidate]], *, everything: bool) -> list[Flip]:
-    """The flips worth a look in the step: parts before the fused ops that would replace them, then by what they save.
+    """The flips worth a look in the step, by what they save; parts before the fused op that would replace them, unless
+    that alone is faster than the default would be with the best of its parts: taken, it spares the step their trials.
 
     Args:
         base: The plan to start from.
         candidates: Of the ops that are up for choice.
         everything: Whether to try even what is slower alone, because memory counts.
     """
-    flips = []
+    flips: list[Flip] = []
     for op, found in candidates.items():
         standing = found[base[op]].total_ms
         for name, candidate in found.items():
@@ -119,7 +121,16 @@ def shortlist(base: Choice, candidates: Mapping[str, Mapping[str, Candidate]], *
                 continue
             if everything or standing is None or candidate.total_ms <= _HOPELESS * standing:
                 flips.append(Flip(op, name, (standing or candidate.total_ms) - candidate.total_ms))
-    return sorted(flips, key=lambda flip: (_depth_of_fusion(flip.op), -flip.alone_ms))
+
+    def saved_by_parts(op: str) -> float:
+        parts = with_uses(get_implementation(op, DEFAULT).uses, base)
+        return sum(max((flip.alone_ms for flip in flips if flip.op == part), default=0.0) for part in parts)
+
+    def place(flip: Flip) -> int:
+        depth = _depth_of_fusion(flip.op)
+        return -1 if depth and flip.alone_ms > max(0.0, saved_by_parts(flip.op)) else depth
+
+    return sorted(flips, key=lambda flip: (place(flip), -flip.alone_ms))
 
 
 def confirm(
@@ -286,9 +297,7 @@ class _State:
     def attempt(self, op: str, name: str) -> None:
         against = self.champion[op]
         if op not in self._arena.called(self.champion):
-            trial = StepTrial(
-                op=op, name=name, against=against, status="rejected", reason=f"the chosen plan does not call {op}"
-            )
+            trial = StepTrial(op=op, name=name, against=against, status="rejected", reason=not_called(op))
         else:
             trial = self._fight(op, name, against)
         self.trials.append(trial)

@@ -180,6 +180,27 @@ def test_parts_are_tried_before_the_fused_op_and_then_have_no_work() -> None:
     assert trials[-1].reason == "the chosen plan does not call rms_norm"
 
 
+def test_a_fused_op_that_beats_the_best_of_its_parts_spares_their_trials() -> None:
+    arena = Known({(("add_rms_norm", "triton"),): -1.0, (("rms_norm", "triton"),): -0.2})
+    found = {
+        "rms_norm": {"pytorch": timed(1.0), "triton": timed(0.8)},
+        "add_rms_norm": {"pytorch": timed(1.5), "triton": timed(1.0)},
+        "swiglu": {"pytorch": timed(2.0), "triton": timed(1.0)},
+    }
+    flips = shortlist(BASE, found, everything=False)
+    assert [flip.op for flip in flips] == ["add_rms_norm", "swiglu", "rms_norm"]
+    _, trials, _ = contest(
+        BASE, flips, arena, Terms("time", 10.0), before=(), told=lambda t: None, time_is_up=lambda: False
+    )
+    assert ("rms_norm", "triton") not in arena.asked
+    assert trials[-1].reason == "the chosen plan does not call rms_norm"
+    refused = Known({(("add_rms_norm", "triton"),): +1.0, (("rms_norm", "triton"),): -0.2})
+    left, _, _ = contest(
+        BASE, flips, refused, Terms("time", 10.0), before=(), told=lambda t: None, time_is_up=lambda: False
+    )
+    assert left == {**BASE, "rms_norm": "triton"}
+
+
 def test_what_is_slower_alone_is_asked_only_where_memory_counts() -> None:
     found = {"rotary": {"pytorch": timed(1.0), "triton": timed(2.0)}}
     assert not shortlist(BASE, found, everything=False)
