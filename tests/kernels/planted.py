@@ -13,11 +13,11 @@ from llmmed.kernels.base import Implementation
 from llmmed.kernels.catalog import load_function, op_folder, op_names
 
 
-def bugs(op: str) -> Mapping[str, tuple[str, str]]:
+def bugs(op: str, table: str = "BUGS") -> Mapping[str, tuple[str, str]]:
     """Those planted into an op's Triton implementation: name -> (text that occurs once, what stands there instead)."""
     if importlib.util.find_spec(f"tests.kernels.bugs.{op}") is None:
         return {}
-    found: Mapping[str, tuple[str, str]] = importlib.import_module(f"tests.kernels.bugs.{op}").BUGS
+    found: Mapping[str, tuple[str, str]] = getattr(importlib.import_module(f"tests.kernels.bugs.{op}"), table)
     return found
 
 
@@ -25,9 +25,9 @@ def ops_with_triton() -> list[str]:
     return [op for op in op_names() if (op_folder(op) / "triton_impl.py").exists()]
 
 
-def mutant(op: str, bug: str, folder: Path) -> tuple[Implementation, Callable[..., Any]]:
+def mutant(op: str, bug: str, folder: Path, table: str = "BUGS") -> tuple[Implementation, Callable[..., Any]]:
     """The Triton implementation with a bug in it. Its sources lie in `folder`, where Triton reads them."""
-    before, after = bugs(op)[bug]
+    before, after = bugs(op, table)[bug]
     found = sources(op)
     count = sum(source.count(before) for source in found.values())
     assert count == 1, f"{op}, {bug}: the text occurs {count} times"

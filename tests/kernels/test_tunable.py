@@ -90,12 +90,18 @@ def test_a_launch_of_another_version_is_refused(
 
 def test_the_losses_launch_changes_where_a_row_each_fills_half_of_the_cache() -> None:
     with absent_gpu(TARGETS[90]):
-        found = {vocab: row_launch(CPU, vocab, 2) for vocab in (49152, 49664, 50304, 65536, 98304, 131072)}
+        vocabularies = (49152, 49664, 50304, 65536, 98304, 99328, 128256, 131072)
+        found = {vocab: row_launch(CPU, vocab, 2) for vocab in vocabularies}
         options = {vocab: list(row_alternatives(CPU, vocab, 2)) for vocab in found}
-    assert {vocab for vocab, launch in found.items() if launch != (16384, 1, 32, 1)} == {131072}
-    assert found[131072] == (16384, 4, 16, 2)
-    assert (16384, 1, 32, 1) in options[131072]
-    assert all((16384, 4, 16, 2) in options[vocab] for vocab in found if vocab != 131072)
+        unaligned, without_gradient = row_launch(CPU, 131073, 2), row_launch(CPU, 131072, 2, gradient=False)
+        none_held = [*row_alternatives(CPU, 131073, 2), *row_alternatives(CPU, 131072, 2, gradient=False)]
+    resident, held, ahead = (16384, 1, 32, 1, 0), (16384, 1, 32, 1, 32768), (16384, 4, 16, 2, 0)
+    assert found == {vocab: resident if vocab < 99000 else held for vocab in vocabularies}
+    for vocab, launch in found.items():
+        assert {resident, held, ahead} <= {launch, *options[vocab]}
+        assert len({launch, *options[vocab]}) <= MOST_ALTERNATIVES + 1
+    assert unaligned == without_gradient == ahead
+    assert not any(launch.held for launch in none_held)
 
 
 @pytest.mark.parametrize(("op", "name"), TRITON)

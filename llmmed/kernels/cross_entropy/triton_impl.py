@@ -48,24 +48,71 @@ def cross_entropy_triton_factor_kernel(
 
 
 @triton.jit
-def row_statistics(logits, V: tl.constexpr, PADDED: tl.constexpr, BLOCK: tl.constexpr, STAGES: tl.constexpr):
-    # Maximum and sum of exponentials of one row of V logits. Each lane of neighbouring elements, what one load brings
-    # to a thread, keeps a maximum and a sum of its own, so that threads meet once, after the loop. What follows the
-    # logits up to PADDED is read and left out: a mask that ends between 16 bytes would take all loads apart.
+def held_columns(logits, V: tl.constexpr, PADDED: tl.constexpr, HELD: tl.constexpr):
+    # The last HELD columns of a row, which stay in registers from one walk to the other; the walks end before them.
+    if HELD > 0:
+        tl.static_assert(HELD < PADDED)
+        return _load_columns(logits, _lanes(logits, PADDED - HELD, HELD), V, PADDED)
+    else:
+        return None
+
+
+@triton.jit
+def row_statistics(
+    logits, held,
+    V: tl.constexpr, PADDED: tl.constexpr, BLOCK: tl.constexpr, STAGES: tl.constexpr, HELD: tl.constexpr,
+):  # fmt: skip
+    # Maximum and sum of exponentials of one row of V logits. What follows the logits up to PADDED is read and left out:
+    # a mask that ends between 16 bytes would take all loads apart.
+    WALKED: tl.constexpr = PADDED - HELD
+    offsets = _lanes(logits, 0, BLOCK)
+    lane_max, lane_sum = _empty_lanes(offsets.shape[0])
+    for start in tl.range(0, WALKED, BLOCK, num_stages=STAGES):
+        x = _load_columns(logits, start + offsets, V, WALKED)
+        lane_max, lane_sum = _add_to_lanes(x, lane_max, lane_sum)
+    row_max, row_sum = _join_lanes(lane_max, lane_sum)
+    if HELD > 0:
+        lane_max, lane_sum = _empty_lanes(held.shape[0])
+        lane_max, lane_sum = _add_to_lanes(held, lane_max, lane_sum)
+        held_max, held_sum = _join_lanes(lane_max, lane_sum)
+        walked_max = row_max
+        row_max = tl.maximum(walked_max, held_max)
+        row_sum = row_sum * tl.exp(walked_max - row_max) + held_sum * tl.exp(held_max - row_max)
+    return row_max, row_sum
+
+
+@triton.jit
+def _lanes(logits, START: tl.constexpr, COLUMNS: tl.constexpr):
+    # Columns from START on, each lane's neighbouring ones, what one load brings to a thread, in a row of their own.
     WIDTH: tl.constexpr = 128 // logits.dtype.element_ty.primitive_bitwidth
-    offsets = tl.arange(0, BLOCK // WIDTH)[:, None] * WIDTH + tl.arange(0, WIDTH)[None, :]
+    return START + tl.arange(0, COLUMNS // WIDTH)[:, None] * WIDTH + tl.arange(0, WIDTH)[None, :]
+
+
+@triton.jit
+def _load_columns(logits, cols, V: tl.constexpr, END: tl.constexpr):
+    x = tl.load(logits + cols, mask=cols < END, other=float("-inf"))
+    if END > V:
+        x = tl.where(cols < V, x, float("-inf"))
+    return x
+
+
+@triton.jit
+def _empty_lanes(LANES: tl.constexpr):
     # Lanes of the last block may see no element: finite, also times log2(e).
-    lane_max = tl.full((BLOCK // WIDTH,), -1.0e38, dtype=tl.float32)
-    lane_sum = tl.zeros((BLOCK // WIDTH,), dtype=tl.float32)
-    for start in tl.range(0, V, BLOCK, num_stages=STAGES):
-        cols = start + offsets
-        x = tl.load(logits + cols, mask=cols < PADDED, other=float("-inf")).to(tl.float32)
-        if PADDED != V:
-            x = tl.where(cols < V, x, float("-inf"))
-        new_max = tl.maximum(lane_max, tl.max(x, axis=1))
-        exponentials = _exp_difference(x, new_max[:, None], WIDTH)
-        lane_sum = lane_sum * tl.exp(lane_max - new_max) + tl.sum(exponentials, axis=1)
-        lane_max = new_max
+    return tl.full((LANES,), -1.0e38, dtype=tl.float32), tl.zeros((LANES,), dtype=tl.float32)
+
+
+@triton.jit
+def _add_to_lanes(x, lane_max, lane_sum):
+    # Each lane keeps a maximum and a sum of its own, so that threads meet once, after the loop.
+    x = x.to(tl.float32)
+    new_max = tl.maximum(lane_max, tl.max(x, axis=1))
+    exponentials = _exp_difference(x, new_max[:, None], x.shape[1])
+    return new_max, lane_sum * tl.exp(lane_max - new_max) + tl.sum(exponentials, axis=1)
+
+
+@triton.jit
+def _join_lanes(lane_max, lane_sum):
     row_max = tl.max(lane_max, axis=0)
     return row_max, tl.sum(lane_sum * tl.exp(lane_max - row_max), axis=0)
 
@@ -83,34 +130,38 @@ def _exp_difference(x, y, WIDTH: tl.constexpr):
 
 @triton.jit
 def write_gradient(
-    logits, gradient, target, chosen, row_max, row_sum, factor,
-    V: tl.constexpr, PADDED: tl.constexpr, BLOCK: tl.constexpr, STAGES: tl.constexpr,
+    logits, gradient, held, target, chosen, row_max, row_sum, factor,
+    V: tl.constexpr, PADDED: tl.constexpr, BLOCK: tl.constexpr, STAGES: tl.constexpr, HELD: tl.constexpr,
 ):  # fmt: skip
     # factor * (softmax - one_hot(target)), which may overwrite the logits; `chosen` is the target's logit. Columns from
     # V to PADDED become zero.
     WIDTH: tl.constexpr = 128 // logits.dtype.element_ty.primitive_bitwidth
-    last = (V - 1) // BLOCK
+    WALKED: tl.constexpr = PADDED - HELD
     if WIDTH == 8:
         log_sum = row_max + tl.log(row_sum)
         rest = factor
     else:
         log_sum = row_max
         rest = tl.div_rn(factor, row_sum)
+    if HELD > 0:
+        _store_gradient(held, gradient, _lanes(logits, WALKED, HELD), log_sum, rest, PADDED, WIDTH)
     # The last blocks first: they were read last, and are the likeliest to be in the cache.
+    last = (WALKED - 1) // BLOCK
     for i in tl.range(0, last + 1, num_stages=STAGES):
         cols = (last - i) * BLOCK + tl.arange(0, BLOCK)
-        mask = cols < PADDED
-        x = tl.load(logits + cols, mask=mask, other=float("-inf")).to(tl.float32)
-        if PADDED != V:
-            x = tl.where(cols < V, x, float("-inf"))
-        dx = _exp_difference(x, log_sum, WIDTH) * rest
-        tl.store(gradient + cols, dx.to(gradient.dtype.element_ty), mask=mask, cache_modifier=".cs")
+        _store_gradient(_load_columns(logits, cols, V, WALKED), gradient, cols, log_sum, rest, WALKED, WIDTH)
     # The target's entry is written again, since comparing every column with it would cost as much as the exponential;
     # and exactly, since a probability close to one cancels.
     tl.debug_barrier()
     at_target = (tl.exp(chosen - row_max) / row_sum - 1.0) * factor
     is_class = (target >= 0) & (target < V)
     tl.store(gradient + target, at_target.to(gradient.dtype.element_ty), mask=is_class)
+
+
+@triton.jit
+def _store_gradient(x, gradient, cols, log_sum, rest, END: tl.constexpr, WIDTH: tl.constexpr):
+    dx = _exp_difference(x.to(tl.float32), log_sum, WIDTH) * rest
+    tl.store(gradient + cols, dx.to(gradient.dtype.element_ty), mask=cols < END, cache_modifier=".cs")
 
 
 @triton.jit
@@ -125,7 +176,7 @@ def write_zeros(gradient, V: tl.constexpr, BLOCK: tl.constexpr):
 def cross_entropy_triton_fwd_kernel(
     logits_ptr, targets_ptr, factor_ptr, losses_ptr, statistics_ptr, gradient_ptr,
     logits_stride, targets_stride, n_rows, ignore_index,
-    V: tl.constexpr, BLOCK: tl.constexpr, STAGES: tl.constexpr, GRADIENT: tl.constexpr,
+    V: tl.constexpr, BLOCK: tl.constexpr, STAGES: tl.constexpr, HELD: tl.constexpr, GRADIENT: tl.constexpr,
 ):  # fmt: skip
     factor = tl.load(factor_ptr).to(tl.float32)
     for row in tl.range(tl.program_id(0).to(tl.int64), n_rows, tl.num_programs(0)):
@@ -140,7 +191,8 @@ def cross_entropy_triton_fwd_kernel(
             if GRADIENT:
                 write_zeros(gradient, V, BLOCK)
         else:
-            row_max, row_sum = row_statistics(logits, V, V, BLOCK, STAGES)
+            held = held_columns(logits, V, V, HELD)
+            row_max, row_sum = row_statistics(logits, held, V, V, BLOCK, STAGES, HELD)
             # A target that is no class must not read foreign memory: its loss is NaN, which nobody overlooks.
             is_class = (target >= 0) & (target < V)
             chosen = tl.load(logits + target, mask=is_class, other=float("nan")).to(tl.float32)
@@ -148,7 +200,9 @@ def cross_entropy_triton_fwd_kernel(
             tl.store(statistics_ptr + row, row_max)
             tl.store(statistics_ptr + n_rows + row, row_sum)
             if GRADIENT:
-                write_gradient(logits, gradient, target, chosen, row_max, row_sum, factor, V, V, BLOCK, STAGES)
+                write_gradient(
+                    logits, gradient, held, target, chosen, row_max, row_sum, factor, V, V, BLOCK, STAGES, HELD
+                )
 
 
 @triton.jit
@@ -175,50 +229,68 @@ def cross_entropy_triton_bwd_kernel(
             row_sum = tl.load(statistics_ptr + n_rows + row)
             logits = logits_ptr + row * logits_stride
             chosen = tl.load(logits + target, mask=(target >= 0) & (target < V), other=0.0).to(tl.float32)
-            write_gradient(logits, gradient, target, chosen, row_max, row_sum, factor, V, V, BLOCK, 1)
+            write_gradient(logits, gradient, None, target, chosen, row_max, row_sum, factor, V, V, BLOCK, 1, 0)
 
 
 class Launch(NamedTuple):
-    """Columns a program walks at a time, loads ahead, its warps, and programs per multiprocessor."""
+    """Columns a program walks at a time, loads ahead, its warps, programs per multiprocessor, and the columns at the
+    end of a row that it holds in registers from one walk to the other.
+    """
 
     block: int
     stages: int
     num_warps: int
     per_sm: int
+    held: int
 
     def programs(self, n_rows: int, device: torch.device) -> int:
         return max(1, min(n_rows, self.per_sm * sm_count(device)))
 
 
-def launch(device: torch.device, vocab: int, itemsize: int) -> Launch:
+def launch(device: torch.device, vocab: int, itemsize: int, gradient: bool = True) -> Launch:
     """Two loads of 16 bytes a lane, and as many lanes as a program can have: few rows under way, so that a quarter of
     the L2 cache holds them (the gradients pass through it as well), and still enough loads on their way. Where one row
-    a multiprocessor takes more than half of it, fewer warps and loads ahead through shared memory do better.
+    a multiprocessor takes more than half of it, a part of the row is held, if no more than half of it. Where nothing
+    can be held or there is no second walk, fewer warps and loads ahead through shared memory do better there.
     """
     block = min(32768 // itemsize, max(128, triton.next_power_of_2(vocab)))
     num_warps = max(4, min(32, block * itemsize // 1024))
     under_way = vocab * itemsize * sm_count(device)  # with one program a multiprocessor
     if 2 * under_way > l2_bytes(device) and num_warps == 32:
-        return Launch(block, 4, 16, 2)
-    return Launch(block, 1, num_warps, max(1, min(64 // num_warps, l2_bytes(device) // 4 // under_way)))
+        held = _held(vocab, itemsize, gradient)
+        return Launch(block, 1, 32, 1, held) if 0 < 2 * held <= vocab else Launch(block, 4, 16, 2, 0)
+    return Launch(block, 1, num_warps, max(1, min(64 // num_warps, l2_bytes(device) // 4 // under_way)), 0)
 
 
-def alternatives(device: torch.device, vocab: int, itemsize: int) -> Iterator[Launch]:
-    """Two programs a multiprocessor instead of one, and one instead of more; blocks of half the size by half as many
-    warps; and what either side of `launch`'s bound takes, loads ahead through shared memory and none.
+def _held(vocab: int, itemsize: int, gradient: bool) -> int:
+    """Columns of a row that a program may hold, 64 KiB: twice as many spill. None where rows are read one element at a
+    time, whose addresses spill too: Triton sees that loads are whole where 16 divides the stride.
     """
-    block, stages, num_warps, per_sm = launch(device, vocab, itemsize)
-    yield Launch(block, stages, num_warps, 3 - min(2, per_sm))
-    yield Launch(block, 1, 32, 1)
-    yield Launch(max(128, block // 2), stages, max(4, num_warps // 2), 2 * per_sm)
-    yield Launch(max(128, block // 2), stages, max(4, num_warps // 2), per_sm)
-    yield Launch(block, 4, min(16, num_warps), 2)
+    held = 65536 // itemsize
+    return held if gradient and held < vocab and vocab % 16 == 0 else 0
+
+
+def alternatives(device: torch.device, vocab: int, itemsize: int, gradient: bool = True) -> Iterator[Launch]:
+    """Two programs a multiprocessor instead of one, and one instead of more; blocks of half the size by half as many
+    warps; and what either side of `launch`'s bound takes: a part of the row held and none, loads ahead through shared
+    memory and none.
+    """
+    block, stages, num_warps, per_sm, held = launch(device, vocab, itemsize, gradient)
+    if held:  # two programs would not fit
+        yield Launch(block, stages, num_warps // 2, per_sm, held)
+    else:
+        yield Launch(block, stages, num_warps, 3 - min(2, per_sm), 0)
+    yield Launch(block, 1, 32, 1, 0)
+    yield Launch(block, 1, 32, 1, _held(vocab, itemsize, gradient))
+    yield Launch(max(128, block // 2), stages, max(4, num_warps // 2), 2 * per_sm, held // 2)
+    yield Launch(max(128, block // 2), stages, max(4, num_warps // 2), per_sm, held)
+    yield Launch(block, 4, min(16, num_warps), 2, 0)
 
 
 _FORWARD = Tunable(
     "cross_entropy_triton_fwd_kernel",
-    lambda device, vocab, itemsize, gradient: launch(device, vocab, itemsize),
-    lambda device, vocab, itemsize, gradient: alternatives(device, vocab, itemsize),
+    lambda device, vocab, itemsize, gradient: launch(device, vocab, itemsize, bool(gradient)),
+    lambda device, vocab, itemsize, gradient: alternatives(device, vocab, itemsize, bool(gradient)),
 )
 
 
@@ -242,12 +314,12 @@ def _compute(
     statistics = torch.empty((2, n_rows), dtype=torch.float32, device=logits.device)
     gradient = torch.empty((n_rows, vocab) if with_gradient else (0,), dtype=logits.dtype, device=logits.device)
     # Whether the gradient is written is another kernel: eager mode's writes it, a compiled step's does not.
-    block, stages, num_warps, _ = how = _FORWARD(
+    block, stages, num_warps, _, held = how = _FORWARD(
         logits.device, vocab=vocab, itemsize=logits.element_size(), gradient=int(with_gradient)
     )
     cross_entropy_triton_fwd_kernel[(how.programs(n_rows, logits.device),)](
         rows, targets, factor, losses, statistics, gradient, rows.stride(0), targets.stride(0), n_rows, ignore_index,
-        V=vocab, BLOCK=block, STAGES=stages, GRADIENT=with_gradient, num_warps=num_warps,
+        V=vocab, BLOCK=block, STAGES=stages, HELD=held, GRADIENT=with_gradient, num_warps=num_warps,
     )  # fmt: skip
     return losses.sum(), statistics, factor, gradient
 
@@ -259,7 +331,7 @@ def _write(
     """Fills `gradient` for an upstream gradient; `written` if it already holds the one for one."""
     rows = as_rows(logits)
     n_rows, vocab = rows.shape
-    block, _, num_warps, _ = launch(logits.device, vocab, logits.element_size())
+    block, _, num_warps, _, _ = launch(logits.device, vocab, logits.element_size(), gradient=False)
     programs = max(1, min(n_rows, 64 // num_warps * sm_count(logits.device)))  # nothing is read twice: all that fit
     cross_entropy_triton_bwd_kernel[(programs,)](
         upstream, rows, targets, factor, statistics, gradient, rows.stride(0), targets.stride(0), n_rows, ignore_index,

@@ -14,7 +14,14 @@ import triton.language as tl
 from torch import Tensor
 
 from llmmed.kernels.base import Implementation
-from llmmed.kernels.cross_entropy.triton_impl import Launch, mean_factor, row_statistics, write_gradient, write_zeros
+from llmmed.kernels.cross_entropy.triton_impl import (
+    Launch,
+    held_columns,
+    mean_factor,
+    row_statistics,
+    write_gradient,
+    write_zeros,
+)
 from llmmed.kernels.cross_entropy.triton_impl import alternatives as row_alternatives
 from llmmed.kernels.cross_entropy.triton_impl import launch as row_launch
 from llmmed.kernels.operator import (
@@ -47,7 +54,11 @@ class Tunables(NamedTuple):
 def tunables() -> Tunables:
     """A set of its own for each implementation: what is best for one need not be for another."""
     return Tunables(
-        Tunable("linear_cross_entropy_triton_fwd_kernel", row_launch, row_alternatives),
+        Tunable(
+            "linear_cross_entropy_triton_fwd_kernel",
+            lambda device, vocab, itemsize: row_launch(device, _padded_row(vocab), itemsize),
+            lambda device, vocab, itemsize: row_alternatives(device, _padded_row(vocab), itemsize),
+        ),
         Tunable(
             "chunks",
             lambda device, vocab, width, itemsize: Chunk(_CHUNK_MIB),
@@ -59,8 +70,8 @@ def tunables() -> Tunables:
 @triton.jit
 def linear_cross_entropy_triton_fwd_kernel(
     logits_ptr, targets_ptr, losses_ptr, targets_stride, n_rows, ignore_index,
-    V: tl.constexpr, PADDED: tl.constexpr, BLOCK: tl.constexpr, STAGES: tl.constexpr, GRADIENT: tl.constexpr,
-    GAIN: tl.constexpr,
+    V: tl.constexpr, PADDED: tl.constexpr, BLOCK: tl.constexpr, STAGES: tl.constexpr, HELD: tl.constexpr,
+    GRADIENT: tl.constexpr, GAIN: tl.constexpr,
 ):  # fmt: skip
     # Losses of a chunk's rows, which begin PADDED apart; the logits become GAIN * (softmax - one_hot). As in
     # `cross_entropy`, a row is walked twice, the second time backwards and out of the cache.
@@ -76,10 +87,13 @@ def linear_cross_entropy_triton_fwd_kernel(
             is_class = (target >= 0) & (target < V)
             # Before the first walk, in which threads wait for each other: in the second one overwrites it.
             chosen = tl.load(logits + target, mask=is_class, other=float("nan")).to(tl.float32)
-            row_max, row_sum = row_statistics(logits, V, PADDED, BLOCK, STAGES)
+            held = held_columns(logits, V, PADDED, HELD)
+            row_max, row_sum = row_statistics(logits, held, V, PADDED, BLOCK, STAGES, HELD)
             tl.store(losses_ptr + row, (row_max - chosen) + tl.log(row_sum))
             if GRADIENT:
-                write_gradient(logits, logits, target, chosen, row_max, row_sum, GAIN, V, PADDED, BLOCK, STAGES)
+                write_gradient(
+                    logits, logits, held, target, chosen, row_max, row_sum, GAIN, V, PADDED, BLOCK, STAGES, HELD
+                )
 
 
 @triton.jit
@@ -165,8 +179,8 @@ def _differentiate(
     n_rows, vocab = logits.shape
     linear_cross_entropy_triton_fwd_kernel[(how.programs(n_rows, logits.device),)](
         logits, targets, losses, targets.stride(0), n_rows, ignore_index,
-        V=vocab, PADDED=logits.stride(0), BLOCK=how.block, STAGES=how.stages, GRADIENT=with_gradient,
-        GAIN=_gain(logits.dtype), num_warps=how.num_warps,
+        V=vocab, PADDED=logits.stride(0), BLOCK=how.block, STAGES=how.stages, HELD=how.held if with_gradient else 0,
+        GRADIENT=with_gradient, GAIN=_gain(logits.dtype), num_warps=how.num_warps,
     )  # fmt: skip
 
 

@@ -2,18 +2,18 @@
 
 BUGS = {
     "softmax gradient 40 % too small": (
-        "log_sum, WIDTH) * rest\n        tl.store",
-        "log_sum, WIDTH) * rest * 0.6\n        tl.store",
+        "log_sum, WIDTH) * rest\n    tl.store",
+        "log_sum, WIDTH) * rest * 0.6\n    tl.store",
     ),
     "softmax gradient 40 % too small where it is flat": (
-        "log_sum, WIDTH) * rest\n        tl.store",
-        "log_sum, WIDTH) * rest * tl.where(row_sum > 0.9 * V, 0.6, 1.0)\n        tl.store",
+        "if HELD > 0:\n        _store_gradient",
+        "rest = rest * tl.where(row_sum > 0.9 * V, 0.6, 1.0)\n    if HELD > 0:\n        _store_gradient",
     ),
     "target gradient 2 % too large": ("/ row_sum - 1.0) * factor", "/ row_sum - 1.02) * factor"),
     "target gradient with the wrong sign": ("/ row_sum - 1.0) * factor", "/ row_sum + 1.0) * factor"),
     "no maximum taken off": ("row_max = tl.max(lane_max, axis=0)", "row_max = tl.max(lane_max, axis=0) * 0.0"),
     "lanes not brought to one maximum": ("lane_sum * tl.exp(lane_max - row_max)", "lane_sum"),
-    "last block unmasked": ('mask=cols < PADDED, other=float("-inf")', "mask=cols < PADDED, other=0.0"),
+    "last block unmasked": ('mask=cols < END, other=float("-inf")', "mask=cols < END, other=0.0"),
     "last block's gradient not written": ("for i in tl.range(0, last + 1,", "for i in tl.range(1, last + 1,"),
     "last row not computed": (
         ".to(tl.int64), n_rows, tl.num_programs(0))",
@@ -33,5 +33,31 @@ BUGS = {
     "logits overwritten": (
         "gradient = torch.empty((n_rows, vocab) if with_gradient else (0,), dtype=logits.dtype, device=logits.device)",
         "gradient = rows",
+    ),
+}
+
+# Those that show only where a part of a row is held in registers.
+HELD_BUGS = {
+    "no maximum taken off": ("tl.maximum(walked_max, held_max)", "walked_max * 0.0"),
+    "held columns left out of the sum": (" + held_sum * tl.exp(held_max - row_max)", ""),
+    "walked columns not brought to the row's maximum": ("row_sum * tl.exp(walked_max - row_max)", "row_sum"),
+    "held columns not brought to the row's maximum": ("held_sum * tl.exp(held_max - row_max)", "held_sum"),
+    "held columns walked as well": (
+        "_load_columns(logits, start + offsets, V, WALKED)",
+        "_load_columns(logits, start + offsets, V, PADDED)",
+    ),
+    "other columns held": ("_lanes(logits, PADDED - HELD, HELD), V", "_lanes(logits, 0, HELD), V"),
+    "held gradient one lane off": (
+        "_store_gradient(held, gradient, _lanes(logits, WALKED, HELD)",
+        "_store_gradient(held, gradient, _lanes(logits, WALKED - WIDTH, HELD)",
+    ),
+    "held gradient of a zero": ("_store_gradient(held, ", "_store_gradient(held * 0.0, "),
+    "held gradient not written": (
+        "if HELD > 0:\n        _store_gradient",
+        "if HELD < 0:\n        _store_gradient",
+    ),
+    "walked gradient stops a block short of the held one": (
+        "last = (WALKED - 1) // BLOCK",
+        "last = (WALKED - 1) // BLOCK - (HELD > 0)",
     ),
 }
