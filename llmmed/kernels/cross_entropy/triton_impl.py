@@ -1,8 +1,8 @@
 """`cross_entropy` in Triton: loss and gradient with one read and one write of device memory, at any vocabulary.
 
 A program walks a row twice: once for the maximum and the sum of exponentials, once, backwards, for the gradient. Few
-rows are under way at a time, so that the second walk finds the row in the L2 cache. Backward has nothing left to do
-where the upstream gradient is one, and sees that on the device.
+rows are under way at a time, so that the second walk finds the row in the L2 cache; where they fill it, the end of each
+stays in registers. Backward has nothing left to do where the upstream gradient is one, and sees that on the device.
 """
 
 # Annotations must be real objects: torch infers the operator's schema from them. So no `from __future__` here.

@@ -3,12 +3,12 @@
 BUGS = {
     "gradient of the loss 2 % too small": ("row_max, row_sum, GAIN, V", "row_max, row_sum, 0.98 * GAIN, V"),
     "gradient of another row's target": (
-        "write_gradient(logits, logits, target, chosen",
-        "write_gradient(logits, logits, target // 2, chosen",
+        "logits, logits, held, target, chosen",
+        "logits, logits, held, target // 2, chosen",
     ),
     "padding counted among the classes": (
-        "row_statistics(logits, V, PADDED, BLOCK, STAGES)",
-        "row_statistics(logits, PADDED, PADDED, BLOCK, STAGES)",
+        "row_statistics(logits, held, V, PADDED, BLOCK",
+        "row_statistics(logits, held, PADDED, PADDED, BLOCK",
     ),
     "rows taken for contiguous": ("logits = logits_ptr + row * PADDED", "logits = logits_ptr + row * V"),
     "the sum left out of the loss": ("(row_max - chosen) + tl.log(row_sum))", "row_max - chosen)"),
