@@ -27,9 +27,11 @@ from llmmed.kernels.cross_entropy.triton_impl import launch as row_launch
 from llmmed.kernels.operator import (
     TRITON_DEVICES,
     as_rows,
+    l2_bytes,
     make_operator,
     refuse_second_derivative,
     require_triton,
+    sm_count,
     through_dispatcher,
 )
 from llmmed.kernels.tunable import Tunable
@@ -51,12 +53,23 @@ class Tunables(NamedTuple):
     chunks: Tunable[Chunk]
 
 
+def in_place_launch(device: torch.device, vocab: int, itemsize: int) -> Launch:
+    """As in `cross_entropy`; but gradients in place leave the cache to the logits, so that two rows a multiprocessor
+    may be under way where they take no more than half of it.
+    """
+    how = row_launch(device, vocab, itemsize)
+    two_rows = 2 * sm_count(device) * vocab * itemsize
+    if how.num_warps == 32 and how.per_sm == 1 and how.held == 0 and 2 * two_rows <= l2_bytes(device):
+        return Launch(how.block // 2, how.stages, 16, 2, 0)
+    return how
+
+
 def tunables() -> Tunables:
     """A set of its own for each implementation: what is best for one need not be for another."""
     return Tunables(
         Tunable(
             "linear_cross_entropy_triton_fwd_kernel",
-            lambda device, vocab, itemsize: row_launch(device, _padded_row(vocab), itemsize),
+            lambda device, vocab, itemsize: in_place_launch(device, _padded_row(vocab), itemsize),
             lambda device, vocab, itemsize: row_alternatives(device, _padded_row(vocab), itemsize),
         ),
         Tunable(
