@@ -34,7 +34,9 @@ _PLACE = re.compile(r"at \d+:\d+:")  # Triton begins with it, then shows the sou
 
 def one_line(error: BaseException, limit: int = 200) -> str:
     """`ValueError: the line of the message that tells most`, as a rule the first."""
-    lines = str(error).strip().splitlines()
+    while _PLACE.match(str(error)) and error.__cause__ is not None:
+        error = error.__cause__  # in a function that the kernel calls
+    lines = [line for line in str(error).splitlines() if line.strip(" ^")]
     told = lines[-1 if _PLACE.match(lines[0]) else 0].strip() if lines else ""
     text = f"{type(error).__name__}: {told}" if told else type(error).__name__
     return text if len(text) <= limit else f"{text[: limit - 3]}..."

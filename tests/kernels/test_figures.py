@@ -16,6 +16,7 @@ from torch import Tensor
 
 from llmmed.autotune.measure import Measurement, measure_ceilings, measure_op
 from llmmed.autotune.plan import Ceilings
+from llmmed.autotune.step_plan import release
 from llmmed.kernels.base import Call, TensorSpec, Unavailable, tensor_spec
 from llmmed.kernels.catalog import COMPILED, DEFAULT, get_implementation, get_op, load_function
 
@@ -49,6 +50,7 @@ def ceilings() -> Ceilings:
 def measure(call: Call, *names: str, **others: Callable[..., Any]) -> dict[str, Measurement]:
     """Implementations of an op by name, `compiled` among them, and other functions with its arguments."""
     torch.compiler.reset()
+    release(GPU)  # what graphs of the shape before held
     functions: dict[str, Callable[..., Any]] = {}
     for name in names:
         try:

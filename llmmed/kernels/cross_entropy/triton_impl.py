@@ -48,13 +48,19 @@ def cross_entropy_triton_factor_kernel(
 
 
 @triton.jit
+def target_of(targets_ptr, targets_stride, row, n_rows):
+    # Loaded a row ahead: nothing of a row can begin before its target is known.
+    return tl.load(targets_ptr + row * targets_stride, mask=row < n_rows, other=0)
+
+
+@triton.jit
 def held_columns(logits, V: tl.constexpr, PADDED: tl.constexpr, HELD: tl.constexpr):
     # The last HELD columns of a row, which stay in registers from one walk to the other; the walks end before them.
     if HELD > 0:
         tl.static_assert(HELD < PADDED)
         return _load_columns(logits, _lanes(logits, PADDED - HELD, HELD), V, PADDED)
     else:
-        return None
+        return 0  # triton 3.6 cannot return None
 
 
 @triton.jit
@@ -179,11 +185,13 @@ def cross_entropy_triton_fwd_kernel(
     V: tl.constexpr, BLOCK: tl.constexpr, STAGES: tl.constexpr, HELD: tl.constexpr, GRADIENT: tl.constexpr,
 ):  # fmt: skip
     factor = tl.load(factor_ptr).to(tl.float32)
-    for row in tl.range(tl.program_id(0).to(tl.int64), n_rows, tl.num_programs(0)):
+    first, step = tl.program_id(0).to(tl.int64), tl.num_programs(0)
+    target = target_of(targets_ptr, targets_stride, first, n_rows)
+    for row in tl.range(first, n_rows, step):
         row += tl.full((), 0, tl.int64)  # the interpreter counts in plain integers
+        next_target = target_of(targets_ptr, targets_stride, row + step, n_rows)
         logits = logits_ptr + row * logits_stride
         gradient = gradient_ptr + row * V
-        target = tl.load(targets_ptr + row * targets_stride)
         if target == ignore_index:
             tl.store(losses_ptr + row, 0.0)
             tl.store(statistics_ptr + row, 0.0)
@@ -191,11 +199,11 @@ def cross_entropy_triton_fwd_kernel(
             if GRADIENT:
                 write_zeros(gradient, V, BLOCK)
         else:
-            held = held_columns(logits, V, V, HELD)
-            row_max, row_sum = row_statistics(logits, held, V, V, BLOCK, STAGES, HELD)
             # A target that is no class must not read foreign memory: its loss is NaN, which nobody overlooks.
             is_class = (target >= 0) & (target < V)
             chosen = tl.load(logits + target, mask=is_class, other=float("nan")).to(tl.float32)
+            held = held_columns(logits, V, V, HELD)
+            row_max, row_sum = row_statistics(logits, held, V, V, BLOCK, STAGES, HELD)
             tl.store(losses_ptr + row, ((row_max - chosen) + tl.log(row_sum)) * factor)
             tl.store(statistics_ptr + row, row_max)
             tl.store(statistics_ptr + n_rows + row, row_sum)
@@ -203,6 +211,7 @@ def cross_entropy_triton_fwd_kernel(
                 write_gradient(
                     logits, gradient, held, target, chosen, row_max, row_sum, factor, V, V, BLOCK, STAGES, HELD
                 )
+        target = next_target
 
 
 @triton.jit

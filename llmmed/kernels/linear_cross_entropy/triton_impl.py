@@ -19,6 +19,7 @@ from llmmed.kernels.cross_entropy.triton_impl import (
     held_columns,
     mean_factor,
     row_statistics,
+    target_of,
     write_gradient,
     write_zeros,
 )
@@ -88,9 +89,11 @@ def linear_cross_entropy_triton_fwd_kernel(
 ):  # fmt: skip
     # Losses of a chunk's rows, which begin PADDED apart; the logits become GAIN * (softmax - one_hot). As in
     # `cross_entropy`, a row is walked twice, the second time backwards and out of the cache.
-    for row in tl.range(tl.program_id(0).to(tl.int64), n_rows, tl.num_programs(0)):
+    first, step = tl.program_id(0).to(tl.int64), tl.num_programs(0)
+    target = target_of(targets_ptr, targets_stride, first, n_rows)
+    for row in tl.range(first, n_rows, step):
+        next_target = target_of(targets_ptr, targets_stride, row + step, n_rows)
         logits = logits_ptr + row * PADDED
-        target = tl.load(targets_ptr + row * targets_stride)
         if target == ignore_index:
             tl.store(losses_ptr + row, 0.0)
             if GRADIENT:
@@ -107,6 +110,7 @@ def linear_cross_entropy_triton_fwd_kernel(
                 write_gradient(
                     logits, logits, held, target, chosen, row_max, row_sum, GAIN, V, PADDED, BLOCK, STAGES, HELD
                 )
+        target = next_target
 
 
 @triton.jit
