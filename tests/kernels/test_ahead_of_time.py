@@ -79,7 +79,8 @@ def production_calls() -> dict[str, list[Call]]:
 def test_all_compile_for_every_target_and_do_not_spill() -> None:
     """In one test, so that what is launched in several ways is compiled once, by processes that start once."""
     shipped, searched, far = shipped_launches(), searched_launches(), far_launches()
-    compiled = dict(zip(launches := [*shipped, *searched, *far], compile_launches(launches), strict=True))
+    launches = [*shipped, *searched, *far]
+    compiled = dict(zip(launches, compile_launches(launches), strict=True))
     for op, name in CANDIDATES:
         found = {compiled[launch].target for launch in shipped if (launch.op, launch.implementation) == (op, name)}
         assert found == targets(op), (op, name)
