@@ -213,6 +213,7 @@ def test_the_name_of_a_model_changes_no_evidence(tiny: Config) -> None:
     assert tuner._depends_on(replace(tiny, model=replace(tiny.model, n_layers=9)), step) != facts
 
 
+@pytest.mark.slow
 def test_launches_are_searched_recorded_and_taken_from_a_plan(
     tiny: Config, norms: Workload, plant: Plant, tmp_path: Path, caplog: pytest.LogCaptureFixture,
     monkeypatch: pytest.MonkeyPatch,
