@@ -70,6 +70,20 @@ def read_json(path: Path) -> Any:
     return json.loads(path.read_text(encoding="utf-8"))
 
 
+def read_metrics(path: Path) -> list[dict[str, float]]:
+    """All whole lines of a metrics file, values that were not finite as NaN; none if there is no file."""
+    if not path.exists():
+        return []
+    found = []
+    for line in path.read_text(encoding="utf-8").splitlines():
+        try:
+            entry = json.loads(line)
+        except ValueError:  # the last line of a run that was killed
+            break
+        found.append({k: math.nan if v is None else v for k, v in entry.items()} if isinstance(entry, dict) else entry)
+    return found
+
+
 def sha256_of(parts: Iterable[bytes | str]) -> str:
     """A hash over parts that does not confuse ("ab", "c") with ("a", "bc")."""
     digest = hashlib.sha256()

@@ -152,7 +152,7 @@ def tell(folder: Path) -> list[str]:
     """The comparison of all jobs, on the terminal and in the sweep's folder. Returns a line for each not finished."""
     from rich.console import Console
 
-    from llmmed.reporting import sweep_summary  # torch comes with it
+    from llmmed.reporting import sweep_summary
 
     try:
         jobs = sweep_summary.tell(folder, Console(highlight=False))

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -14,6 +13,7 @@ from llmmed import continuation, run_folder
 from llmmed.errors import UserError
 from llmmed.files import write_json
 from llmmed.run import _newest_checkpoint
+from tests.processes import run_script
 from tests.training.tiny import pattern, run, tiny_config
 
 STARTED = ["experiment=smoke", "data=synthetic", "kernels=pytorch", "model.d_ff=96", "+data@data.sources.more=text"]
@@ -117,8 +117,7 @@ def test_where_there_is_nothing_to_go_on_from(tmp_path: Path, resume: str) -> No
 @pytest.mark.slow
 def test_the_hint_of_an_interrupted_run_is_all_that_must_be_typed(tmp_path: Path, repository: Path) -> None:
     def train(*overrides: str) -> subprocess.CompletedProcess[str]:
-        command = [sys.executable, str(repository / "scripts" / "train.py"), *overrides]
-        return subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=120)
+        return run_script(repository / "scripts" / "train.py", overrides, tmp_path)
 
     def files() -> dict[str, bytes]:
         return {str(path): path.read_bytes() for path in (tmp_path / "run").rglob("*") if path.is_file()}

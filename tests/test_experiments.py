@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import json
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 
 from llmmed.compose import compose, config_folder
+from tests.processes import run_script
 
 EXPERIMENTS = sorted(path.stem for path in (config_folder() / "experiment").glob("*.yaml"))
 
@@ -34,8 +33,7 @@ SUMMARY = {"tokens_per_second", "mfu", "peak_memory_gib", "final/train_loss", "f
 def test_a_few_steps_of_every_experiment(name: str, tmp_path: Path, repository: Path) -> None:
     config = compose([f"experiment={name}"])
     data = OFFLINE if "hub" in (config.data.name, config.tokenizer.name) else PART
-    command = [sys.executable, str(repository / "scripts" / "train.py"), f"experiment={name}", *SHORT, *data]
-    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=250)
+    done = run_script(repository / "scripts" / "train.py", [f"experiment={name}", *SHORT, *data], tmp_path)
     assert done.returncode == 0, done.stderr
     run = tmp_path / "run"
     assert not [file for file in FILES if not (run / file).stat().st_size]

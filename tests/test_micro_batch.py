@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import subprocess
-import sys
 from dataclasses import replace
 from pathlib import Path
 
@@ -15,6 +13,7 @@ from llmmed.errors import UserError
 from llmmed.micro_batch import divisors, largest_that_fits
 from llmmed.training.fits import fits
 from llmmed.training.memory import advice
+from tests.processes import run_script
 from tests.training.tiny import tiny_config
 
 AUTO = ["experiment=smoke", "data=synthetic", "kernels=pytorch", "device=cpu", "train.micro_batch_size=auto"]
@@ -77,8 +76,7 @@ def test_scripts_that_do_not_resolve_it_refuse_it() -> None:
 @pytest.mark.slow
 def test_a_run_stores_the_number_and_its_continuation_keeps_it(tmp_path: Path, repository: Path) -> None:
     def train(*overrides: str) -> str:
-        command = [sys.executable, str(repository / "scripts" / "train.py"), *AUTO, "hydra.run.dir=run", *overrides]
-        done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=120)
+        done = run_script(repository / "scripts" / "train.py", [*AUTO, "hydra.run.dir=run", *overrides], tmp_path)
         assert done.returncode == 0, done.stderr
         return done.stdout
 

@@ -20,7 +20,7 @@ from llmmed.signals import INTERRUPTED
 from tests.reporting.test_wandb_sink import whole_file
 
 SMOKE = ["experiment=smoke", "data=synthetic", "train.max_steps=4", "train.compile=eager", "kernels=pytorch",
-         "train.eval_every=0", "train.checkpoint_every=0"]  # fmt: skip
+         "train.seq_len=16", "train.eval_every=0", "train.checkpoint_every=0"]  # fmt: skip
 
 
 def start(arguments: list[str], folder: Path, repository: Path) -> subprocess.Popen[str]:

@@ -8,9 +8,10 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from typing import Any, Generic, NamedTuple, Protocol, TypeVar
+from typing import TYPE_CHECKING, Any, Generic, NamedTuple, Protocol, TypeVar
 
-import torch
+if TYPE_CHECKING:
+    import torch  # who reads a plan or compares the jobs of a sweep need not wait for it
 
 MOST_ALTERNATIVES = 6  # of one kernel at one shape: each is compiled, and timed
 
@@ -35,7 +36,6 @@ class _Parameters(Protocol):
 
 P = TypeVar("P", bound=_Parameters)
 
-_ANY_DEVICE = torch.device("cpu")  # where only the names of parameters are wanted
 _seen: dict[Site, Values] | None = None
 
 
@@ -81,10 +81,13 @@ class Tunable(Generic[P]):
 
     def take(self, launches: Launches) -> None:
         """Launches the kernel so from now on, by default where nothing is said. Raises `ValueError`."""
+        import torch
+
+        any_device = torch.device("cpu")  # only the names of parameters are wanted
         chosen = {}
         for site, values in launches.items():
             try:
-                default = self._default(_ANY_DEVICE, **dict(site.at))
+                default = self._default(any_device, **dict(site.at))
             except TypeError:
                 raise ValueError(f"the launch of {self.kernel} does not depend on {_names(dict(site.at))}") from None
             if values.keys() != default._asdict().keys():

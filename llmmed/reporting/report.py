@@ -21,7 +21,7 @@ from yaml import YAMLError
 
 from llmmed.autotune.plan import Candidate, KernelPlan, OpPlan
 from llmmed.errors import UserError
-from llmmed.files import write_atomically
+from llmmed.files import read_metrics, write_atomically
 from llmmed.reporting import sweep_summary
 from llmmed.reporting.kernel_table import reason_alone
 from llmmed.reporting.numbers import ABSENT, Column, digits, number, words
@@ -30,7 +30,6 @@ from llmmed.reporting.report_step import step_section
 from llmmed.reporting.sweep_summary import JobSummary, metrics_of, stored, summarize_run, told_kernels
 from llmmed.reporting.terminal import kernels_in_words
 from llmmed.run_folder import shown
-from llmmed.training.metrics import read_metrics
 
 _LOG_LINES = 40
 _EARLIER_SAMPLES = 12  # of a prompt

@@ -28,7 +28,7 @@ from rich.text import Text
 from llmmed import run_folder
 from llmmed.autotune.plan import KernelPlan
 from llmmed.errors import UserError
-from llmmed.files import read_json, write_atomically, write_json
+from llmmed.files import read_json, read_metrics, write_atomically, write_json
 from llmmed.kernels.catalog import DEFAULT
 from llmmed.reporting import sweep_curves
 from llmmed.reporting.numbers import ABSENT, Column, number
@@ -143,8 +143,6 @@ def status_of(folder: Path) -> run_folder.Status:
 
 def metrics_of(folder: Path) -> list[dict[str, float]]:
     """`metrics.jsonl`, as far as it can be read."""
-    from llmmed.training.metrics import read_metrics  # torch comes with it
-
     try:
         return [
             entry for entry in read_metrics(folder / "metrics.jsonl") if isinstance(entry, dict) and "step" in entry

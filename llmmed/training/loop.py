@@ -24,7 +24,7 @@ from llmmed.config import Config
 from llmmed.data import Batches, Dataset
 from llmmed.data.tokenizer import SETTINGS
 from llmmed.errors import UserError
-from llmmed.files import finite, write_atomically
+from llmmed.files import finite, read_metrics, write_atomically
 from llmmed.model import Transformer, flops_per_token
 from llmmed.optim import learning_rate
 from llmmed.run_folder import shown
@@ -32,7 +32,7 @@ from llmmed.signals import Interrupted, StopRequest
 from llmmed.training import checkpoint, memory
 from llmmed.training.evaluate import Evaluator
 from llmmed.training.executed import launched_kernels, prepare_tracing
-from llmmed.training.metrics import JsonLines, SampleSink, Sink, draw_loss, peak_tflops, read_metrics
+from llmmed.training.metrics import JsonLines, SampleSink, Sink, draw_loss, peak_tflops
 from llmmed.training.micro_step import build_micro_step
 from llmmed.training.prefetch import Prefetcher
 from llmmed.training.profiling import StepTrace

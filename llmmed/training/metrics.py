@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import math
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -12,7 +11,7 @@ from typing import Protocol, runtime_checkable
 
 import torch
 
-from llmmed.files import finite, write_atomically
+from llmmed.files import finite, read_metrics, write_atomically
 
 # Dense peak in TFLOP/s for bf16 and fp16 products, from the vendors' data sheets, by a part of the GPU's name.
 _PEAK_TFLOPS = {
@@ -81,20 +80,6 @@ class JsonLines:
 
     def close(self) -> None:
         self._file.close()
-
-
-def read_metrics(path: Path) -> list[dict[str, float]]:
-    """All whole lines of a metrics file, values that were not finite as NaN; none if there is no file."""
-    if not path.exists():
-        return []
-    found = []
-    for line in path.read_text(encoding="utf-8").splitlines():
-        try:
-            entry = json.loads(line)
-        except ValueError:  # the last line of a run that was killed
-            break
-        found.append({k: math.nan if v is None else v for k, v in entry.items()} if isinstance(entry, dict) else entry)
-    return found
 
 
 def peak_tflops(device: torch.device, precision: str) -> float | None:

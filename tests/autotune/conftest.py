@@ -15,7 +15,7 @@ from llmmed.config import Config
 from llmmed.kernels.base import Call, tensor_spec
 
 
-@pytest.fixture
+@pytest.fixture(scope="session")
 def tiny() -> Config:
     """A run of two small layers, kernels=auto, eager."""
     return compose(

@@ -213,6 +213,7 @@ def test_the_name_of_a_model_changes_no_evidence(tiny: Config) -> None:
     assert tuner._depends_on(replace(tiny, model=replace(tiny.model, n_layers=9)), step) != facts
 
 
+@pytest.mark.slow
 def test_launches_are_searched_recorded_and_taken_from_a_plan(
     tiny: Config, norms: Workload, plant: Plant, tmp_path: Path, caplog: pytest.LogCaptureFixture,
     monkeypatch: pytest.MonkeyPatch,
@@ -254,7 +255,7 @@ def test_launches_are_searched_recorded_and_taken_from_a_plan(
 
 
 def test_two_tuning_runs_at_once_leave_a_whole_cache(tiny: Config, norms: Workload, plant: Plant) -> None:
-    plant("right")
+    plant("slow")  # of which no step is timed
     config = with_kernels(tiny, cache="refresh")
     plans: list[KernelPlan] = []
     threads = [threading.Thread(target=lambda: plans.append(tune(config, norms, mode="eager"))) for _ in range(2)]

@@ -77,6 +77,23 @@ def production_calls() -> dict[str, list[Call]]:
 @pytest.mark.slow
 @pytest.mark.timeout(600)
 def test_all_compile_for_every_target_and_do_not_spill() -> None:
+    """In one test, so that what is launched in several ways is compiled once, by processes that start once."""
+    shipped, searched, far = shipped_launches(), searched_launches(), far_launches()
+    launches = [*shipped, *searched, *far]
+    compiled = dict(zip(launches, compile_launches(launches), strict=True))
+    for op, name in CANDIDATES:
+        found = {compiled[launch].target for launch in shipped if (launch.op, launch.implementation) == (op, name)}
+        assert found == targets(op), (op, name)
+    assert len({compiled[launch].constants for launch in searched}) > 30
+    assert {launch.kernel for launch in far} >= set(get_implementation("attention", "triton").kernel_names)
+    assert all("LONG=True" in compiled[launch].constants for launch in far)
+    spilling = [compiled[k] for k in (*shipped, *searched) if compiled[k].spills > SPILL_CEILINGS.get(k.kernel, 0)]
+    too_large = [kernel for kernel in compiled.values() if not kernel.fits]
+    assert not spilling + too_large, "\n".join(kernel.describe() for kernel in spilling + too_large)
+
+
+def shipped_launches() -> list[Launch]:
+    """Those at the calls of the shipped models."""
     launches = []
     for op, name in CANDIDATES:
         calls = production_calls()[op]
@@ -89,41 +106,21 @@ def test_all_compile_for_every_target_and_do_not_spill() -> None:
             launches += record_launches(op, name, large, targets=[86])
         if "rms_norm" in op:  # whose pipelines take twice the shared memory in float32
             launches += record_launches(op, name, [base[0].with_compute_dtype(torch.float32)], targets=[86])
-    kernels = compile_launches(launches)
-    for op, name in CANDIDATES:
-        assert {k.target for k in kernels if (k.op, k.implementation) == (op, name)} == targets(op), (op, name)
-    spilling = [k for k in kernels if k.spills > SPILL_CEILINGS.get(k.kernel, 0)]
-    too_large = [k for k in kernels if not k.fits]
-    assert not spilling + too_large, "\n".join(kernel.describe() for kernel in spilling + too_large)
+    return launches
 
 
-@pytest.mark.parametrize("op", sorted({op for op, _ in CANDIDATES}))
-def test_no_kernel_of_an_op_is_left_out(op: str) -> None:
-    module = importlib.import_module(f"llmmed.kernels.{op}.triton_impl")
-    defined = {name for name, value in vars(module).items()
-               if name.endswith("_kernel") and getattr(value, "__module__", "") == module.__name__}  # fmt: skip
-    launches = record_launches(op, "triton", production_calls()[op], targets=[90])
-    assert defined
-    assert {launch.kernel for launch in launches if launch.module == module.__name__} == defined
-
-
-@pytest.mark.slow
-def test_every_launch_that_a_search_may_choose_compiles_for_an_h100() -> None:
-    launches = [
+def searched_launches() -> list[Launch]:
+    """Every one that a search on an H100 may choose, at a call of each op."""
+    return [
         launch
         for op, name in CANDIDATES
         if "attention" not in op  # whose kernels of products take a minute; a search leaves out what cannot be launched
         for call in production_calls()[op][:1]
-        for launch in searched_launches(op, name, call)
+        for launch in alternative_launches(op, name, call)
     ]
-    kernels = compile_launches(launches)
-    spilling = [k for k in kernels if k.spills > SPILL_CEILINGS.get(k.kernel, 0)]
-    too_large = [k for k in kernels if not k.fits]
-    assert len({kernel.constants for kernel in kernels}) > 30
-    assert not spilling + too_large, "\n".join(kernel.describe() for kernel in spilling + too_large)
 
 
-def searched_launches(op_name: str, name: str, call: Call) -> list[Launch]:
+def alternative_launches(op_name: str, name: str, call: Call) -> list[Launch]:
     op, implementation = get_op(op_name), get_implementation(op_name, name)
     found: list[Launch] = []
     with absent_gpu(TARGETS[90]):
@@ -135,6 +132,23 @@ def searched_launches(op_name: str, name: str, call: Call) -> list[Launch]:
             found += record_launches(op_name, name, [call], targets=[90])
             implementation.take_launches({})
     return found
+
+
+def far_launches() -> list[Launch]:
+    """Attention's where positions are 2^31 elements apart: strides of 64 bits make other kernels of it."""
+    states = tensor_spec(1, 2**16, 2, 64, dtype=torch.bfloat16, requires_grad=True)
+    states = replace(states, stride=(2**32, 2**16, 64, 1))
+    return record_launches("attention", "triton", [Call.of("attention", q=states, k=states, v=states)], targets=[90])
+
+
+@pytest.mark.parametrize("op", sorted({op for op, _ in CANDIDATES}))
+def test_no_kernel_of_an_op_is_left_out(op: str) -> None:
+    module = importlib.import_module(f"llmmed.kernels.{op}.triton_impl")
+    defined = {name for name, value in vars(module).items()
+               if name.endswith("_kernel") and getattr(value, "__module__", "") == module.__name__}  # fmt: skip
+    launches = record_launches(op, "triton", production_calls()[op], targets=[90])
+    assert defined
+    assert {launch.kernel for launch in launches if launch.module == module.__name__} == defined
 
 
 def test_attention_s_loops_scale_with_the_subtraction_and_mask_no_whole_block(
@@ -161,18 +175,6 @@ def test_every_kernel_that_a_trace_is_searched_for_is_launched() -> None:
         launched = {launch.kernel for launch in record_launches(op, name, production_calls()[op], targets=[90])}
         expected = get_implementation(op, name).kernel_names
         assert all(any(part in kernel for kernel in launched) for part in expected), (op, name, launched)
-
-
-@pytest.mark.slow
-def test_attention_compiles_where_positions_are_2_31_elements_apart() -> None:
-    """Strides are then 64 bits wide: other kernels than those of the shipped models."""
-    states = tensor_spec(1, 2**16, 2, 64, dtype=torch.bfloat16, requires_grad=True)
-    states = replace(states, stride=(2**32, 2**16, 64, 1))
-    call = Call.of("attention", q=states, k=states, v=states)
-    launches = record_launches("attention", "triton", [call], targets=[90])
-    compiled = compile_launches(launches)
-    assert {kernel.kernel for kernel in compiled} >= set(get_implementation("attention", "triton").kernel_names)
-    assert all("LONG=True" in kernel.constants and kernel.fits for kernel in compiled)
 
 
 def test_a_kernel_that_needs_too_many_registers_is_seen_to_spill(

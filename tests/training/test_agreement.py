@@ -13,11 +13,11 @@ from rich.console import Console
 from llmmed import data
 from llmmed.compose import compose
 from llmmed.data import biomed
+from llmmed.files import read_metrics
 from llmmed.kernels.catalog import default_choice, implementation_names, load_kernels
 from llmmed.model import Transformer, compute_dtype
 from llmmed.training.execution import resolve_compile
 from llmmed.training.loop import train
-from llmmed.training.metrics import read_metrics
 
 STEPS, SEEDS = 300, (0, 1, 2)
 TRITON = {op: "triton" for op in default_choice() if "triton" in implementation_names(op)}

@@ -20,12 +20,13 @@ from safetensors.torch import load_file
 
 from llmmed.data import Batches
 from llmmed.errors import UserError
+from llmmed.files import read_metrics
 from llmmed.model import Transformer
 from llmmed.run import run as run_everything
 from llmmed.run_folder import read_status
 from llmmed.signals import Interrupted
 from llmmed.training import checkpoint
-from llmmed.training.metrics import JsonLines, read_metrics
+from llmmed.training.metrics import JsonLines
 from tests.training.tiny import build, pattern, run, run_with, tiny_config
 
 ARGUMENTS = ["experiment=smoke", "data=synthetic", "kernels=pytorch", "model.vocab_size=64", "train.seq_len=16",

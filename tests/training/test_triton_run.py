@@ -7,9 +7,9 @@ from pathlib import Path
 import pytest
 import torch
 
+from llmmed.files import read_metrics
 from llmmed.kernels.catalog import default_choice, implementation_names, load_kernels
 from llmmed.model import Transformer
-from llmmed.training.metrics import read_metrics
 from tests.training.tiny import run_with, tiny_config
 
 TRITON = {op: "triton" for op in default_choice() if "triton" in implementation_names(op)}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -34,6 +35,7 @@ TINY = [
 ]
 
 
+@functools.cache
 def tiny_config(*overrides: str) -> Config:
     return compose([*TINY, *overrides])
 
