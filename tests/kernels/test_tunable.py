@@ -96,7 +96,7 @@ def test_the_losses_launch_changes_where_a_row_each_fills_half_of_the_cache() ->
         options = {vocab: list(row_alternatives(CPU, vocab, 2)) for vocab in found}
         unaligned, without_gradient = row_launch(CPU, 131073, 2), row_launch(CPU, 131072, 2, gradient=False)
         none_held = [*row_alternatives(CPU, 131073, 2), *row_alternatives(CPU, 131072, 2, gradient=False)]
-    resident, held, ahead = (16384, 1, 32, 1, 0), (16384, 1, 32, 1, 32768), (16384, 4, 16, 2, 0)
+    resident, held, ahead = (16384, 1, 32, 1, 0), (16384, 1, 16, 1, 32768), (16384, 4, 16, 2, 0)
     assert found == {vocab: resident if vocab < 99000 else held for vocab in vocabularies}
     for vocab, launch in found.items():
         assert {resident, held, ahead} <= {launch, *options[vocab]}

@@ -58,7 +58,7 @@ def held_columns(logits, V: tl.constexpr, PADDED: tl.constexpr, HELD: tl.constex
     # The last HELD columns of a row, which stay in registers from one walk to the other; the walks end before them.
     if HELD > 0:
         tl.static_assert(HELD < PADDED)
-        return _load_columns(logits, _lanes(logits, PADDED - HELD, HELD), V, PADDED)
+        return _load_columns(logits, _lanes(logits, PADDED - HELD, HELD), V, PADDED, False)
     else:
         return 0  # triton 3.6 cannot return None
 
@@ -74,7 +74,7 @@ def row_statistics(
     offsets = _lanes(logits, 0, BLOCK)
     lane_max, lane_sum = _empty_lanes(offsets.shape[0])
     for start in tl.range(0, WALKED, BLOCK, num_stages=STAGES):
-        x = _load_columns(logits, start + offsets, V, WALKED)
+        x = _load_columns(logits, start + offsets, V, WALKED, WALKED % BLOCK != 0)
         lane_max, lane_sum = _add_to_lanes(x, lane_max, lane_sum)
     row_max, row_sum = _join_lanes(lane_max, lane_sum)
     if HELD > 0:
@@ -95,8 +95,11 @@ def _lanes(logits, START: tl.constexpr, COLUMNS: tl.constexpr):
 
 
 @triton.jit
-def _load_columns(logits, cols, V: tl.constexpr, END: tl.constexpr):
-    x = tl.load(logits + cols, mask=cols < END, other=float("-inf"))
+def _load_columns(logits, cols, V: tl.constexpr, END: tl.constexpr, MASKED: tl.constexpr):
+    if MASKED:
+        x = tl.load(logits + cols, mask=cols < END, other=float("-inf"))
+    else:
+        x = tl.load(logits + cols)
     if END > V:
         x = tl.where(cols < V, x, float("-inf"))
     return x
@@ -150,12 +153,13 @@ def write_gradient(
         log_sum = row_max
         rest = tl.div_rn(factor, row_sum)
     if HELD > 0:
-        _store_gradient(held, gradient, _lanes(logits, WALKED, HELD), log_sum, rest, PADDED, WIDTH)
+        _store_gradient(held, gradient, _lanes(logits, WALKED, HELD), log_sum, rest, PADDED, WIDTH, False)
     # The last blocks first: they were read last, and are the likeliest to be in the cache.
     last = (WALKED - 1) // BLOCK
     for i in tl.range(0, last + 1, num_stages=STAGES):
         cols = (last - i) * BLOCK + tl.arange(0, BLOCK)
-        _store_gradient(_load_columns(logits, cols, V, WALKED), gradient, cols, log_sum, rest, WALKED, WIDTH)
+        x = _load_columns(logits, cols, V, WALKED, WALKED % BLOCK != 0)
+        _store_gradient(x, gradient, cols, log_sum, rest, WALKED, WIDTH, WALKED % BLOCK != 0)
     # The target's entry is written again, since comparing every column with it would cost as much as the exponential;
     # and exactly, since a probability close to one cancels.
     tl.debug_barrier()
@@ -165,9 +169,14 @@ def write_gradient(
 
 
 @triton.jit
-def _store_gradient(x, gradient, cols, log_sum, rest, END: tl.constexpr, WIDTH: tl.constexpr):
-    dx = _exp_difference(x.to(tl.float32), log_sum, WIDTH) * rest
-    tl.store(gradient + cols, dx.to(gradient.dtype.element_ty), mask=cols < END, cache_modifier=".cs")
+def _store_gradient(
+    x, gradient, cols, log_sum, rest, END: tl.constexpr, WIDTH: tl.constexpr, MASKED: tl.constexpr
+):  # fmt: skip
+    dx = (_exp_difference(x.to(tl.float32), log_sum, WIDTH) * rest).to(gradient.dtype.element_ty)
+    if MASKED:
+        tl.store(gradient + cols, dx, mask=cols < END, cache_modifier=".cs")
+    else:
+        tl.store(gradient + cols, dx, cache_modifier=".cs")
 
 
 @triton.jit
@@ -267,7 +276,7 @@ def launch(device: torch.device, vocab: int, itemsize: int, gradient: bool = Tru
     under_way = vocab * itemsize * sm_count(device)  # with one program a multiprocessor
     if 2 * under_way > l2_bytes(device) and num_warps == 32:
         held = _held(vocab, itemsize, gradient)
-        return Launch(block, 1, 32, 1, held) if 0 < 2 * held <= vocab else Launch(block, 4, 16, 2, 0)
+        return Launch(block, 1, 16, 1, held) if 0 < 2 * held <= vocab else Launch(block, 4, 16, 2, 0)
     return Launch(block, 1, num_warps, max(1, min(64 // num_warps, l2_bytes(device) // 4 // under_way)), 0)
 
 
@@ -280,19 +289,20 @@ def _held(vocab: int, itemsize: int, gradient: bool) -> int:
 
 
 def alternatives(device: torch.device, vocab: int, itemsize: int, gradient: bool = True) -> Iterator[Launch]:
-    """Two programs a multiprocessor instead of one, and one instead of more; blocks of half the size by half as many
-    warps; and what either side of `launch`'s bound takes: a part of the row held and none, loads ahead through shared
-    memory and none.
+    """Where a part of the row is held, more warps; else two programs a multiprocessor instead of one, and one instead
+    of more, blocks of half the size by half as many warps, and a part held. Then what either side of `launch`'s bound
+    takes that holds nothing: loads ahead through shared memory and none.
     """
     block, stages, num_warps, per_sm, held = launch(device, vocab, itemsize, gradient)
-    if held:  # two programs would not fit
-        yield Launch(block, stages, num_warps // 2, per_sm, held)
+    if held:
+        yield Launch(block, stages, 2 * num_warps, per_sm, held)
     else:
+        half, half_warps = max(128, block // 2), max(4, num_warps // 2)
         yield Launch(block, stages, num_warps, 3 - min(2, per_sm), 0)
+        yield Launch(half, stages, half_warps, 2 * per_sm, 0)
+        yield Launch(half, stages, half_warps, per_sm, 0)
+        yield Launch(block, 1, 16, 1, _held(vocab, itemsize, gradient))
     yield Launch(block, 1, 32, 1, 0)
-    yield Launch(block, 1, 32, 1, _held(vocab, itemsize, gradient))
-    yield Launch(max(128, block // 2), stages, max(4, num_warps // 2), 2 * per_sm, held // 2)
-    yield Launch(max(128, block // 2), stages, max(4, num_warps // 2), per_sm, held)
     yield Launch(block, 4, min(16, num_warps), 2, 0)
 
 

@@ -13,7 +13,7 @@ from llmmed.kernels.base import Implementation
 from llmmed.kernels.operator import TRITON_DEVICES, make_operator, require_triton, unit_stride
 from llmmed.kernels.tunable import Tunable
 
-_TILE = 4096  # elements a program rotates: 32 a thread with four warps
+_ROWS = 16  # heads of positions that a program rotates
 
 
 @triton.jit
@@ -79,15 +79,15 @@ class Launch(NamedTuple):
 
 
 def _launch(device: torch.device, half: int, itemsize: int) -> Launch:
-    return Launch(max(1, _TILE // (2 * triton.next_power_of_2(half))), 4)
+    return Launch(_ROWS, 4)
 
 
 def _alternatives(device: torch.device, half: int, itemsize: int) -> Iterator[Launch]:
     block_m, num_warps = _launch(device, half, itemsize)
     yield Launch(block_m, 2 * num_warps)
     yield Launch(2 * block_m, 2 * num_warps)
-    yield Launch(max(1, block_m // 2), num_warps)
-    yield Launch(max(1, block_m // 4), num_warps)
+    yield Launch(4 * block_m, num_warps)
+    yield Launch(block_m // 2, num_warps)
 
 
 _FORWARD = Tunable("rotary_triton_fwd_kernel", _launch, _alternatives)

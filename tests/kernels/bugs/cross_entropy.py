@@ -43,8 +43,8 @@ HELD_BUGS = {
     "walked columns not brought to the row's maximum": ("row_sum * tl.exp(walked_max - row_max)", "row_sum"),
     "held columns not brought to the row's maximum": ("held_sum * tl.exp(held_max - row_max)", "held_sum"),
     "held columns walked as well": (
-        "_load_columns(logits, start + offsets, V, WALKED)",
-        "_load_columns(logits, start + offsets, V, PADDED)",
+        "_load_columns(logits, start + offsets, V, WALKED, WALKED % BLOCK != 0)",
+        "_load_columns(logits, start + offsets, V, PADDED, True)",
     ),
     "other columns held": ("_lanes(logits, PADDED - HELD, HELD), V", "_lanes(logits, 0, HELD), V"),
     "held gradient one lane off": (
