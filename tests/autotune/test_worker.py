@@ -185,3 +185,11 @@ def test_an_error_has_its_status(error: Exception, status: Status, reason: str) 
 def test_an_error_is_one_short_line() -> None:
     assert one_line(KeyError()) == "KeyError"
     assert one_line(ValueError("x" * 500), limit=50) == "ValueError: " + "x" * 35 + "..."
+
+
+def test_what_a_compiler_says_of_a_called_function_is_told() -> None:
+    """Triton says where the call is, with nothing below it, and the reason in the cause."""
+    outer = RuntimeError("at 19:19:\n    held = held_columns(x)\n           ^")
+    assert one_line(outer) == "RuntimeError: held = held_columns(x)"
+    outer.__cause__ = NameError("at 2:4:\n    return y\n    ^\ny is not defined")
+    assert one_line(outer) == "NameError: y is not defined"

@@ -17,6 +17,7 @@ from llmmed.kernels.base import Implementation, Op
 from llmmed.kernels.catalog import get_implementation, get_op, implementation_names, load_function, op_names
 from llmmed.kernels.cross_entropy.triton_impl import alternatives as row_alternatives
 from llmmed.kernels.cross_entropy.triton_impl import launch as row_launch
+from llmmed.kernels.linear_cross_entropy.triton_impl import in_place_launch
 from llmmed.kernels.operator import absent_gpu
 from llmmed.kernels.tunable import MOST_ALTERNATIVES, Launches, Site, Tunable, Values, seen_launches
 
@@ -103,6 +104,15 @@ def test_the_losses_launch_changes_where_a_row_each_fills_half_of_the_cache() ->
         assert len({launch, *options[vocab]}) <= MOST_ALTERNATIVES + 1
     assert unaligned == without_gradient == ahead
     assert not any(launch.held for launch in none_held)
+
+
+def test_in_place_two_rows_a_multiprocessor_are_under_way_where_the_cache_holds_them() -> None:
+    with absent_gpu(TARGETS[90]):
+        assert in_place_launch(CPU, 49152, 2) == (8192, 1, 16, 2, 0)
+        for vocab in (16384, 65536, 131072):
+            assert in_place_launch(CPU, vocab, 2) == row_launch(CPU, vocab, 2)
+    with absent_gpu(TARGETS[80]):  # 40 MiB
+        assert in_place_launch(CPU, 49152, 2) == row_launch(CPU, 49152, 2)
 
 
 @pytest.mark.parametrize(("op", "name"), TRITON)

@@ -58,7 +58,7 @@ def held_columns(logits, V: tl.constexpr, PADDED: tl.constexpr, HELD: tl.constex
     # The last HELD columns of a row, which stay in registers from one walk to the other; the walks end before them.
     if HELD > 0:
         tl.static_assert(HELD < PADDED)
-        return _load_columns(logits, _lanes(logits, PADDED - HELD, HELD), V, PADDED, False)
+        return _load_columns(logits, _lanes(logits, PADDED - HELD, HELD), V, PADDED, False, "")
     else:
         return 0  # triton 3.6 cannot return None
 
@@ -68,13 +68,14 @@ def row_statistics(
     logits, held,
     V: tl.constexpr, PADDED: tl.constexpr, BLOCK: tl.constexpr, STAGES: tl.constexpr, HELD: tl.constexpr,
 ):  # fmt: skip
-    # Maximum and sum of exponentials of one row of V logits. What follows the logits up to PADDED is read and left out:
-    # a mask that ends between 16 bytes would take all loads apart.
+    # Maximum and sum of exponentials of one row of V logits, which the cache is to keep for the second walk. What
+    # follows the logits up to PADDED is read and left out: a mask that ends between 16 bytes would take all loads
+    # apart.
     WALKED: tl.constexpr = PADDED - HELD
     offsets = _lanes(logits, 0, BLOCK)
     lane_max, lane_sum = _empty_lanes(offsets.shape[0])
     for start in tl.range(0, WALKED, BLOCK, num_stages=STAGES):
-        x = _load_columns(logits, start + offsets, V, WALKED, WALKED % BLOCK != 0)
+        x = _load_columns(logits, start + offsets, V, WALKED, WALKED % BLOCK != 0, "evict_last")
         lane_max, lane_sum = _add_to_lanes(x, lane_max, lane_sum)
     row_max, row_sum = _join_lanes(lane_max, lane_sum)
     if HELD > 0:
@@ -95,11 +96,11 @@ def _lanes(logits, START: tl.constexpr, COLUMNS: tl.constexpr):
 
 
 @triton.jit
-def _load_columns(logits, cols, V: tl.constexpr, END: tl.constexpr, MASKED: tl.constexpr):
+def _load_columns(logits, cols, V: tl.constexpr, END: tl.constexpr, MASKED: tl.constexpr, EVICTION: tl.constexpr):
     if MASKED:
-        x = tl.load(logits + cols, mask=cols < END, other=float("-inf"))
+        x = tl.load(logits + cols, mask=cols < END, other=float("-inf"), eviction_policy=EVICTION)
     else:
-        x = tl.load(logits + cols)
+        x = tl.load(logits + cols, eviction_policy=EVICTION)
     if END > V:
         x = tl.where(cols < V, x, float("-inf"))
     return x
@@ -158,7 +159,7 @@ def write_gradient(
     last = (WALKED - 1) // BLOCK
     for i in tl.range(0, last + 1, num_stages=STAGES):
         cols = (last - i) * BLOCK + tl.arange(0, BLOCK)
-        x = _load_columns(logits, cols, V, WALKED, WALKED % BLOCK != 0)
+        x = _load_columns(logits, cols, V, WALKED, WALKED % BLOCK != 0, "")
         _store_gradient(x, gradient, cols, log_sum, rest, WALKED, WIDTH, WALKED % BLOCK != 0)
     # The target's entry is written again, since comparing every column with it would cost as much as the exponential;
     # and exactly, since a probability close to one cancels.

@@ -2,8 +2,8 @@
 
 BUGS = {
     "softmax gradient 40 % too small": (
-        "log_sum, WIDTH) * rest\n    tl.store",
-        "log_sum, WIDTH) * rest * 0.6\n    tl.store",
+        "log_sum, WIDTH) * rest).to",
+        "log_sum, WIDTH) * rest * 0.6).to",
     ),
     "softmax gradient 40 % too small where it is flat": (
         "if HELD > 0:\n        _store_gradient",
@@ -16,9 +16,10 @@ BUGS = {
     "last block unmasked": ('mask=cols < END, other=float("-inf")', "mask=cols < END, other=0.0"),
     "last block's gradient not written": ("for i in tl.range(0, last + 1,", "for i in tl.range(1, last + 1,"),
     "last row not computed": (
-        ".to(tl.int64), n_rows, tl.num_programs(0))",
-        ".to(tl.int64), n_rows - 1, tl.num_programs(0))",
+        "for row in tl.range(first, n_rows, step):",
+        "for row in tl.range(first, n_rows - 1, step):",
     ),
+    "the first row's target for all of a program": ("target = next_target", "target = target + 0"),
     "ignored rows not zeroed": (
         "            if GRADIENT:\n                write_zeros(",
         "            if V < 0:\n                write_zeros(",
@@ -43,8 +44,8 @@ HELD_BUGS = {
     "walked columns not brought to the row's maximum": ("row_sum * tl.exp(walked_max - row_max)", "row_sum"),
     "held columns not brought to the row's maximum": ("held_sum * tl.exp(held_max - row_max)", "held_sum"),
     "held columns walked as well": (
-        "_load_columns(logits, start + offsets, V, WALKED, WALKED % BLOCK != 0)",
-        "_load_columns(logits, start + offsets, V, PADDED, True)",
+        "_load_columns(logits, start + offsets, V, WALKED, WALKED % BLOCK != 0, ",
+        "_load_columns(logits, start + offsets, V, PADDED, True, ",
     ),
     "other columns held": ("_lanes(logits, PADDED - HELD, HELD), V", "_lanes(logits, 0, HELD), V"),
     "held gradient one lane off": (

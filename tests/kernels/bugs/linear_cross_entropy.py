@@ -17,7 +17,8 @@ BUGS = {
         "first=start == 0)\n            raw_weight.copy_(raw_weight.bfloat16())",
     ),
     "weight gradient of the last chunk only": ("beta = 0 if first else 1", "beta = 0"),
-    "last row of a chunk not computed": ("n_rows, tl.num_programs(0))", "n_rows - 1, tl.num_programs(0))"),
+    "last row of a chunk not computed": ("tl.range(first, n_rows, step)", "tl.range(first, n_rows - 1, step)"),
+    "the first row's target for all of a program": ("target = next_target", "target = target + 0"),
     "last chunk left out": (
         "for start in range(0, n_rows, chunk_rows):",
         "for start in range(0, n_rows - chunk_rows, chunk_rows):",
