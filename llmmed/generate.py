@@ -57,7 +57,7 @@ def main(arguments: Sequence[str]) -> int:
 def parse(arguments: Sequence[str]) -> Request:
     """`<run folder> key=value ...`. Raises `UserError`."""
     if not arguments or ("=" in arguments[0] and not Path(arguments[0]).exists()):
-        raise UserError('write: python scripts/generate.py <run folder> prompt="The heart"')
+        raise UserError('write: python scripts/generate.py <run folder> prompt="Pneumonia."')
     request = Request(Path(arguments[0]))
     for argument in arguments[1:]:
         key, equals, value = argument.partition("=")

@@ -1,6 +1,7 @@
-"""Samples text from a run: `python scripts/generate.py <run folder> prompt="The heart" temperature=0.8 top_p=0.95`.
+"""Samples text from a run: `python scripts/generate.py <run folder> prompt="Pneumonia." temperature=0.8 top_p=0.95`.
 
-Further: max_tokens=80, seed=0. Temperature 0 takes the likeliest token every time.
+The prompt begins a document, as those of the training begin: with `data=biomed` a term and a full stop. Further:
+max_tokens=80, seed=0. Temperature 0 takes the likeliest token every time.
 """
 
 import sys

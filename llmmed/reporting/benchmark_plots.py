@@ -317,12 +317,12 @@ def _dodge(place: int, of: int) -> float:
 def _plain_log_ticks(axis: object) -> None:
     """`0.05`, `2`, `300` instead of powers of ten, the denser the shorter the axis. Call it after drawing."""
     from matplotlib.axis import Axis
-    from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
+    from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullFormatter
 
     assert isinstance(axis, Axis)
     low, high = axis.get_view_interval()
     subs = (1.0, 1.5, 2.0, 3.0, 4.0, 5.0, 7.0) if high < 12 * low else (1.0, 2.0, 5.0) if high < 500 * low else (1.0,)
-    axis.set_major_locator(LogLocator(subs=subs, numticks=15))
+    axis.set_major_locator(LogLocator(subs=subs, numticks=15) if high > 2.5 * low else MaxNLocator(5))
     axis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:,.10g}"))
     axis.set_minor_formatter(NullFormatter())
 
