@@ -310,11 +310,17 @@ class _Subject:
         self.graphs = forward, backward
 
 
+@functools.cache
+def _capture_stream() -> torch.cuda.Stream:
+    """One for all captures: cuBLAS keeps a workspace, on an H100 of 32 MiB, for each stream that it has met."""
+    return torch.cuda.Stream()
+
+
 def _captured(action: Callable[[], object], pool: Any) -> torch.cuda.CUDAGraph:
     """As `torch.cuda.graph`, without its collection of garbage, which takes longer than a capture."""
     graph = torch.cuda.CUDAGraph()
     torch.cuda.synchronize()
-    with torch.cuda.stream(torch.cuda.Stream()):
+    with torch.cuda.stream(_capture_stream()):
         graph.capture_begin(pool=pool)
         try:
             action()
