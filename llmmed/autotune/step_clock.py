@@ -8,9 +8,10 @@ drawn through two depths, and what a flip saves is scaled by how often the whole
 
 from __future__ import annotations
 
+import functools
 import math
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from statistics import median
 
 import torch
@@ -295,41 +296,51 @@ class StepClock:
 
     def _optimizer_duel(self, champion: Choice, challenger: Choice) -> Duel:
         try:
-            updates = [optimizer_update(self._config, self._load(choice)) for choice in (champion, challenger)]
-            for _ in range(WARM_UP):
-                for update in updates:
-                    update()
-            return Duel(*median_interval([a - b for a, b in self._pairs(*updates)]), 0.0 if self._on_gpu else None)
+            _, *steps = self._steps(self._subject(champion), [champion, challenger])
+            pairs = self._pairs(*steps, sign_is_enough=True)
+            return Duel(*median_interval([a - b for a, b in pairs]), 0.0 if self._on_gpu else None)
         except Exception as error:
             raise Failed(_failure(error)) from error
         finally:
             release(self.device)
 
     def _updates(self, choice: Choice, other: Choice) -> tuple[tuple[float, float], tuple[float, float, float]]:
-        """The optimizer's update under two plans, and what the second saves with its interval, in ms. Zero where it
-        calls no ops of the table; what is the same under every plan is left out."""
+        """What the optimizer's update adds to a step under two plans, and what the second saves with its interval, in
+        ms. Zero where it calls no ops of the table; what is the same under every plan is left out."""
         nothing = (0.0, 0.0, 0.0)
         ops = (self.called(choice) | self.called(other)) - self._in_model
         if not ops:
             return (0.0, 0.0), nothing
         try:
             different = any(choice.get(op, DEFAULT) != other.get(op, DEFAULT) for op in ops)
-            updates = [
-                optimizer_update(self._config, self._load(c)) for c in ((choice, other) if different else (choice,))
-            ]
-            for _ in range(WARM_UP):
-                for update in updates:
-                    update()
-            if different:
-                pairs = self._pairs(*updates)
-                first, second = (median(pair[i] for pair in pairs) for i in range(2))
-                return (first, second), median_interval([a - b for a, b in pairs])
-            alike = median(self._sample(updates[0], 2) for _ in range(_ROUNDS[self.device.type][0]))
-            return (alike, alike), nothing
+            subject = self._subject(choice, self.depths[-1])
+            without, *steps = self._steps(subject, [choice, other] if different else [choice])
+            first = max(0.0, median(a - b for a, b in self._pairs(steps[0], without)))
+            if not different:
+                return (first, first), nothing
+            gains = median_interval([a - b for a, b in self._pairs(*steps)])
+            return (first, max(0.0, first - gains[0])), gains
         except Exception as error:
             raise Failed(_failure(error)) from error
         finally:
             release(self.device)
+
+    def _steps(self, subject: Subject, choices: Sequence[Choice]) -> list[Callable[[], None]]:
+        """A step's micro-batches alone, then with the optimizer's update under each of the choices: in training the
+        host issues the update while the device is still at the micro-batches."""
+        updates = [optimizer_update(self._config, self._load(choice)) for choice in choices]
+        for update in updates * WARM_UP:
+            update()
+
+        def micro_batches() -> None:
+            for _ in range(accumulation_steps(self._config.train)):
+                subject.run()
+
+        def step(update: Callable[[], None]) -> None:
+            micro_batches()
+            update()
+
+        return [micro_batches, *(functools.partial(step, update) for update in updates)]
 
     @property
     def _on_gpu(self) -> bool:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import math
 import random
 from collections.abc import Callable
@@ -145,22 +146,38 @@ def test_a_default_that_differs_from_itself_is_no_measure(
 def test_the_update_of_the_optimizer_is_the_same_under_plans_that_share_its_ops(
     clock: StepClock, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("llmmed.autotune.step_clock.optimizer_update", lambda config, kernels: lambda: None)
+    took = {"alone": 20.0, "pytorch": 25.0, "triton": 23.0}
     monkeypatch.setattr(clock, "called", lambda choice: {*clock._in_model, "newton_schulz"})
-    monkeypatch.setattr(clock, "_load", lambda choice: None)
-    chance = random.Random(0)
-    monkeypatch.setattr(clock, "_sample", lambda run, number: 20.0 + chance.uniform(0.0, 9.0))
+    monkeypatch.setattr(clock, "_subject", lambda choice, depth: None)
+    monkeypatch.setattr(clock, "_steps", lambda _, choices: ["alone", *(each["newton_schulz"] for each in choices)])
+    monkeypatch.setattr(clock, "_pairs", lambda a, b: [(took[a], took[b] + noise) for noise in (-0.1, 0.0, 0.1)])
     base = default_choice()
-    (first, second), gains = clock._updates(base, {**base, "swiglu": "triton"})
-    assert first == second > 20.0
-    assert gains == (0.0, 0.0, 0.0)
-    monkeypatch.setattr(clock, "_pairs", lambda *updates: [(20.0, 17.9), (20.0, 18.0), (20.0, 18.1)])
+    assert clock._updates(base, {**base, "swiglu": "triton"}) == ((5.0, 5.0), (0.0, 0.0, 0.0))
     (first, second), gains = clock._updates(base, {**base, "newton_schulz": "triton"})
-    assert (first, second) == (20.0, 18.0)
+    assert (first, second) == (5.0, 3.0)
     assert gains == pytest.approx((2.0, 1.9, 2.1))
     assert _sum_of((1.0, 0.7, 1.4), gains) == pytest.approx(
         (3.0, 3.0 - math.hypot(0.3, 0.1), 3.0 + math.hypot(0.4, 0.1))
     )
+
+
+def test_an_update_is_timed_behind_the_micro_batches_of_its_step(tiny: Config, monkeypatch: pytest.MonkeyPatch) -> None:
+    """On a GPU the host issues it while the device is at them: by itself it would be charged for its launches."""
+    done: list[str] = []
+    train = replace(tiny.train, global_batch_tokens=3 * tiny.train.global_batch_tokens)
+    clock = StepClock(replace(tiny, train=train), "eager")
+    monkeypatch.setattr(clock, "_load", lambda choice: choice["newton_schulz"])
+    monkeypatch.setattr(
+        "llmmed.autotune.step_clock.optimizer_update", lambda config, kernels: functools.partial(done.append, kernels)
+    )
+    subject = SimpleNamespace(run=lambda: done.append("micro-batch"))
+    base = default_choice()
+    alone, first, second = clock._steps(subject, [base, {**base, "newton_schulz": "triton"}])  # type: ignore[arg-type]
+    assert set(done) == {"pytorch", "triton"}  # warm
+    for step, last in ((alone, []), (first, ["pytorch"]), (second, ["triton"])):
+        done.clear()
+        step()
+        assert done == [*3 * ["micro-batch"], *last]
 
 
 def test_rounds_end_once_the_difference_is_known(clock: StepClock, monkeypatch: pytest.MonkeyPatch) -> None:
