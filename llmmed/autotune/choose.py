@@ -86,7 +86,7 @@ def confirmed(
     if chosen == DEFAULT and last:
         given_up = step.chosen == step.default and any(trial.status == "accepted" for trial in last.values())
         why = step.reason if given_up else "no rival makes the step better"
-        if all(trial.reason == not_called(op) for trial in last.values()):
+        if step.chosen != step.default and all(trial.reason == not_called(op) for trial in last.values()):
             why = not_called(op)
         told[DEFAULT] = told[DEFAULT].model_copy(update={"reason": f"the default: {why}"})
     if chosen != alone.chosen and alone.chosen not in last:

@@ -12,7 +12,7 @@ from typing import Literal, Protocol
 
 from llmmed.autotune.choose import not_called
 from llmmed.autotune.plan import Candidate, Mode, StepEvidence, StepTimes, StepTrial
-from llmmed.kernels.catalog import DEFAULT, get_implementation, with_uses
+from llmmed.kernels.catalog import DEFAULT, default_choice, get_implementation, with_uses
 
 Choice = Mapping[str, str]
 Objective = Literal["time", "memory"]
@@ -123,7 +123,7 @@ def shortlist(base: Choice, candidates: Mapping[str, Mapping[str, Candidate]], *
                 flips.append(Flip(op, name, (standing or candidate.total_ms) - candidate.total_ms))
 
     def saved_by_parts(op: str) -> float:
-        parts = with_uses(get_implementation(op, DEFAULT).uses, base)
+        parts = with_uses(get_implementation(op, DEFAULT).uses, {**default_choice(), **base})
         return sum(max((flip.alone_ms for flip in flips if flip.op == part), default=0.0) for part in parts)
 
     def place(flip: Flip) -> int:
@@ -273,6 +273,10 @@ def contest(
             break
         if state.champion[op] != name:
             state.attempt(op, name)
+    for op, name in state.spared():
+        if time_is_up():
+            return state.champion, state.trials, False
+        state.attempt(op, name)
     return state.champion, state.trials, True
 
 
@@ -304,6 +308,12 @@ class _State:
         if trial.status == "accepted":
             self.take(trial)
         self._told(trial)
+
+    def spared(self) -> list[tuple[str, str]]:
+        """Flips that were not tried because the champion of then did not call their op, and which that of now does."""
+        called = self._arena.called(self.champion)
+        last = {(trial.op, trial.name): trial.reason for trial in self.trials}
+        return [(op, name) for (op, name), reason in last.items() if reason == not_called(op) and op in called]
 
     def _fight(self, op: str, name: str, against: str) -> StepTrial:
         try:

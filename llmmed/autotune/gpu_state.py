@@ -30,7 +30,7 @@ def damage_of(device: torch.device) -> str | None:
     if device.type != "cuda":
         return None
     try:
-        torch.rand((), device=device)  # which fails for good once the capture of a graph was broken off
+        torch.rand((), device=device)  # fails after the capture of a graph was broken off
         torch.cuda.synchronize(device)
     except Exception as error:  # noqa: BLE001 - of any kind: the driver's errors come as several
         return None if is_out(error) else one_line(error)

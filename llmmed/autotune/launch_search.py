@@ -14,7 +14,7 @@ from torch import Tensor
 
 from llmmed.autotune.failures import classify
 from llmmed.autotune.measure import Pass, median_interval
-from llmmed.autotune.plan import KernelLaunch, LaunchTrial
+from llmmed.autotune.plan import KernelLaunch, LaunchTrial, Status
 from llmmed.autotune.verify import verify
 from llmmed.kernels.ahead_of_time import launching_nothing, run_on_meta
 from llmmed.kernels.base import Call, Implementation, Op, Outputs
@@ -175,12 +175,16 @@ def _try(opened: OpenSite, implementation: Implementation, function: Function, t
     """Every way to launch one kernel, by name: times, or why there are none."""
     variants = {_DEFAULT: opened.default, **{str(i): values for i, values in enumerate(opened.alternatives)}}
     functions = {name: _launched(implementation, function, {opened.site: v}) for name, v in variants.items()}
-    failures: dict[str, Exception] = {}
-    passes = times(opened.calls[0], functions, failures.__setitem__)
+    failures: dict[str, tuple[Status, str]] = {}
+
+    def failed(name: str, error: Exception) -> None:
+        failures[name] = classify(error)  # at once: an exception keeps what the frames that it came through held
+
+    passes = times(opened.calls[0], functions, failed)
     trials = {}
     for name, values in variants.items():
         if name in failures:
-            status, reason = classify(failures[name])
+            status, reason = failures[name]
             trials[name] = LaunchTrial(values=dict(values), reason=f"{status.replace('_', ' ')}: {reason}")
         else:
             samples = [p.backward if opened.backward else p.forward for p in passes[name]]

@@ -39,6 +39,7 @@ _WARM_UP_PASSES = (3, 30)
 _STABLE = 0.05  # warm-up ends when two passes in a row differ by less than this share
 _REPLAY_HIDING = 4e-4  # seconds in which a host issues two replays and what is around them
 _MOST_SETS = 16  # of inputs that a graph goes through
+_ROOM = 0.5  # of the free memory, which they may take
 
 
 @dataclass(frozen=True)
@@ -267,6 +268,7 @@ class _Subject:
         self.leaves = [[v for v in inputs.values() if isinstance(v, Tensor) and v.requires_grad] for inputs in sets]
         self.upstream: list[list[Tensor]] = []  # a set's, as many as it has outputs
         self.graphs: tuple[torch.cuda.CUDAGraph, torch.cuda.CUDAGraph | None] | None = None  # forward, backward
+        self.captured_sets = 0  # that these go through
         self.host_seconds = 0.0  # that the host takes to issue one warm pass
         self.work_seconds = math.inf  # of one warm pass, everything around it included but what hides its launches
 
@@ -294,33 +296,36 @@ class _Subject:
             for _ in self.sets
         ]
 
-    def capture(self, pool: Any) -> None:
-        """Captures all sets' forward passes in one graph, and their backward passes in another.
+    def capture(
+        self, pool: Any, count: int, device: torch.device
+    ) -> tuple[list[list[Tensor]], list[tuple[Tensor | None, ...]]]:
+        """Captures the forward passes of the first `count` sets in one graph, and their backward passes in another.
 
-        What they leave is given back to the pool once both are captured: replays of other graphs of the pool may write
-        over it between two replays of this pair, not within one.
+        Returns each set's outputs and gradients. Once the caller drops them, graphs captured later in the pool may
+        write over them: between two replays of this pair, not within one.
         """
         outputs: list[list[Tensor]] = []
         gradients: list[tuple[Tensor | None, ...]] = []  # kept: each set writes its own, as in a step
-        numbers = range(len(self.sets))
-        forward = _captured(lambda: outputs.extend(self.forward(i) for i in numbers), pool)
+        numbers = range(count)
+        forward = _captured(lambda: outputs.extend(self.forward(i) for i in numbers), pool, device)
         backward = None
         if self.leaves[0]:
-            backward = _captured(lambda: gradients.extend(self.backward(outputs[i], i) for i in numbers), pool)
-        self.graphs = forward, backward
+            backward = _captured(lambda: gradients.extend(self.backward(outputs[i], i) for i in numbers), pool, device)
+        self.graphs, self.captured_sets = (forward, backward), count
+        return outputs, gradients
 
 
 @functools.cache
-def _capture_stream() -> torch.cuda.Stream:
+def _capture_stream(device: torch.device) -> torch.cuda.Stream:
     """One for all captures: cuBLAS keeps a workspace, on an H100 of 32 MiB, for each stream that it has met."""
-    return torch.cuda.Stream()
+    return torch.cuda.Stream(device)
 
 
-def _captured(action: Callable[[], object], pool: Any) -> torch.cuda.CUDAGraph:
+def _captured(action: Callable[[], object], pool: Any, device: torch.device) -> torch.cuda.CUDAGraph:
     """As `torch.cuda.graph`, without its collection of garbage, which takes longer than a capture."""
     graph = torch.cuda.CUDAGraph()
-    torch.cuda.synchronize()
-    with torch.cuda.stream(_capture_stream()):
+    torch.cuda.synchronize(device)
+    with torch.cuda.stream(_capture_stream(device)):
         graph.capture_begin(pool=pool)
         try:
             action()
@@ -421,14 +426,21 @@ class _GraphClock(_CudaClock):
     def __init__(self, device: torch.device) -> None:
         super().__init__(device)
         self._pool = torch.cuda.graph_pool_handle()
+        # A pool ends with the last of its graphs, and its handle with it: a first candidate may fail in its capture.
+        flag = torch.zeros(1, device=device)
+        self._holds_the_pool = _captured(flag.zero_, self._pool, device)
 
     def sets(self, call: Call) -> int:
-        """Together eight times the cache, so that each finds it without what it needs."""
+        """Together eight times the cache, so that each finds it without what it needs. Fewer may be captured."""
         size = sum(spec.nbytes for spec in call.tensors.values())
         return max(1, min(_MOST_SETS, 4 * self._flush.numel() // max(1, size)))
 
     def prepare(self, subject: _Subject) -> None:
-        subject.capture(self._pool)
+        peak = (self.peak_memory_mib(subject) or 0.0) * 2**20  # of one set, all of which are there at once
+        torch.cuda.empty_cache()  # while a graph is captured, it stays as it is
+        room = _ROOM * torch.cuda.mem_get_info(self._device)[0]
+        count = max(1, min(len(subject.sets), int(room / max(peak, 1.0))))
+        subject.capture(self._pool, count, self._device)
         self.run(subject)  # the first replay also takes the graph to the device
         begun = time.perf_counter()
         self.run(subject)
@@ -453,7 +465,7 @@ class _GraphClock(_CudaClock):
             backward.replay()
             events[3].record()
         torch.cuda.synchronize(self._device)
-        count = len(subject.sets)
+        count = subject.captured_sets
         backward_ms = events[2].elapsed_time(events[3]) / count if backward is not None else 0.0
         return Pass(events[0].elapsed_time(events[1]) / count, backward_ms)
 

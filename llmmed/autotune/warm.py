@@ -36,6 +36,7 @@ from llmmed.autotune.verify import arriving, exact_products
 from llmmed.kernels.ahead_of_time import compiling_only, run_on_meta
 from llmmed.kernels.base import Call, Op
 from llmmed.kernels.catalog import DEFAULT, get_implementation, get_op, load_function
+from llmmed.kernels.operator import as_in_compiled_step
 from llmmed.kernels.tunable import Launches
 from llmmed.processes import end_with_parent
 
@@ -81,8 +82,9 @@ class _Unit:
     """One call of a candidate that tuning will make: as the gate makes it, or compiled, as the clock does.
 
     All layouts belong to one unit, since they mostly share their kernels: two processes would compile the same twice.
-    With `launches` it is a call as the search for launch parameters makes it; `timed`, one of a candidate that the
-    compiler writes anew for each shape and precision, as the clock makes it. `position` is the op's among the tasks.
+    With `launches` it is a call as the search for launch parameters makes it, in a run that compiles its step
+    `in_compiled_step`; `timed`, one of a candidate that the compiler writes anew for each shape and precision, as the
+    clock makes it. `position` is the op's among the tasks.
     """
 
     op: Op
@@ -91,6 +93,7 @@ class _Unit:
     layouts: tuple[Layout, ...]
     compiled: bool
     launches: Launches = field(default_factory=dict)
+    in_compiled_step: bool = False
     timed: bool = False
     position: int = 0
 
@@ -124,7 +127,7 @@ class _Unit:
             return
         if self.launches:
             implementation.take_launches(self.launches)
-            with compiling_only(device):
+            with compiling_only(device), as_in_compiled_step(self.in_compiled_step):
                 run_on_meta(self.op, function, self.call)
             implementation.take_launches({})
             return
@@ -162,19 +165,24 @@ def _units_of(task: Task, mode: Mode, device: torch.device) -> Iterator[_Unit]:
         yield from (_Unit(op, name, call, ("contiguous",), compiled=False) for call in calls if name != DEFAULT)
     for name in (*task.verify, *task.verified):
         if name not in task.launches and name not in task.launched:
-            yield from _searched(op, name, calls, device)
+            yield from _searched(op, name, calls, mode, device)
 
 
-def _searched(op: Op, name: str, calls: list[Call], device: torch.device) -> Iterator[_Unit]:
+def _searched(op: Op, name: str, calls: list[Call], mode: Mode, device: torch.device) -> Iterator[_Unit]:
     """What the search for an implementation's launch parameters tries; one that cannot be loaded here has nothing."""
+    compiled_step = mode != "eager"
     with contextlib.suppress(Exception):
         implementation = get_implementation(op.name, name)
         function = load_function(op.name, implementation) if implementation.tunable else None
-        opened = open_sites(op, implementation, function, calls, device) if function is not None else []
+        with as_in_compiled_step(compiled_step):
+            opened = open_sites(op, implementation, function, calls, device) if function is not None else []
         for each in opened:
-            for values in each.alternatives:
-                launches = {each.site: values}
-                yield _Unit(op, name, each.calls[0], ("contiguous",), compiled=False, launches=launches)
+            # The default is compiled for the gate as eager mode launches it.
+            for values in [*([each.default] if compiled_step else []), *each.alternatives]:
+                yield _Unit(
+                    op, name, each.calls[0], ("contiguous",), compiled=False, launches={each.site: values},
+                    in_compiled_step=compiled_step,
+                )  # fmt: skip
 
 
 def _per_shape(op: str, name: str) -> bool:

@@ -50,7 +50,7 @@ from llmmed.compose import accumulation_steps, from_dict
 from llmmed.config import Config
 from llmmed.kernels.base import Call, Op, Unavailable
 from llmmed.kernels.catalog import DEFAULT, get_implementation, get_op, load_function, take_launches
-from llmmed.kernels.operator import INTERPRETED
+from llmmed.kernels.operator import INTERPRETED, as_in_compiled_step
 from llmmed.kernels.tunable import Launches, Site
 from llmmed.processes import end_with_parent
 
@@ -108,10 +108,11 @@ class Worker:
         self._searches_left = sum(len(_unsearched(task, passed[task.op])) for task in self._tasks)
         for task in self._tasks:
             op, calls, found = get_op(task.op), task.counts(), passed[task.op]
-            for name in [name for name in found if name not in task.launched]:
-                found[name] = self._find_launches(op, name, found[name], calls, task)
-            if task.measure and found:
-                self._measure(op, found, calls)
+            with as_in_compiled_step(self._mode != "eager"):
+                for name in [name for name in found if name not in task.launched]:
+                    found[name] = self._find_launches(op, name, found[name], calls, task)
+                if task.measure and found:
+                    self._measure(op, found, calls)
             _settle()
         if self._step is not None:
             self._confirm(self._step)

@@ -66,6 +66,27 @@ def through_dispatcher(tensor: Tensor) -> bool:
     return tensor.is_meta and _absent_gpu is None
 
 
+_in_compiled_step = False
+
+
+@contextlib.contextmanager
+def as_in_compiled_step(active: bool = True) -> Iterator[None]:
+    """Lets functions that are called directly launch what their operator does in a compiled step: to time it, and to
+    find its launches.
+    """
+    global _in_compiled_step
+    before, _in_compiled_step = _in_compiled_step, active
+    try:
+        yield
+    finally:
+        _in_compiled_step = before
+
+
+def in_compiled_step() -> bool:
+    """Whether `as_in_compiled_step` holds."""
+    return _in_compiled_step
+
+
 def refuse_second_derivative(name: str) -> None:
     """Raises `RuntimeError` in a backward pass that is to be differentiated itself (`create_graph=True`).
 

@@ -55,7 +55,7 @@ class Sampler:
         """Nothing where the model cannot write: that is no reason to end its training."""
         room = self._train.seq_len
         # A document begins after the end of another: without it the model would continue the middle of one.
-        tokens = [self._end, *self._tokenizer.encode(prompt, add_special_tokens=False).ids[: (room - 1) // 2]]
+        tokens = [self._end, *self._tokenizer.encode(prompt, add_special_tokens=False).ids[: room // 2]]
         count = min(self._train.sample_tokens, room - len(tokens))
         with torch.no_grad():
             found = sample(

@@ -96,14 +96,19 @@ def test_what_the_step_has_refused_takes_nobodys_place(status: str) -> None:
 
 def test_what_is_not_called_is_said_of_the_default_too() -> None:
     alone = choose("op", {"pytorch": timed(2), "triton": timed(1)}, margin=0.02)
-    whole = StepTimes(choice={"op": "pytorch"}, ms=1, ms_low=1, ms_high=1, peak_memory_gib=None)
+    default, fused = (
+        StepTimes(choice={"op": "pytorch", "fused": name}, ms=1, ms_low=1, ms_high=1, peak_memory_gib=None)
+        for name in ("pytorch", "triton")
+    )
     step = StepEvidence(
-        trial_depth=2, depths=(1, 2), trials=[], default=whole, chosen=whole, reason="", mode="eager", modes={},
+        trial_depth=2, depths=(1, 2), trials=[], default=default, chosen=fused, reason="", mode="eager", modes={},
         memory_budget_gib=None, micro_batches=1, finished=True,
     )  # fmt: skip
     spared = trial("triton", "rejected").model_copy(update={"reason": not_called("op")})
     assert confirmed("op", alone, step, [spared]).reason == "the default: the chosen plan does not call op"
     assert confirmed("op", alone, step, [trial("triton", "rejected")]).reason.endswith("makes the step better")
+    given_up = step.model_copy(update={"chosen": default})  # whose plan calls it
+    assert confirmed("op", alone, given_up, [spared]).reason.endswith("makes the step better")
 
 
 def test_forced_and_verified_is_used_although_slower() -> None:

@@ -201,6 +201,26 @@ def test_a_fused_op_that_beats_the_best_of_its_parts_spares_their_trials() -> No
     assert left == {**BASE, "rms_norm": "triton"}
 
 
+def test_parts_that_were_spared_are_tried_once_the_fused_op_is_given_up() -> None:
+    fused, other, part = (("add_rms_norm", "triton"),), (("swiglu", "triton"),), (("rms_norm", "triton"),)
+    arena = Known({fused: -0.05, other: -1.0, (*fused, *other): +0.3, part: -0.2})
+    found = {
+        "rms_norm": {"pytorch": timed(1.0), "triton": timed(0.8)},
+        "add_rms_norm": {"pytorch": timed(1.5), "triton": timed(0.5)},
+        "swiglu": {"pytorch": timed(2.0), "triton": timed(1.0)},
+    }
+    left, trials, finished = contest(
+        BASE, shortlist(BASE, found, everything=False), arena, Terms("time", 10.0), before=(), told=lambda t: None,
+        time_is_up=lambda: False,
+    )  # fmt: skip
+    assert [(t.op, t.status) for t in trials] == [
+        ("add_rms_norm", "accepted"), ("swiglu", "accepted"), ("rms_norm", "rejected"), ("add_rms_norm", "accepted"),
+        ("rms_norm", "accepted"),
+    ]  # fmt: skip
+    assert left == {**BASE, "swiglu": "triton", "rms_norm": "triton"}
+    assert finished
+
+
 def test_what_is_slower_alone_is_asked_only_where_memory_counts() -> None:
     found = {"rotary": {"pytorch": timed(1.0), "triton": timed(2.0)}}
     assert not shortlist(BASE, found, everything=False)

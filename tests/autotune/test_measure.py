@@ -238,3 +238,41 @@ def test_graphs_are_timed_beside_each_other_without_their_launches(norms: Worklo
     assert graphs["once"].host_ms is None
     assert graphs["once"].peak_memory_mib is not None
     assert graphs["once"].total_ms < found("compiled")["once"].total_ms
+
+
+@pytest.mark.gpu
+def test_a_replay_computes_what_a_launched_pass_does(norms: Workload) -> None:
+    """Of every set, into memory of its own."""
+    device, op = torch.device("cuda"), get_op("rms_norm")
+    call = next(iter(norms.by_op()["rms_norm"]))
+    clock = clock_module._GraphClock(device)
+    subject = clock_module._Subject(rms_norm, [clock_module._inputs(op, call, device, seed) for seed in range(3)])
+    clock_module._warm_up(subject, clock)
+    outputs, gradients = subject.capture(clock._pool, 3, device)
+    clock.run(subject)
+    for index in range(3):
+        expected = subject.forward(index)
+        torch.testing.assert_close(outputs[index], expected)
+        torch.testing.assert_close(gradients[index], subject.backward(expected, index))
+
+
+@pytest.mark.gpu
+def test_one_that_fails_in_its_capture_leaves_the_others(norms: Workload) -> None:
+    def fails(x: Tensor, weight: Tensor, eps: float) -> Tensor:
+        if torch.cuda.is_current_stream_capturing():
+            raise ValueError("not in a graph")
+        return rms_norm(x, weight, eps)
+
+    failures: dict[str, Exception] = {}
+    found = measure_op(
+        get_op("rms_norm"),
+        {"fails": fails, "once": rms_norm},
+        norms.by_op()["rms_norm"],
+        device=torch.device("cuda"),
+        mode="graphs",
+        ceilings=None,
+        turn=lambda name: None,
+        failed=failures.__setitem__,
+    )
+    assert set(found) == {"once"}
+    assert str(failures["fails"]) == "not in a graph"

@@ -72,7 +72,13 @@ def test_every_launch_of_the_search_is_covered(job: Job, norms: Workload) -> Non
         units = list(warm._units(job.tasks, job.mode, device))
         opened = open_sites(op, implementation, implementation.load(), list(norms.calls), device)
     assert {each.site.kernel for each in opened} == {"rms_norm_triton_fwd_kernel", "rms_norm_triton_bwd_kernel"}
-    assert [u.launches for u in units if u.launches] == [{o.site: v} for o in opened for v in o.alternatives]
+    assert job.mode != "eager"
+    searched = [u for u in units if u.launches]
+    assert [u.launches for u in searched] == [{o.site: v} for o in opened for v in (o.default, *o.alternatives)]
+    assert all(u.in_compiled_step for u in searched)
+    with absent_gpu(TARGETS[90]):
+        eagerly = [u.launches for u in warm._units(job.tasks, "eager", device) if u.launches]
+    assert eagerly == [{o.site: v} for o in opened for v in o.alternatives]
     assert {u.name for u in units if u.launches} == {"triton"}
     known = {"triton": Candidate(status="verified")}  # at another size
     later = job.tasks[0].model_copy(update={"verify": [], "verified": known})

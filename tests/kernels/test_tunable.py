@@ -10,6 +10,7 @@ from typing import NamedTuple
 import pytest
 import torch
 
+from llmmed.autotune.launch_search import open_sites
 from llmmed.autotune.verify import verify
 from llmmed.kernels import catalog
 from llmmed.kernels.ahead_of_time import TARGETS
@@ -18,7 +19,7 @@ from llmmed.kernels.catalog import get_implementation, get_op, implementation_na
 from llmmed.kernels.cross_entropy.triton_impl import alternatives as row_alternatives
 from llmmed.kernels.cross_entropy.triton_impl import launch as row_launch
 from llmmed.kernels.linear_cross_entropy.triton_impl import in_place_launch
-from llmmed.kernels.operator import absent_gpu
+from llmmed.kernels.operator import INTERPRETED, absent_gpu, as_in_compiled_step
 from llmmed.kernels.tunable import MOST_ALTERNATIVES, Launches, Site, Tunable, Values, seen_launches
 
 CPU = torch.device("cpu")
@@ -156,3 +157,30 @@ def alternatives(implementation: Implementation, sites: Iterable[Site]) -> dict[
                 at = tuple((n, 2 if n == "itemsize" else value) for n, value in site.at)
                 found[site] = tunable.alternatives(CPU, Site(site.kernel, at))
     return {site: values for site, values in found.items() if values}
+
+
+@pytest.mark.skipif(INTERPRETED, reason="calls are made on tensors without memory, which the interpreter reads")
+def test_in_a_compiled_step_the_launch_without_a_gradient_is_the_one_to_search() -> None:
+    """There the forward operator writes none: backward does."""
+    op, implementation = get_op("cross_entropy"), get_implementation("cross_entropy", "triton")
+    call = op.cases(torch.bfloat16)["large vocabulary"]
+    with absent_gpu(TARGETS[90]):
+        function = load_function("cross_entropy", implementation)
+        found = {}
+        for compiled in (False, True):
+            with as_in_compiled_step(compiled):
+                sites = open_sites(op, implementation, function, [call], CPU)
+            found[compiled] = [dict(each.site.at)["gradient"] for each in sites]
+    assert found == {False: [1], True: [0]}
+
+
+@pytest.mark.interpreter
+def test_what_is_launched_as_in_a_compiled_step_is_right() -> None:
+    op, implementation = get_op("cross_entropy"), get_implementation("cross_entropy", "triton")
+    with as_in_compiled_step(), seen_launches() as seen:
+        verdict = verify(
+            op, implementation, load_function("cross_entropy", implementation), [], CPU, dtype=torch.float32,
+            cases=("odd vocabulary", "past a block"),
+        )  # fmt: skip
+    assert verdict.status == "verified", verdict
+    assert {dict(site.at)["gradient"] for site in seen} == {0}

@@ -18,6 +18,7 @@ from llmmed.kernels.base import Implementation
 from llmmed.kernels.operator import (
     TRITON_DEVICES,
     as_rows,
+    in_compiled_step,
     l2_bytes,
     make_operator,
     refuse_second_derivative,
@@ -67,15 +68,17 @@ def held_columns(logits, V: tl.constexpr, PADDED: tl.constexpr, HELD: tl.constex
 def row_statistics(
     logits, held,
     V: tl.constexpr, PADDED: tl.constexpr, BLOCK: tl.constexpr, STAGES: tl.constexpr, HELD: tl.constexpr,
+    AGAIN: tl.constexpr,
 ):  # fmt: skip
-    # Maximum and sum of exponentials of one row of V logits, which the cache is to keep for the second walk. What
+    # Maximum and sum of exponentials of one row of V logits, which the cache is to keep if it is walked AGAIN. What
     # follows the logits up to PADDED is read and left out: a mask that ends between 16 bytes would take all loads
     # apart.
+    EVICTION: tl.constexpr = "evict_last" if AGAIN else ""
     WALKED: tl.constexpr = PADDED - HELD
     offsets = _lanes(logits, 0, BLOCK)
     lane_max, lane_sum = _empty_lanes(offsets.shape[0])
     for start in tl.range(0, WALKED, BLOCK, num_stages=STAGES):
-        x = _load_columns(logits, start + offsets, V, WALKED, WALKED % BLOCK != 0, "evict_last")
+        x = _load_columns(logits, start + offsets, V, WALKED, WALKED % BLOCK != 0, EVICTION)
         lane_max, lane_sum = _add_to_lanes(x, lane_max, lane_sum)
     row_max, row_sum = _join_lanes(lane_max, lane_sum)
     if HELD > 0:
@@ -213,7 +216,7 @@ def cross_entropy_triton_fwd_kernel(
             is_class = (target >= 0) & (target < V)
             chosen = tl.load(logits + target, mask=is_class, other=float("nan")).to(tl.float32)
             held = held_columns(logits, V, V, HELD)
-            row_max, row_sum = row_statistics(logits, held, V, V, BLOCK, STAGES, HELD)
+            row_max, row_sum = row_statistics(logits, held, V, V, BLOCK, STAGES, HELD, GRADIENT)
             tl.store(losses_ptr + row, ((row_max - chosen) + tl.log(row_sum)) * factor)
             tl.store(statistics_ptr + row, row_max)
             tl.store(statistics_ptr + n_rows + row, row_sum)
@@ -361,16 +364,18 @@ def _write(
 
 
 class _Direct(torch.autograd.Function):
-    """Eager mode: the gradient is written beside the loss, into a buffer that the first backward pass gives away."""
+    """Eager mode: the gradient is written beside the loss, into a buffer that the first backward pass gives away; or as
+    in a compiled step, by backward."""
 
     @staticmethod
     def forward(
-        ctx: Any, logits: Tensor, targets: Tensor, ignore_index: int, scale: Tensor | None, with_gradient: bool
-    ) -> Tensor:
-        loss, statistics, factor, gradient = _compute(logits, targets, ignore_index, scale, with_gradient)
-        if with_gradient:
+        ctx: Any, logits: Tensor, targets: Tensor, ignore_index: int, scale: Tensor | None, differentiable: bool,
+        writes: bool,
+    ) -> Tensor:  # fmt: skip
+        loss, statistics, factor, gradient = _compute(logits, targets, ignore_index, scale, writes)
+        if differentiable:
             ctx.save_for_backward(logits, targets, statistics, factor)
-            ctx.ignore_index, ctx.gradient = ignore_index, gradient
+            ctx.ignore_index, ctx.gradient = ignore_index, gradient if writes else None
         return loss
 
     @staticmethod
@@ -382,7 +387,7 @@ class _Direct(torch.autograd.Function):
         if gradient is None:
             gradient = torch.empty(logits.shape, dtype=logits.dtype, device=logits.device)
         _write(gradient, upstream, logits, targets, statistics, factor, ctx.ignore_index, written)
-        return gradient, None, None, None, None
+        return gradient, None, None, None, None, None
 
 
 def _forward(
@@ -429,8 +434,9 @@ def cross_entropy(logits: Tensor, targets: Tensor, ignore_index: int, scale: Ten
     if through_dispatcher(logits):
         loss: Tensor = _operator(logits, targets, ignore_index, scale)
         return loss
-    with_gradient = logits.requires_grad and torch.is_grad_enabled()
-    loss = _Direct.apply(logits, targets, ignore_index, scale, with_gradient)
+    differentiable = logits.requires_grad and torch.is_grad_enabled()
+    writes = differentiable and not in_compiled_step()
+    loss = _Direct.apply(logits, targets, ignore_index, scale, differentiable, writes)
     return loss
 
 

@@ -104,7 +104,7 @@ def linear_cross_entropy_triton_fwd_kernel(
             # Before the first walk, in which threads wait for each other: in the second one overwrites it.
             chosen = tl.load(logits + target, mask=is_class, other=float("nan")).to(tl.float32)
             held = held_columns(logits, V, PADDED, HELD)
-            row_max, row_sum = row_statistics(logits, held, V, PADDED, BLOCK, STAGES, HELD)
+            row_max, row_sum = row_statistics(logits, held, V, PADDED, BLOCK, STAGES, HELD, GRADIENT)
             tl.store(losses_ptr + row, (row_max - chosen) + tl.log(row_sum))
             if GRADIENT:
                 write_gradient(
