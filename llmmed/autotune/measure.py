@@ -433,7 +433,7 @@ class _GraphClock(_CudaClock):
     def sets(self, call: Call) -> int:
         """Together eight times the cache, so that each finds it without what it needs. Fewer may be captured."""
         size = sum(spec.nbytes for spec in call.tensors.values())
-        return max(1, min(_MOST_SETS, 4 * self._flush.numel() // max(1, size)))
+        return max(1, min(_MOST_SETS, math.ceil(4 * self._flush.numel() / max(1, size))))
 
     def prepare(self, subject: _Subject) -> None:
         peak = (self.peak_memory_mib(subject) or 0.0) * 2**20  # of one set, all of which are there at once

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import math
 import time
 from types import SimpleNamespace
@@ -15,6 +16,7 @@ from llmmed.autotune import measure as clock_module
 from llmmed.autotune.measure import Measurement, measure_ceilings, measure_op, median_interval
 from llmmed.autotune.plan import Ceilings, Mode
 from llmmed.autotune.workload import Workload
+from llmmed.kernels.base import Call, tensor_spec
 from llmmed.kernels.catalog import get_op
 from llmmed.kernels.rms_norm.pytorch import rms_norm
 
@@ -276,3 +278,88 @@ def test_one_that_fails_in_its_capture_leaves_the_others(norms: Workload) -> Non
     )
     assert set(found) == {"once"}
     assert str(failures["fails"]) == "not in a graph"
+
+
+class Graph:
+    """A CUDA graph that notes what is done while it is captured, and takes a millisecond for each."""
+
+    capturing: Graph | None = None
+
+    def __init__(self) -> None:
+        self.actions = 0
+
+    def capture_begin(self, pool: object) -> None:
+        Graph.capturing = self
+
+    def capture_end(self) -> None:
+        Graph.capturing = None
+
+    def replay(self) -> None:
+        assert Graph.capturing is None
+        self.gpu.work(1e-3 * self.actions)
+
+    gpu: Gpu
+
+
+@pytest.fixture
+def graphs(monkeypatch: pytest.MonkeyPatch) -> Gpu:
+    """A GPU that captures graphs, with 100 MiB of free memory of which a pass takes 10."""
+    gpu = Gpu(monkeypatch)
+    monkeypatch.setattr(Graph, "gpu", gpu, raising=False)
+    for name, value in {
+        "CUDAGraph": Graph,
+        "Stream": lambda device: None,
+        "stream": lambda stream: contextlib.nullcontext(),
+        "graph_pool_handle": lambda: (0, 1),
+        "empty_cache": lambda: None,
+        "mem_get_info": lambda device: (100 * 2**20, 200 * 2**20),
+        "memory_allocated": lambda device: 0,
+        "reset_peak_memory_stats": lambda device: None,
+        "max_memory_allocated": lambda device: 10 * 2**20,
+    }.items():
+        monkeypatch.setattr(torch.cuda, name, value)
+    clock_module._capture_stream.cache_clear()
+    return gpu
+
+
+@pytest.mark.parametrize(("sets", "captured"), [(3, 3), (16, 5)])
+def test_graphs_go_through_as_many_sets_as_there_is_memory_for(sets: int, captured: int, graphs: Gpu) -> None:
+    def forward(x: Tensor) -> Tensor:
+        if Graph.capturing is not None:
+            Graph.capturing.actions += 2
+        return x * 2
+
+    clock = clock_module._GraphClock(CPU)
+    subject = clock_module._Subject(forward, [{"x": torch.ones(2, requires_grad=True)} for _ in range(sets)])
+    subject.prepare()
+    assert clock.run(subject).host_forward is not None  # a launched pass: it warms up
+    clock.prepare(subject)
+    assert subject.captured_sets == captured
+    sample = clock.run(subject)
+    assert sample.forward == pytest.approx(2.0)  # of one set
+    assert sample.backward == 0.0
+    assert sample.host_forward is None
+    assert subject.work_seconds < 1.0
+
+
+def test_what_a_capture_raises_is_told_and_ends_it(graphs: Gpu) -> None:
+    def fails(x: Tensor) -> Tensor:
+        if Graph.capturing is not None:
+            raise ValueError("not in a graph")
+        return x * 2
+
+    clock = clock_module._GraphClock(CPU)
+    subject = clock_module._Subject(fails, [{"x": torch.ones(2, requires_grad=True)}])
+    subject.prepare()
+    with pytest.raises(ValueError, match="not in a graph"):
+        clock.prepare(subject)
+    assert Graph.capturing is None
+
+
+def test_sets_of_inputs_are_together_eight_times_the_cache(norms: Workload, graphs: Gpu) -> None:
+    clock = clock_module._GraphClock(CPU)
+    clock._flush = torch.empty(2 * 2**20, dtype=torch.int8)  # an L2 cache of 1 MiB
+    for rows, expected in ((2**10, 16), (2**13, 4), (2**20, 1)):
+        x = tensor_spec(rows, 128, dtype=torch.bfloat16, requires_grad=True)
+        weight = tensor_spec(1, dtype=torch.float32)
+        assert clock.sets(Call.of("rms_norm", x=x, weight=weight, eps=1e-6)) == expected
