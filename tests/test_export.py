@@ -5,17 +5,20 @@ from __future__ import annotations
 import shlex
 import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
+from tokenizers import Tokenizer
 
-from llmmed import data
+from llmmed import data, generate
 from llmmed.compose import compose
 from llmmed.errors import UserError
 from llmmed.export import export_hf
 from llmmed.kernels.catalog import default_choice, load_kernels
-from llmmed.model import Transformer
+from llmmed.model import Transformer, decode
 from llmmed.training import checkpoint
 from tests.training.test_faults import can_mount
 from tests.training.tiny import run, run_with, tiny_config
@@ -63,16 +66,38 @@ def test_a_full_disk_is_one_line(tmp_path: Path, repository: Path) -> None:
     assert done.stderr.count("\n") == 1
 
 
-def test_whoever_reads_generated_text_may_stop(tmp_path: Path, repository: Path) -> None:
-    (tmp_path / "text.txt").write_text("\n\n".join(f"Bone {i} meets joint {i % 7}." for i in range(400)))
+def run_on_text(folder: Path) -> data.Dataset:
+    """A run of two steps, in `folder / "run"`."""
+    (folder / "text.txt").write_text("\n\n".join(f"Bone {i} meets joint {i % 7}." for i in range(400)))
     config = compose(
-        ["experiment=smoke", "data=text", f"data.path='{tmp_path / 'text.txt'}'", "tokenizer.vocab_size=400",
+        ["experiment=smoke", "data=text", f"data.path='{folder / 'text.txt'}'", "tokenizer.vocab_size=400",
          "train.seq_len=16", "train.max_steps=2", "train.eval_every=0", "device=cpu"]
     )  # fmt: skip
     model = Transformer.for_training(config, load_kernels(default_choice()), "cpu")
-    run_with(model, config, tmp_path / "run", dataset=data.prepare(config))
-    generate = shlex.join([sys.executable, str(repository / "scripts" / "generate.py"), "run", "prompt=Bone"])
-    script = f"{generate} | head -c 4; exit ${{PIPESTATUS[0]}}"
+    dataset = data.prepare(config)
+    run_with(model, config, folder / "run", dataset=dataset)
+    return dataset
+
+
+def test_a_prompt_begins_a_document(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As the training's texts do, which stand behind the end of another; of 1 token there is room for all."""
+    dataset, given = run_on_text(tmp_path), []
+
+    def sample(model: Transformer, prompt: list[int], **how: Any) -> Iterator[int]:
+        given.extend(prompt)
+        return decode.sample(model, prompt, **how)
+
+    monkeypatch.setattr(generate, "sample", sample)
+    text = "".join(generate.generate(generate.Request(tmp_path / "run", "Bone 7", max_tokens=1, temperature=0)))
+    assert text.startswith("Bone 7")
+    assert given[0] == dataset.end_token
+    assert Tokenizer.from_file(str(tmp_path / "run" / "tokenizer.json")).decode(given[1:]) == "Bone 7"
+
+
+def test_whoever_reads_generated_text_may_stop(tmp_path: Path, repository: Path) -> None:
+    run_on_text(tmp_path)
+    command = shlex.join([sys.executable, str(repository / "scripts" / "generate.py"), "run", "prompt=Bone"])
+    script = f"{command} | head -c 4; exit ${{PIPESTATUS[0]}}"
     done = subprocess.run(["bash", "-c", script], cwd=tmp_path, capture_output=True, text=True, timeout=120)
     assert (done.returncode, done.stdout, done.stderr) == (0, "Bone", "")
 

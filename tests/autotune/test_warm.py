@@ -12,7 +12,7 @@ from llmmed.autotune import warm
 from llmmed.autotune.board import ALL, CLOCK, Board
 from llmmed.autotune.journal import Job, Task
 from llmmed.autotune.launch_search import open_sites
-from llmmed.autotune.plan import Candidate
+from llmmed.autotune.plan import Candidate, Mode
 from llmmed.autotune.trials import trials
 from llmmed.autotune.workload import Workload
 from llmmed.kernels.ahead_of_time import TARGETS
@@ -103,3 +103,16 @@ def test_two_processes_share_the_work(job: Job, tmp_path: Path) -> None:
     assert len(found.finished()) == len(list(warm._units(job.tasks, job.mode, torch.device("cpu"))))
     assert not found.is_awaited()
     assert not found.claim("0")
+
+
+def test_what_is_compiled_for_the_search_is_what_the_runs_step_launches() -> None:
+    """Of cross_entropy, eager mode's forward pass writes the gradient, and that of a compiled step does not."""
+    call = get_op("cross_entropy").cases(torch.bfloat16)["large vocabulary"]
+    found = {}
+    modes: tuple[Mode, ...] = ("eager", "graphs")
+    with absent_gpu(TARGETS[90]):
+        for mode in modes:
+            units = list(warm._searched(get_op("cross_entropy"), "triton", [call], mode, torch.device("cpu")))
+            assert units
+            found[mode] = {dict(site.at)["gradient"] for unit in units for site in unit.launches}
+    assert found == {"eager": {1}, "graphs": {0}}

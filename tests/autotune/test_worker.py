@@ -28,8 +28,10 @@ from llmmed.autotune.journal import (
     Timed,
 )
 from llmmed.autotune.plan import Candidate, Ceilings, Status, StepEvidence, StepTimes, StepTrial
+from llmmed.autotune.worker import Worker
 from llmmed.autotune.workload import Workload
-from llmmed.kernels.base import Unavailable
+from llmmed.kernels.base import Op, Unavailable
+from llmmed.kernels.operator import in_compiled_step
 
 VERIFIED = Candidate(status="verified", relative_error=1e-7)
 TIMED = VERIFIED.model_copy(update={"total_ms": 1.0})
@@ -148,6 +150,26 @@ def test_what_is_not_to_be_measured_is_done_once_judged(norms: Workload) -> None
     findings.add(Judged(op="rms_norm", name="triton", candidate=VERIFIED))
     assert findings.left([task(norms, "triton", measure=False)]) == []
     assert findings.left([task(norms, "triton", measure=True)]) != []
+
+
+@pytest.mark.parametrize(("mode", "compiled"), [("eager", False), ("compiled", True), ("graphs", True)])
+def test_launches_and_times_are_those_of_the_runs_step(
+    mode: str, compiled: bool, norms: Workload, make_job: Callable[..., Job], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    seen: list[bool] = []
+
+    def find_launches(worker: Worker, op: Op, name: str, candidate: Candidate, *rest: object) -> Candidate:
+        seen.append(in_compiled_step())
+        return candidate
+
+    monkeypatch.setattr(Worker, "_find_launches", find_launches)
+    monkeypatch.setattr(Worker, "_measure", lambda worker, *rest: seen.append(in_compiled_step()))
+    known = task(norms).model_copy(update={"verified": {"triton": VERIFIED}})
+    job = make_job(mode=mode, tasks=[known])
+    with JournalWriter(job.journal) as journal:
+        Worker(job, journal).run()
+    assert seen == [compiled, compiled]
+    assert not in_compiled_step()
 
 
 def hidden(error: Exception, cause: Exception) -> Exception:
