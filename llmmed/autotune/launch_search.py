@@ -13,7 +13,8 @@ import torch
 from torch import Tensor
 
 from llmmed.autotune.failures import classify
-from llmmed.autotune.measure import Pass, median_interval
+from llmmed.autotune.intervals import median_interval
+from llmmed.autotune.measure import Pass
 from llmmed.autotune.plan import KernelLaunch, LaunchTrial, Status
 from llmmed.autotune.verify import verify
 from llmmed.kernels.ahead_of_time import launching_nothing, run_on_meta

@@ -29,6 +29,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from llmmed.autotune.intervals import median_interval
 from llmmed.autotune.plan import Ceilings, Mode
 from llmmed.kernels.base import Call, Cost, Implementation, Inputs, Op
 from llmmed.kernels.catalog import DEFAULT
@@ -193,19 +194,6 @@ def measure_ceilings(device: torch.device, product_dtypes: Sequence[torch.dtype]
         tflops[str(dtype).removeprefix("torch.")] = 2 * 8192**3 / product_ms / 1e9
         del a, b
     return Ceilings(copy_gb_per_second=2 * 2**28 / copy_ms / 1e6, product_tflops=tflops)
-
-
-def median_interval(samples: Sequence[float]) -> tuple[float, float, float]:
-    """The median and the ends of its 95 % confidence interval, by order statistics: no distribution is assumed.
-
-    The ends have the same number of samples beyond them, as few as 95 % ask for (the binomial distribution, to half a
-    sample). With few samples the interval is their whole range.
-    """
-    ordered = sorted(samples)
-    n = len(ordered)
-    low = max(0, math.floor((n - 1 - 1.96 * math.sqrt(n)) / 2))
-    high = n - 1 - low
-    return median(ordered), ordered[low], ordered[high]
 
 
 def _summarise(

@@ -19,7 +19,7 @@ from torch import Tensor
 
 from llmmed.autotune.confirm import Choice, Duel, Failed, Match
 from llmmed.autotune.failures import classify
-from llmmed.autotune.measure import median_interval
+from llmmed.autotune.intervals import Interval, difference_interval, median_interval
 from llmmed.autotune.plan import Mode, StepTimes
 from llmmed.autotune.step_plan import WARM_UP, Subject, at_depth, deepened, optimizer_update, release, shallow
 from llmmed.autotune.workload import called_ops, record_micro_batch
@@ -33,12 +33,12 @@ from llmmed.model import Transformer, compute_dtype, parameter_count
 DEPTHS = (1, 2)
 _FITS = 0.9  # of the GPU's memory: with more, or with a slower micro-batch, the whole model is not tried
 _SLOWEST_MS = 500.0
-_SECONDS = {"cuda": 3.0, "cpu": 2.0}  # of timed steps in one duel
+_SECONDS = {"cuda": 5.0, "cpu": 2.0}  # of timed steps in one duel, at most
 _SETTLING_SECONDS = {"cuda": 0.5, "cpu": 0.0}  # before: a GPU that has idled runs faster than it can go on
 _SAMPLE_SECONDS = {"cuda": 0.008, "cpu": 0.02}  # of each timed stretch; a single step if that takes longer
 _ROUNDS = {"cuda": (15, 60), "cpu": (9, 60)}
 _PRECISE = 0.002  # of the step: with the difference known to this, more rounds would decide nothing
-_CLEAR = 2.0  # times half of its interval: a difference so large has a sign that more rounds would not change
+_CLEAR = 1.5  # times half of its interval: a difference so large has a sign that more rounds would not change
 # Two right plans round differently; this much of a gradient's norm is no error, nor four times what the default's own
 # two ways of running it differ by. The gate has judged the ops before: here it is stale or foreign memory that shows.
 _DIFFERENCE = {torch.float32: 2e-3, torch.bfloat16: 0.06, torch.float16: 0.03}
@@ -129,7 +129,7 @@ class StepClock:
         saved = None
         if standing.memory_mib is not None and subject.memory_mib is not None:
             saved = growth * (standing.memory_mib - subject.memory_mib)
-        return Duel(*median_interval(gains), saved)
+        return Duel(*difference_interval(gains), saved)
 
     def whole(self, choice: Choice, other: Choice, mode: Mode | None = None) -> Match:
         """Two plans in the whole model, the second in another mode if one is given. Raises `Failed`."""
@@ -148,7 +148,7 @@ class StepClock:
             self._times(each, [[pair[i] for pair in depth] for depth in pairs], [m[i] for m in memory], updates[i])
             for i, each in enumerate((choice, other))
         )
-        gains = self._at_full_depth([[a - b for a, b in depth] for depth in pairs])
+        gains = self._at_full_depth([[a - b for a, b in depth] for depth in pairs], difference_interval)
         return Match(first_times, second_times, *_sum_of(gains, update_gains))
 
     def _whole_model_can_be_tried(self, choice: Choice) -> bool:
@@ -196,13 +196,15 @@ class StepClock:
         near, far = self.depths
         return (self.layers - near) / (far - near) if far > near else 0.0
 
-    def _at_full_depth(self, samples: list[list[float]]) -> tuple[float, float, float]:
-        """The line through the medians at both depths, in ms of a step, with its 95 % interval.
+    def _at_full_depth(
+        self, samples: list[list[float]], interval: Interval = median_interval
+    ) -> tuple[float, float, float]:
+        """The line through the middles at both depths, in ms of a step, with its 95 % interval.
 
         The depths are measured independently, so that their errors add up in squares.
         """
         count = accumulation_steps(self._config.train)
-        (near, *near_ends), (far, *far_ends) = (median_interval(each) for each in (samples[0], samples[-1]))
+        (near, *near_ends), (far, *far_ends) = (interval(each) for each in (samples[0], samples[-1]))
         weights = (1 - self._reach, self._reach) if len(samples) > 1 else (1.0, 0.0)
         middle = weights[0] * near + weights[1] * far
         halves = [(ends[1] - ends[0]) / 2 for ends in (near_ends, far_ends)]
@@ -298,7 +300,7 @@ class StepClock:
         try:
             _, *steps = self._steps(self._subject(champion), [champion, challenger])
             pairs = self._pairs(*steps, sign_is_enough=True)
-            return Duel(*median_interval([a - b for a, b in pairs]), 0.0 if self._on_gpu else None)
+            return Duel(*difference_interval([a - b for a, b in pairs]), 0.0 if self._on_gpu else None)
         except Exception as error:
             raise Failed(_failure(error)) from error
         finally:
@@ -318,7 +320,7 @@ class StepClock:
             first = max(0.0, median(a - b for a, b in self._pairs(steps[0], without)))
             if not different:
                 return (first, first), nothing
-            gains = median_interval([a - b for a, b in self._pairs(*steps)])
+            gains = difference_interval([a - b for a, b in self._pairs(*steps)])
             return (first, max(0.0, first - gains[0])), gains
         except Exception as error:
             raise Failed(_failure(error)) from error
@@ -358,7 +360,7 @@ def _sum_of(a: tuple[float, float, float], b: tuple[float, float, float]) -> tup
 
 
 def _known(pairs: list[tuple[float, float]], sign_is_enough: bool) -> bool:
-    middle, low, high = median_interval([a - b for a, b in pairs])
+    middle, low, high = difference_interval([a - b for a, b in pairs])
     if sign_is_enough and abs(middle) > _CLEAR * (high - low) / 2:
         return True
     return high - low <= 2 * _PRECISE * median(a for a, _ in pairs)

@@ -61,17 +61,20 @@ def group_events(events: list[FunctionEvent], *, on_gpu: bool) -> dict[str, floa
             if not event.name.startswith((_RANGE, "Optimizer.", "ProfilerStep")):
                 found[_group(event.name, event, forward)] += event.self_cpu_time_total
         return dict(found)
-    left: defaultdict[str, float] = defaultdict(float)
+    took: defaultdict[str, float] = defaultdict(float)  # by kernel; what its launchers tell says only whose it was
     for event in events:
         if event.device_type == DeviceType.CUDA and not event.is_user_annotation:
-            left[event.name] += event.self_device_time_total
+            took[event.name] += event.self_device_time_total
+    launched: defaultdict[str, defaultdict[str, float]] = defaultdict(lambda: defaultdict(float))
     for event in cpu_events:
         for kernel in event.kernels:
-            if kernel.name in left:  # ranges of the user have a twin on the device, which is no kernel
-                found[_group(kernel.name, event, forward)] += kernel.duration
-                left[kernel.name] -= kernel.duration
-    for name, microseconds in left.items():  # what a graph replays, nobody launched
-        found[_by_name(name) or "other"] += max(0.0, microseconds)
+            if kernel.name in took:  # ranges of the user have a twin on the device, which is no kernel
+                launched[kernel.name][_group(kernel.name, event, forward)] += kernel.duration
+    for name, microseconds in took.items():
+        told = sum(launched[name].values())
+        for group, part in launched[name].items():
+            found[group] += part * min(1.0, microseconds / told) if told else 0.0
+        found[_by_name(name) or "other"] += max(0.0, microseconds - told)  # what a graph replays, nobody launched
     return dict(found)
 
 

@@ -16,7 +16,7 @@ from pathlib import Path
 from statistics import median
 from typing import TYPE_CHECKING
 
-from llmmed.autotune.measure import median_interval
+from llmmed.autotune.intervals import median_interval
 from llmmed.benchmark.contestants import CONTESTANTS, Contestant
 from llmmed.benchmark.results import StepRow, StepShape
 from llmmed.benchmark.settings import ALL, StepSettings, config_of

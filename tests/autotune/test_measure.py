@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import math
 import time
 from types import SimpleNamespace
 from typing import Any
@@ -13,7 +12,7 @@ import torch
 from torch import Tensor
 
 from llmmed.autotune import measure as clock_module
-from llmmed.autotune.measure import Measurement, measure_ceilings, measure_op, median_interval
+from llmmed.autotune.measure import Measurement, measure_ceilings, measure_op
 from llmmed.autotune.plan import Ceilings, Mode
 from llmmed.autotune.workload import Workload
 from llmmed.kernels.base import Call, tensor_spec
@@ -159,22 +158,6 @@ def test_what_hides_the_launches_does_not_grow_of_itself(
     pass_seconds = subject.work_seconds + clock.hiding_seconds(subject)
     assert pass_seconds == pytest.approx(gpu.now - begun, rel=0.2)
     assert clock_module._rounds([pass_seconds], 0.25) == 100
-
-
-@pytest.mark.parametrize(("n", "interval"), [(1, (0, 0)), (7, (0, 6)), (15, (3, 11)), (100, (39, 60))])
-def test_the_interval_of_the_median(n: int, interval: tuple[int, int]) -> None:
-    _, low, high = median_interval(range(n))
-    assert (low, high) == interval
-
-
-def test_the_interval_holds_the_median_of_all_with_95_percent() -> None:
-    """The k-th of n samples is above it as rarely as a coin shows fewer than k heads. One sample less on each side
-    would be too few."""
-    for n in range(6, 101):
-        _, low, high = median_interval(range(n))
-        assert low == n - 1 - high
-        wide, narrow = (1 - 2 * sum(math.comb(n, i) for i in range(int(low) + k)) / 2**n for k in (1, 2))
-        assert wide >= 0.95 > narrow - 0.002, n
 
 
 def test_a_cpu_has_no_ceiling() -> None:

@@ -5,13 +5,14 @@ from __future__ import annotations
 import inspect
 import sys
 import types
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from typing import Any
 
 import pytest
 import torch
 import torch.nn.functional as F
+from torch._C._autograd import DeviceType
 from torch.profiler import ProfilerActivity, profile
 
 from llmmed.benchmark import plain_llama
@@ -135,3 +136,27 @@ def test_backward_counts_where_forward_stood() -> None:
         wrapped(x)
     forward_alone = group_events(list(profiler.events()), on_gpu=False)["rotary"]
     assert ranged["rotary"] > 1.5 * forward_alone
+
+
+def test_a_group_takes_no_longer_than_its_kernels_did() -> None:
+    """A launcher may be told of a kernel more than once, and a graph's are launched by nobody."""
+
+    def event(name: str, kind: DeviceType, took: float = 0.0, kernels: Sequence[object] = ()) -> Any:
+        return types.SimpleNamespace(
+            name=name, device_type=kind, self_device_time_total=took, kernels=kernels, is_user_annotation=False,
+            cpu_parent=None, sequence_nr=-1, fwd_thread=None, time_range=types.SimpleNamespace(start=0.0),
+        )  # fmt: skip
+
+    adam = types.SimpleNamespace(name="multi_tensor_apply_kernel", duration=10.0)
+    copy = types.SimpleNamespace(name="copy_kernel", duration=4.0)
+    found = group_events(
+        [
+            *(event(adam.name, DeviceType.CUDA, 10.0) for _ in range(2)),
+            *(event(copy.name, DeviceType.CUDA, 4.0) for _ in range(3)),
+            event("Optimizer.step#AdamW.step", DeviceType.CPU, kernels=[adam, adam, copy]),
+            event("aten::_fused_adamw_", DeviceType.CPU, kernels=[adam, adam, adam, adam]),
+            event("aten::silu", DeviceType.CPU, kernels=[copy]),
+        ],
+        on_gpu=True,
+    )
+    assert found == pytest.approx({"optimizer": 24.0, "swiglu": 4.0, "other": 4.0})
