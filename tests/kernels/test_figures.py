@@ -14,7 +14,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from llmmed.autotune.measure import Measurement, measure_ceilings, measure_op
+from llmmed.autotune.measure import _SECONDS, Measurement, measure_ceilings, measure_op
 from llmmed.autotune.plan import Ceilings
 from llmmed.autotune.step_plan import release
 from llmmed.kernels.base import Call, TensorSpec, Unavailable, tensor_spec
@@ -150,8 +150,10 @@ class _Products(torch.autograd.Function):
 @pytest.mark.parametrize(
     ("rows", "width", "most"), [(24576, 384, 1.6), (16384, 768, 1.35), (32768, 768, 1.35), (16384, 2048, 1.2)]
 )  # fmt: skip
-def test_linear_cross_entropy(rows: int, width: int, most: float) -> None:
+def test_linear_cross_entropy(rows: int, width: int, most: float, monkeypatch: pytest.MonkeyPatch) -> None:
     """At most so many times its three products, in an eighth of the memory that eager PyTorch takes besides."""
+    # Here the GPU is at its power limit: until its clock has settled, what follows a pause looks faster.
+    monkeypatch.setitem(_SECONDS, "cuda", 1.0)
     vocab = 49152
     rounded = torch.randn(vocab, width, device=GPU, dtype=torch.bfloat16)
 

@@ -33,7 +33,14 @@ def test_a_chunk_keeps_to_its_budget_in_whole_tiles(rows: int, vocab: int, items
     if rows >= 4096:
         assert chunk <= rows / 2 + 128
     # A tile may go over: the budget cannot always be met to the row, and never at 16 rows.
-    assert chunk <= 16 or chunk * vocab * itemsize <= _CHUNK_MIB * 2**20 + 128 * vocab * itemsize
+    budget = _CHUNK_MIB * 2**20 * (4 / 3 if chunk >= rows / 2 else 1)
+    assert chunk <= 16 or chunk * vocab * itemsize <= budget + 128 * vocab * itemsize
+
+
+@pytest.mark.parametrize(("rows", "chunks"), [(6144, 2), (12288, 2), (16384, 2), (16512, 3), (24576, 4), (32768, 6)])
+def test_two_chunks_may_take_a_third_more_than_one_of_many(rows: int, chunks: int) -> None:
+    """A row of 49,152 classes in 16 bits is 96 KiB: 16384 rows are two chunks of 768 MiB, not three of 512."""
+    assert -(-rows // _chunk_rows(rows, 2 * 49152, Chunk(576))) == chunks
 
 
 @pytest.mark.parametrize("mib", [_CHUNK_MIB // 4, _CHUNK_MIB // 2, _CHUNK_MIB, 2 * _CHUNK_MIB])

@@ -38,11 +38,11 @@ from llmmed.kernels.operator import (
 from llmmed.kernels.tunable import Tunable
 
 _CHUNKS = 2  # the logits of a chunk take half of what all would
-_CHUNK_MIB = 576  # and no more than this: each chunk reads and writes the weight's gradient once
+_CHUNK_MIB = 576  # and no more than this, or a third more where two are then enough: each costs traffic of its own
 
 
 class Chunk(NamedTuple):
-    """What a chunk's logits may take, but for rows that fill its last tile."""
+    """What a chunk's logits may take, but for rows that fill its last tile; a third more if two then do for three."""
 
     mib: int
 
@@ -184,7 +184,9 @@ def _padded_row(vocab: int) -> int:
 
 def _chunk_rows(n_rows: int, row_bytes: int, most: Chunk) -> int:
     """Rows a chunk: in two chunks, or in as many as the memory budget asks for, all alike but for whole tiles."""
-    wanted = max(1, -(-n_rows // max(_CHUNKS, -(-(n_rows * row_bytes) // (most.mib * 2**20)))))
+    total, budget = n_rows * row_bytes, most.mib * 2**20
+    count = _CHUNKS if 3 * total <= 4 * _CHUNKS * budget else -(-total // budget)
+    wanted = max(1, -(-n_rows // count))
     tile = 128 if wanted > 128 else 16
     return max(1, min(n_rows, -(-wanted // tile) * tile))
 
