@@ -49,6 +49,7 @@ def test_eleven_bad_kernels_in_a_run_on_a_gpu(tmp_path: Path, repository: Path) 
             "data=synthetic", "tokenizer.vocab_size=512", "train.seq_len=256", "train.micro_batch_size=8",
             "train.compile=graphs", "train.max_steps=4", "logger=none", "kernels.candidate_seconds=20",
             "kernels.memory_budget_gib=20",  # memory counts, so that the step is asked about what is slow alone, too
+            "kernels.budget_seconds=300",  # eight of them end the process, or its time
             f"hydra.run.dir={folder}", *pins,
         ],
         env={**os.environ, "PYTHONPATH": os.pathsep.join(paths)},
