@@ -223,6 +223,8 @@ class StepClock:
             second()
         least, most = _ROUNDS[kind]
         most = max(least, min(most, int(_SECONDS[kind] / (2 * number * once))))
+        if first == second:
+            most = least  # there is no difference to find, and their time is known well enough
         pairs: list[tuple[float, float]] = []
         while len(pairs) < least or (len(pairs) < most and not _known(pairs, sign_is_enough)):
             if len(pairs) % 2:

@@ -190,6 +190,12 @@ def test_rounds_end_once_the_difference_is_known(clock: StepClock, monkeypatch: 
     assert 9 < rounds(0.2) < rounds(4.0)
 
 
+def test_a_plan_beside_itself_takes_the_least_rounds(clock: StepClock, monkeypatch: pytest.MonkeyPatch) -> None:
+    chance, plan = random.Random(0), SimpleNamespace(run=lambda: None)
+    monkeypatch.setattr(clock, "_sample", lambda run, number: 20.0 + chance.uniform(0.0, 4.0))
+    assert len(clock._pairs(plan.run, plan.run)) == 9
+
+
 def test_rounds_end_once_the_sign_is_clear_where_that_is_enough(
     clock: StepClock, monkeypatch: pytest.MonkeyPatch
 ) -> None:
