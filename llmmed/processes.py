@@ -10,38 +10,87 @@ import subprocess
 import sys
 import threading
 from collections.abc import Iterator, Mapping
+from contextlib import AbstractContextManager
 from pathlib import Path
+from typing import IO, Protocol
 
 from llmmed import collector
 
 
+class Process(Protocol):
+    """What is asked of a process that was started, however it was; `subprocess.Popen` has it."""
+
+    @property
+    def pid(self) -> int | None:
+        """None as long as it is still to come."""
+
+    @property
+    def returncode(self) -> int:
+        """Once it has ended."""
+
+    @property
+    def stdin(self) -> IO[bytes] | None: ...
+    def poll(self) -> int | None: ...
+    def wait(self, timeout: float | None = None) -> int: ...
+
+
+class Starter(Protocol):
+    """`started_process`, or another way to have the same."""
+
+    def __call__(
+        self, module: str, arguments: list[str], log: Path, variables: Mapping[str, str] | None = None
+    ) -> AbstractContextManager[Process]: ...
+
+
 @contextlib.contextmanager
 def started_process(
-    module: str, arguments: list[str], log: Path, variables: Mapping[str, str] | None = None
+    module: str,
+    arguments: list[str],
+    log: Path,
+    variables: Mapping[str, str] | None = None,
+    stdin: int = subprocess.PIPE,
 ) -> Iterator[subprocess.Popen[bytes]]:
     """A process that runs a module's `main`, in a group of its own, so that its compilers end with it, whatever happens
     here."""
-    # The child finds what this process finds (`-P`: and nothing else), the implementations of other packages too.
-    environment = os.environ | {"PYTHONPATH": os.pathsep.join(entry or os.getcwd() for entry in sys.path)}
-    environment |= variables or {}
-    command = [sys.executable, "-P", "-m", __name__, module, *arguments]
-    with log.open("wb") as output:
-        process = subprocess.Popen(
-            command, stdin=subprocess.PIPE, stdout=output, stderr=output, env=environment, start_new_session=True
-        )
+    process = spawn(module, arguments, log, variables, stdin)
     try:
         yield process
     finally:
         end(process)
 
 
-def end(process: subprocess.Popen[bytes]) -> None:
+def spawn(
+    module: str,
+    arguments: list[str],
+    log: Path,
+    variables: Mapping[str, str] | None,
+    stdin: int = subprocess.PIPE,
+) -> subprocess.Popen[bytes]:
+    """The process of `started_process`, for who ends it himself."""
+    # The child finds what this process finds (`-P`: and nothing else), the implementations of other packages too.
+    environment = os.environ | {"PYTHONPATH": os.pathsep.join(entry or os.getcwd() for entry in sys.path)}
+    environment |= variables or {}
+    with log.open("wb") as output:
+        return subprocess.Popen(
+            command(module, arguments), stdin=stdin, stdout=output, stderr=output, env=environment,
+            start_new_session=True,
+        )  # fmt: skip
+
+
+def command(module: str, arguments: list[str]) -> list[str]:
+    """What runs a module's `main` in a new interpreter."""
+    return [sys.executable, "-P", "-m", __name__, module, *arguments]
+
+
+def end(process: Process) -> None:
     """Ends a process of `started_process` and all that it started, however far they are."""
-    with contextlib.suppress(ProcessLookupError):
-        os.killpg(process.pid, signal.SIGKILL)
+    process.poll()  # it may have come in the meantime
+    if process.stdin is not None:
+        process.stdin.close()
+    if process.pid is not None:
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(process.pid, signal.SIGKILL)
     process.wait()
-    assert process.stdin is not None
-    process.stdin.close()
 
 
 def end_with_parent() -> None:

@@ -10,6 +10,7 @@ import contextlib
 import logging
 import signal
 import subprocess
+import sys
 import tempfile
 import time
 from collections.abc import Callable
@@ -37,12 +38,15 @@ from llmmed.autotune.journal import (
 )
 from llmmed.autotune.plan import Candidate, Ceilings, Mode, Status, StepEvidence, StepTrial
 from llmmed.autotune.warming import Warming, warming_processes
-from llmmed.processes import end, how_it_ended, last_line, last_lines, started_process
+from llmmed.processes import Process, Starter, end, how_it_ended, last_line, last_lines, started_process
+from llmmed.template import Template
 
 logger = logging.getLogger(__name__)
 
 _POLL_SECONDS = 0.05
 _SEARCHING = 0.04  # of the budget: what the search for launches may take
+_IMPORTED = ["llmmed.autotune.preload"]
+_WHILE_IMPORTING = {"OPENBLAS_NUM_THREADS": "1"}  # else NumPy's import starts threads, which no fork would have
 _DONE = {
     "verify": "verified",
     "launch": "launched in other ways",
@@ -179,6 +183,7 @@ def tune_in_child(
             step=step,
             seconds=limits.deadline - time.perf_counter(),
         )
+        start = _starter(first, folder, stack)
         warming: Warming | None = None
         while True:
             left, confirm = findings.left(tasks), _confirmation(step, findings)
@@ -197,9 +202,9 @@ def tune_in_child(
                 }
             )
             job.write(path)
-            with started_process("llmmed.autotune.worker", [str(path)], path.with_suffix(".log")) as process:
+            with start("llmmed.autotune.worker", [str(path)], path.with_suffix(".log")) as process:
                 if attempt == 0 and job.warm is not None:
-                    warming = stack.enter_context(Warming.started(first, folder, limits.candidate_seconds))
+                    warming = stack.enter_context(Warming.started(first, folder, limits.candidate_seconds, start))
                 watched = _Attempt(job, tasks, findings, limits, report, timed, warming)
                 reason = watched.follow(process, path.with_suffix(".log"))
             if reason:
@@ -208,6 +213,14 @@ def tune_in_child(
     findings.cut_short = reason
     _fill_in(findings, tasks, reason)
     return findings
+
+
+def _starter(job: Job, folder: Path, stack: contextlib.ExitStack) -> Starter:
+    """What starts the processes, until the stack ends: where there are many, they are forks of one."""
+    if not warming_processes(job) or sys.platform != "linux":
+        return started_process
+    template = Template.started(_IMPORTED, folder / "template.log", _WHILE_IMPORTING)
+    return stack.enter_context(template).started_process
 
 
 def _confirmation(step: StepTask | None, findings: Findings) -> StepTask | None:
@@ -249,7 +262,7 @@ class _Attempt:
         self._learnt = False  # whether this process has found anything out
         self._done = False
 
-    def follow(self, process: subprocess.Popen[bytes], log: Path) -> str:
+    def follow(self, process: Process, log: Path) -> str:
         """Follows the process, which has its job, to its end. Returns why tuning cannot go on, or nothing."""
         too_slow = self._watch(process)
         end(process)
@@ -283,7 +296,7 @@ class _Attempt:
         logger.warning("%s; the kernels that are not tuned are PyTorch's", reason)
         return reason
 
-    def _watch(self, process: subprocess.Popen[bytes]) -> Begun | None:
+    def _watch(self, process: Process) -> Begun | None:
         """Follows the process until it ends or has to. Returns what took too long, if anything did."""
         while process.poll() is None:
             self._read()

@@ -29,7 +29,7 @@ from llmmed.autotune.journal import Job, Task
 from llmmed.autotune.launch_search import open_sites
 from llmmed.autotune.measure import compiled_alone
 from llmmed.autotune.plan import Mode
-from llmmed.autotune.process_settings import offer_to_out_of_memory_killer, take_settings
+from llmmed.autotune.process_settings import offer_to_out_of_memory_killer, take_one_core, take_settings
 from llmmed.autotune.step_ahead import StepAhead
 from llmmed.autotune.trials import Layout, trials
 from llmmed.autotune.verify import arriving, exact_products
@@ -47,6 +47,7 @@ def main() -> None:
     end_with_parent()
     offer_to_out_of_memory_killer()
     os.nice(_NICE)
+    take_one_core()
     job, board = Job.read(Path(sys.argv[1])), Board(Path(sys.argv[2]))
     device = torch.device(job.device)
     take_settings(job)

@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import logging
 import signal
-import subprocess
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -13,7 +12,7 @@ from pathlib import Path
 from llmmed.autotune.board import STEP, Board
 from llmmed.autotune.journal import Job
 from llmmed.machine import cores
-from llmmed.processes import end, how_it_ended, last_line, started_process
+from llmmed.processes import Process, Starter, end, how_it_ended, last_line, started_process
 
 logger = logging.getLogger(__name__)
 
@@ -32,9 +31,7 @@ def warming_processes(job: Job) -> int:
 class Warming:
     """Processes that fill the compilers' caches while the one that judges starts, waits, and judges."""
 
-    def __init__(
-        self, board: Board, processes: dict[subprocess.Popen[bytes], Path], standstill: float = _STANDSTILL
-    ) -> None:
+    def __init__(self, board: Board, processes: dict[Process, Path], standstill: float = _STANDSTILL) -> None:
         """`processes` with the files that they write to."""
         self._board, self._processes, self._standstill = board, processes, standstill
         self._began = self._progress = time.perf_counter()
@@ -43,7 +40,7 @@ class Warming:
 
     @classmethod
     @contextlib.contextmanager
-    def started(cls, job: Job, folder: Path, seconds: float) -> Iterator[Warming]:
+    def started(cls, job: Job, folder: Path, seconds: float, start: Starter = started_process) -> Iterator[Warming]:
         """Until the end of the context. Where for `seconds`, or 45, nothing gets done, nobody waits any longer."""
         path, board = folder / "warm.json", folder / "warm"
         job.write(path)
@@ -53,7 +50,7 @@ class Warming:
         with contextlib.ExitStack() as stack:
             for number in range(warming_processes(job)):
                 log = folder / f"warm{number}.log"
-                process = started_process("llmmed.autotune.warm", [str(path), str(board)], log, alone)
+                process = start("llmmed.autotune.warm", [str(path), str(board)], log, alone)
                 warming._processes[stack.enter_context(process)] = log
             try:
                 yield warming
@@ -69,7 +66,8 @@ class Warming:
         if count > self._count:
             self._count, self._progress = count, now
         in_time = now - self._progress < self._standstill and now - self._began < _SECONDS
-        if awaited and in_time and any(each.poll() is None for each in self._processes):
+        ended = [each.poll() is not None for each in self._processes]
+        if awaited and in_time and not all(ended):
             return
         self._over = True
         for process in self._processes if awaited else ():

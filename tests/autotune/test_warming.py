@@ -12,6 +12,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
+from unittest.mock import Mock
 
 import pytest
 import torch
@@ -21,6 +22,7 @@ from llmmed.autotune.board import ALL, CLOCK, STEP, Board
 from llmmed.autotune.child import Findings, Limits
 from llmmed.autotune.journal import Begun, Event, Job, JournalReader, JournalWriter, StepTask, Task
 from llmmed.autotune.plan import Candidate
+from llmmed.autotune.tuner import tune
 from llmmed.autotune.warming import Warming, warming_processes
 from llmmed.autotune.worker import Worker
 from llmmed.autotune.workload import Workload
@@ -111,6 +113,13 @@ def test_those_who_are_done_may_go_on_with_the_step(board: Board, sleeper: subpr
     board.finish(ALL, "0", "")
     Warming(board, {sleeper: Path("log")}, 0.0).look()
     assert sleeper.poll() is None
+
+
+def test_all_are_looked_after_though_one_goes_on(board: Board, sleeper: subprocess.Popen[bytes]) -> None:
+    """What takes the place of a process that a template has not forked is started when that is looked at."""
+    second = Mock(**{"poll.return_value": None})
+    Warming(board, {sleeper: Path("log"), second: Path("log")}).look()
+    second.poll.assert_called_once_with()
 
 
 def test_one_that_dies_is_told_of(
@@ -243,6 +252,52 @@ def test_a_warm_up_process_does_not_outlive_its_parent(job: Job, board: Board, t
         assert process.stdin is not None
         process.stdin.close()
         assert process.wait(timeout=10) == -signal.SIGKILL
+
+
+def test_processes_are_forks_of_one_that_has_imported_what_they_need(
+    tiny: Config, norms: Workload, plant: Callable[..., None], monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+) -> None:  # fmt: skip
+    """The one that judges, those that compile ahead, and the next after a candidate that has killed them."""
+    plant("dies", "leaves", "right")
+    for module in (child, warming):
+        monkeypatch.setattr(module, "warming_processes", lambda job: 2)
+    started: list[list[str]] = []
+
+    class Recorded(subprocess.Popen[bytes]):
+        def __init__(self, command: list[str], *args: Any, **kwargs: Any) -> None:
+            super().__init__(command, *args, **kwargs)
+            started.append(command[4:])
+
+    monkeypatch.setattr(subprocess, "Popen", Recorded)
+    with caplog.at_level("INFO"):
+        plan = tune(tiny, norms, mode="eager")
+    assert started == [["llmmed.template", *child._IMPORTED]]
+    found = {name: (each.status, each.reason) for name, each in plan.ops["rms_norm"].candidates.items()}
+    assert found["right"][0] == found["pytorch"][0] == "verified"
+    assert found["dies"] == ("crashed", "the process was killed by SIGSEGV while it was verified")
+    assert found["leaves"][1] == "the process ended with exit code 1 while it was verified: enough of this"
+    assert "a process that compiled ahead was killed by SIGSEGV" in caplog.text
+
+
+def test_a_fork_compiles_on_one_core_in_all_its_threads(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Backward passes are compiled in another, which with torch 2.13 has settings of its own."""
+    from torch._inductor import async_compile, config
+
+    monkeypatch.setattr(config._config["compile_threads"], "default", 8)
+    threads = torch.get_num_threads()
+    torch.set_num_threads(2)
+    found: list[tuple[int, int]] = []
+    try:
+        process_settings.take_one_core()
+        thread = threading.Thread(
+            target=lambda: found.append((async_compile.get_compile_threads(), torch.get_num_threads()))
+        )
+        thread.start()
+        thread.join()
+        assert [*found, (async_compile.get_compile_threads(), torch.get_num_threads())] == [(1, 1), (1, 1)]
+    finally:
+        torch.set_num_threads(threads)
 
 
 def test_a_deterministic_run_is_compiled_ahead_deterministically(
