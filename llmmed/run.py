@@ -15,6 +15,7 @@ from typing import Any
 from rich.console import Console
 
 from llmmed import collector, continuation, data, init_from, run_folder
+from llmmed.autotune.child import processes_to_come
 from llmmed.autotune.plan import KernelPlan
 from llmmed.autotune.tuner import tune
 from llmmed.autotune.workload import called_ops, record_workload
@@ -102,20 +103,24 @@ def _run(config: Config, folder: Path, console: Console, started: float, stop: S
         for change in continuation.changes(folder, config):
             console.print(f"goes on with another value: {change}", style="dim", markup=False)
     initial = init_from.find(config.model) if newest is None else None  # a resumed run has weights of its own
-    dataset = data.prepare(config, report=lambda message: console.print(message, style="dim", markup=False))
-    if newest is not None:
-        continuation.check_data(newest, dataset.fingerprint)
-    print_header(config, dataset, mode, folder, console)
+    with contextlib.ExitStack() as while_preparing:
+        start = None
+        if newest is None and config.kernels.policy == "auto":
+            start = while_preparing.enter_context(processes_to_come(config.device))
+        dataset = data.prepare(config, report=lambda message: console.print(message, style="dim", markup=False))
+        if newest is not None:
+            continuation.check_data(newest, dataset.fingerprint)
+        print_header(config, dataset, mode, folder, console)
 
-    if initial is not None:
-        init_from.warn_of_other_tokenizer(initial, dataset.tokenizer_file)
+        if initial is not None:
+            init_from.warn_of_other_tokenizer(initial, dataset.tokenizer_file)
 
-    with collector.still():  # tensors without memory bring PyTorch's compiler with them
-        workload = record_workload(config)
-    plan = plan_of_checkpoint(newest, config, workload, mode) if newest is not None else None
-    if plan is None:
-        with console.status("tuning") as status:
-            plan = tune(config, workload, mode=mode, report=lambda progress: status.update(str(progress)))
+        with collector.still():  # tensors without memory bring PyTorch's compiler with them
+            workload = record_workload(config)
+        plan = plan_of_checkpoint(newest, config, workload, mode) if newest is not None else None
+        if plan is None:
+            with console.status("tuning") as status:
+                plan = tune(config, workload, mode=mode, report=lambda done: status.update(str(done)), start=start)
     plan.write(folder / "kernels.json")
     mode = plan.mode
     logger.info("kernels %s: %s", "from the cache" if plan.cached else "chosen", plan.choice)

@@ -13,7 +13,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
@@ -37,7 +37,7 @@ from llmmed.autotune.journal import (
     Tried,
 )
 from llmmed.autotune.plan import Candidate, Ceilings, Mode, Status, StepEvidence, StepTrial
-from llmmed.autotune.warming import Warming, warming_processes
+from llmmed.autotune.warming import Warming, compiles_ahead, warming_processes
 from llmmed.processes import Process, Starter, end, how_it_ended, last_line, last_lines, started_process
 from llmmed.template import Template
 
@@ -148,6 +148,20 @@ class Findings:
         return rest
 
 
+@contextlib.contextmanager
+def processes_to_come(device: str) -> Iterator[Starter]:
+    """What starts tuning's processes, until the end of the context. Where there may be many, they are forks of one that
+    imports from now on, whatever goes on here meanwhile."""
+    if sys.platform != "linux" or not compiles_ahead(device):
+        yield started_process
+        return
+    with (
+        tempfile.TemporaryDirectory(prefix="llmmed-template-") as folder,
+        Template.started(_IMPORTED, Path(folder) / "template.log", _WHILE_IMPORTING) as template,
+    ):
+        yield template.started_process
+
+
 def tune_in_child(
     tasks: list[Task],
     *,
@@ -159,12 +173,14 @@ def tune_in_child(
     report: Callable[[Progress], None],
     timed: Callable[[Findings], None] | None = None,
     findings: Findings | None = None,
+    start: Starter | None = None,
 ) -> Findings:
     """Tries every candidate of every task, in order, then, if asked to, the best of them in the step.
 
     Each candidate gets a verdict, the last resort being `not_tried`. What a task names as verified is measured with the
     rest, and not verified again. `timed` is told what is known whenever an op's times have come. `findings` is what is
-    known already, and grows: whatever ends this, it has what was found until then.
+    known already, and grows: whatever ends this, it has what was found until then. `start` is that of
+    `processes_to_come`, if there was time to begin with them before.
     """
     findings = Findings() if findings is None else findings
     for task in tasks:
@@ -183,7 +199,8 @@ def tune_in_child(
             step=step,
             seconds=limits.deadline - time.perf_counter(),
         )
-        start = _starter(first, folder, stack)
+        if start is None:
+            start = stack.enter_context(processes_to_come(device)) if warming_processes(first) else started_process
         warming: Warming | None = None
         while True:
             left, confirm = findings.left(tasks), _confirmation(step, findings)
@@ -213,14 +230,6 @@ def tune_in_child(
     findings.cut_short = reason
     _fill_in(findings, tasks, reason)
     return findings
-
-
-def _starter(job: Job, folder: Path, stack: contextlib.ExitStack) -> Starter:
-    """What starts the processes, until the stack ends: where there are many, they are forks of one."""
-    if not warming_processes(job) or sys.platform != "linux":
-        return started_process
-    template = Template.started(_IMPORTED, folder / "template.log", _WHILE_IMPORTING)
-    return stack.enter_context(template).started_process
 
 
 def _confirmation(step: StepTask | None, findings: Findings) -> StepTask | None:

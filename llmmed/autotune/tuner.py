@@ -30,13 +30,15 @@ from llmmed.config import Config, KernelsConfig
 from llmmed.errors import UserError
 from llmmed.kernels.base import Call, Unavailable
 from llmmed.kernels.catalog import COMPILED, DEFAULT, get_implementation, implementation_names, op_names
+from llmmed.processes import Starter
 
 logger = logging.getLogger(__name__)
 
 
 def tune(
-    config: Config, workload: Workload, *, mode: Mode, report: Callable[[Progress], None] = lambda progress: None
-) -> KernelPlan:
+    config: Config, workload: Workload, *, mode: Mode, report: Callable[[Progress], None] = lambda progress: None,
+    start: Starter | None = None,
+) -> KernelPlan:  # fmt: skip
     """Chooses an implementation for every op of the workload.
 
     Args:
@@ -44,6 +46,7 @@ def tune(
         workload: The calls of one micro-batch.
         mode: How the step will run.
         report: Told what is being tried.
+        start: What `child.processes_to_come` gave, if the processes could be begun with before.
 
     Raises:
         UserError: what was asked for is wrong, or cannot be used and there is no fallback.
@@ -58,7 +61,7 @@ def tune(
     tasks = _tasks(calls, orders, known, mode)
     hardware = describe_hardware(config.device)
     with contextlib.ExitStack() as held:
-        found_out = _find_evidence(config, workload, tasks, orders, known, mode, hardware, report, started, held)
+        found_out = _find_evidence(config, workload, tasks, orders, known, mode, hardware, report, started, held, start)
     evidence = found_out.evidence
     ops = {}
     for op in calls:
@@ -225,6 +228,7 @@ def _find_evidence(
     report: Callable[[Progress], None],
     started: float,
     held: contextlib.ExitStack,
+    start: Starter | None,
 ) -> _FoundOut:
     """From the cache, or from a tuning process. `held` is what keeps others from tuning the same meanwhile."""
     if not tasks:
@@ -262,6 +266,7 @@ def _find_evidence(
             limits=Limits(kernels.candidate_seconds, kernels.budget_seconds, started + kernels.budget_seconds),
             report=report,
             findings=findings,
+            start=start,
         )
         ended = True
     finally:  # an interruption too: the next run goes on from here

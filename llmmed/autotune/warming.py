@@ -21,11 +21,16 @@ _LEAST, _MOST = 3, 15  # processes; with fewer it is not worth their start
 _STANDSTILL, _SECONDS = 45.0, 90.0
 
 
+def compiles_ahead(device: str) -> bool:
+    """Whether a run on this device has processes that compile ahead, if it has enough to compile."""
+    return device == "cuda" and cores() - 1 >= _LEAST
+
+
 def warming_processes(job: Job) -> int:
     """How many processes compile ahead: one compiles on a single core."""
     candidates = sum(len(task.verify) + len(task.verified) for task in job.tasks)
     count = min(cores() - 1, candidates, _MOST)
-    return count if job.device == "cuda" and count >= _LEAST else 0
+    return count if compiles_ahead(job.device) and count >= _LEAST else 0
 
 
 class Warming:

@@ -262,6 +262,7 @@ def test_processes_are_forks_of_one_that_has_imported_what_they_need(
     plant("dies", "leaves", "right")
     for module in (child, warming):
         monkeypatch.setattr(module, "warming_processes", lambda job: 2)
+    monkeypatch.setattr(child, "compiles_ahead", lambda device: True)
     started: list[list[str]] = []
 
     class Recorded(subprocess.Popen[bytes]):
@@ -278,6 +279,24 @@ def test_processes_are_forks_of_one_that_has_imported_what_they_need(
     assert found["dies"] == ("crashed", "the process was killed by SIGSEGV while it was verified")
     assert found["leaves"][1] == "the process ended with exit code 1 while it was verified: enough of this"
     assert "a process that compiled ahead was killed by SIGSEGV" in caplog.text
+
+
+@pytest.mark.parametrize(("device", "count", "forks"), [("cuda", 4, True), ("cuda", 3, False), ("cpu", 16, False)])
+def test_processes_may_be_begun_with_before_tuning(
+    device: str, count: int, forks: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Where there will be many. Until the context ends: a plan that is found in the cache needs none."""
+    (tmp_path / "light.py").write_text("import os\nNUMBER = os.getpid()\ndef main(): print(NUMBER)\n")
+    monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.setattr(child, "_IMPORTED", ["light"])
+    monkeypatch.setattr(warming, "cores", lambda: count)
+    log = tmp_path / "log"
+    with child.processes_to_come(device) as start, start("light", [], log) as process:
+        assert process.wait(20) == 0
+        imported_by = int(log.read_text())
+        assert (imported_by != process.pid) == forks
+    with pytest.raises(ProcessLookupError):
+        os.kill(imported_by, 0)
 
 
 def test_a_fork_compiles_on_one_core_in_all_its_threads(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -1,0 +1,47 @@
+"""What a run does when."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from llmmed import data
+from llmmed import run as run_module
+from llmmed.errors import UserError
+from tests.training.tiny import tiny_config
+
+
+@pytest.mark.parametrize("policy", ["auto", "pytorch"])
+def test_tunings_processes_are_begun_with_while_data_is_prepared(
+    policy: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """They import for as long as a small tokenizer takes. Without anything to choose there are none to come."""
+    happened: list[object] = []
+    prepare = data.prepare
+
+    @contextlib.contextmanager
+    def processes_to_come(device: str) -> Iterator[str]:
+        happened.append(f"begun on {device}")
+        try:
+            yield "how"
+        finally:
+            happened.append("ended")
+
+    def prepared(*args: Any, **options: Any) -> data.Dataset:
+        happened.append("data")
+        return prepare(*args, **options)
+
+    def tune(*args: Any, start: object, **options: Any) -> None:
+        happened.append(start)
+        raise UserError("enough")
+
+    monkeypatch.setattr(run_module, "processes_to_come", processes_to_come)
+    monkeypatch.setattr(data, "prepare", prepared)
+    monkeypatch.setattr(run_module, "tune", tune)
+    with contextlib.suppress(UserError):
+        run_module.run(tiny_config(f"kernels={policy}"), tmp_path, started=0.0)
+    assert happened == (["begun on cpu", "data", "how", "ended"] if policy == "auto" else ["data", None])
