@@ -2,8 +2,8 @@
 
 The template imports, starts no threads, and asks CUDA nothing. It is asked for processes through a socket, and gets
 three descriptors with each: the process's standard input, its log, and a pipe. There the process says that it has come,
-`<pid>`, and the template how it has ended, `<pid> <exit code>`. A pipe that ends before says that the template has:
-then a process that has not come is started without it, and one that has is over.
+`<pid>`, and the template how it and its group have ended, `<pid> <exit code>`. A pipe that ends before says that the
+template has, or could not fork: a process that has not come is then started without it, and one that has is over.
 """
 
 from __future__ import annotations
@@ -28,12 +28,18 @@ from llmmed.processes import Process, command, end, how_it_ended, last_line, spa
 
 logger = logging.getLogger(__name__)
 
+STARTS_OVER = "starts over, since not all works in a fork"
+_PATIENCE = 60.0  # seconds that imports may take
+_MOST_BYTES = 2**16  # of a request
+_POLL_SECONDS = 0.5  # for whether that patience has ended
+
 
 class Template:
     """The parent's side."""
 
     def __init__(self, process: Process, control: socket.socket, log: Path, variables: Mapping[str, str]) -> None:
         self._process, self._control, self._log, self._variables = process, control, log, variables
+        self._gives_up_at = time.monotonic() + _PATIENCE
         self._is_missed = False
 
     @classmethod
@@ -53,37 +59,58 @@ class Template:
         """As `llmmed.processes.started_process`. The process comes as soon as the template is ready."""
         change = {name: os.environ.get(name) for name in self._variables} | dict(variables or {})
         request = json.dumps([module, arguments, change]).encode()
-        (its_stdin, stdin), (status, its_status) = os.pipe(), os.pipe()
-        with log.open("wb") as output, contextlib.suppress(OSError):  # the template has ended, as `status` tells
-            socket.send_fds(self._control, [request], [its_stdin, output.fileno(), its_status])
-        os.close(its_stdin)
-        os.close(its_status)
-        process = _Fork(module, os.fdopen(stdin, "wb"), status, lambda: self._spawn(module, arguments, log, variables))
-        try:
-            process.poll()
-            yield process
-        finally:
-            end(process)
-            os.close(status)
+        with log.open("wb") as output:
+            (its_stdin, stdin), (status, its_status) = os.pipe(), os.pipe()
+            process = _Fork(
+                module, os.fdopen(stdin, "wb"), status, lambda: self._spawn(module, arguments, log, variables),
+                self._lose_patience,
+            )  # fmt: skip
+            try:
+                # What cannot be sent, mostly since the template has ended, is seen by the end of `status`.
+                with contextlib.suppress(OSError):
+                    if len(request) <= _MOST_BYTES:
+                        socket.send_fds(self._control, [request], [its_stdin, output.fileno(), its_status])
+                os.close(its_stdin)
+                os.close(its_status)
+                process.poll()
+                yield process
+            finally:
+                end(process)
+                os.close(status)
+
+    def _lose_patience(self) -> None:
+        """Ends a template that hangs in its imports: whoever waits for it then goes on without."""
+        if time.monotonic() > self._gives_up_at:
+            end(self._process)
 
     def _spawn(
         self, module: str, arguments: list[str], log: Path, variables: Mapping[str, str] | None
     ) -> subprocess.Popen[bytes]:
         if not self._is_missed:
             self._is_missed = True
-            ended, words = how_it_ended(self._process.wait()), last_line(self._log)
-            told = f"{ended}{f': {words}' if words else ''}"
+            with contextlib.suppress(subprocess.TimeoutExpired):
+                self._process.wait(1.0)
+            code, words = self._process.poll(), last_line(self._log)
+            told = "could not fork" if code is None else how_it_ended(code)
+            told = f"{told}: {words}" if words else told
             logger.info("each process imports what it needs, which takes longer: their template %s", told)
         return spawn(module, arguments, log, variables)
 
 
 class _Fork:
-    """A process that a template forks, or, where that has ended before, one that is started `instead`."""
+    """A process that a template forks, or, where that has ended before, one that is started `instead`.
+
+    `has_not_come` is called as long as there is neither. `pid` is None then, and once the process and its group have
+    ended, when their number may be another's.
+    """
 
     def __init__(
-        self, name: str, stdin: IO[bytes], status: int, start_instead: Callable[[], subprocess.Popen[bytes]]
-    ) -> None:
+        self, name: str, stdin: IO[bytes], status: int, start_instead: Callable[[], subprocess.Popen[bytes]],
+        has_not_come: Callable[[], None],
+    ) -> None:  # fmt: skip
         self.pid: int | None = None
+        self._has_come = False
+        self._has_not_come = has_not_come
         self.stdin: IO[bytes] = stdin
         self._code: int | None = None
         self._name, self._status, self._start_instead = name, status, start_instead
@@ -100,7 +127,9 @@ class _Fork:
             return self._instead.poll()
         if self._code is None and wait_for([self._status], 0):
             self._listen()
-        if self.pid is None and self.stdin.closed:
+        elif not self._has_come:
+            self._has_not_come()
+        if not self._has_come and self.stdin.closed:
             self._code = -signal.SIGKILL  # nobody waits for it any more: if it comes, it ends
         return self._code
 
@@ -110,23 +139,27 @@ class _Fork:
             left = None if deadline is None else max(0.0, deadline - time.monotonic())
             if self._instead is not None:
                 return self._instead.wait(left)
-            if not wait_for([self._status], left):
+            if left == 0.0:
                 raise subprocess.TimeoutExpired(self._name, timeout or 0.0)
+            wait_for([self._status], _POLL_SECONDS if left is None else min(left, _POLL_SECONDS))
         return code
 
     def _listen(self) -> None:
         said = os.read(self._status, 4096)
         for line in said.splitlines():
+            self._has_come = True
             self.pid, *code = map(int, line.split())
-            self._code = code[0] if code else None
+            if code:
+                self.pid, self._code = None, code[0]
         if said:
             return
         if self.pid is not None:
             with contextlib.suppress(ProcessLookupError):
                 os.killpg(self.pid, signal.SIGKILL)
-            self._code = -signal.SIGKILL
+            self.pid, self._code = None, -signal.SIGKILL
         elif not self.stdin.closed:
             self.stdin.close()
+            self._has_come = True
             self._instead = self._start_instead()
             assert self._instead.stdin is not None
             self.pid, self.stdin = self._instead.pid, self._instead.stdin
@@ -143,7 +176,7 @@ def start_over_unless(works: Callable[[], object]) -> None:
     try:
         works()
     except Exception as error:  # noqa: BLE001 - whatever it is, it may be of the fork
-        print(f"starting over, since not all works in a fork: {error}", file=sys.stderr, flush=True)
+        print(f"{STARTS_OVER}: {error}", file=sys.stderr, flush=True)
         os.execv(sys.executable, _instead_of_fork)
 
 
@@ -154,7 +187,8 @@ def main() -> None:
         for name in sys.argv[1:]:
             importlib.import_module(name)
     if len(os.listdir("/proc/self/task")) > 1:
-        sys.exit("its imports have started threads, which no fork would have")
+        print("its imports have started threads, which no fork would have", flush=True)
+        os._exit(1)  # not after those threads
     sys.stdout.flush()
     module, arguments, change = _forked(control)
     for name, value in change.items():
@@ -181,16 +215,26 @@ def _forked(control: socket.socket) -> tuple[str, list[str], dict[str, str | Non
         if woken in ready:
             woken.recv(4096)
         for process in list(running):
-            ended, code = os.waitpid(process, os.WNOHANG)
-            if ended:
-                _say(running.pop(process), f"{process} {os.waitstatus_to_exitcode(code)}")
+            # Its number, which is its group's, is nobody else's until it has been waited for.
+            if os.waitid(os.P_PID, process, os.WEXITED | os.WNOHANG | os.WNOWAIT) is None:
+                continue
+            with contextlib.suppress(ProcessLookupError, PermissionError):
+                os.killpg(process, signal.SIGKILL)
+            _, code = os.waitpid(process, 0)
+            _say(running.pop(process), f"{process} {os.waitstatus_to_exitcode(code)}")
         if control not in ready:
             continue
-        request, descriptors, *_ = socket.recv_fds(control, 2**16, 3)
+        request, descriptors, *_ = socket.recv_fds(control, _MOST_BYTES, 3)
         if not request:
             _end(running)
-        stdin, log, status = descriptors
-        process = os.fork()
+        try:
+            stdin, log, status = descriptors
+            process = os.fork()
+        except (OSError, ValueError) as error:  # there are too many processes, or too many files
+            print(error, flush=True)
+            for descriptor in descriptors:
+                os.close(descriptor)
+            continue
         if not process:
             break
         running[process] = status

@@ -48,6 +48,8 @@ def main():
         raise ValueError("no such tile")
     elif what == "kill":
         os.kill(os.getpid(), int(rest[0]))
+    elif what == "leave":
+        print(subprocess.Popen(["sleep", "60"]).pid, flush=True)
     elif what in ("sleep", "stay"):
         sleeper = subprocess.Popen(["sleep", "60"])
         print(sleeper.pid, flush=True)
@@ -277,12 +279,15 @@ def test_what_the_template_takes_along_is_told_and_started_without_it(
     [
         ("raise RuntimeError('a broken installation')", "exit code 1: RuntimeError: a broken installation"),
         ("import os, signal\nos.kill(os.getpid(), signal.SIGSEGV)", "killed by SIGSEGV"),
-        ("import threading, time\nthreading.Thread(target=time.sleep, args=[60], daemon=True).start()", "threads"),
+        ("import threading, time\nthreading.Thread(target=time.sleep, args=[60]).start()", "threads"),
+        ("import time\ntime.sleep(60)", "killed by SIGKILL"),
     ],
 )
 def test_without_a_template_processes_are_started_as_ever(
-    modules: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture, source: str, reason: str
-) -> None:
+    modules: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch, source: str,
+    reason: str,
+) -> None:  # fmt: skip
+    monkeypatch.setattr("llmmed.template._PATIENCE", 3.0)
     (modules / "broken.py").write_text(source)
     logs = [tmp_path / f"{number}.log" for number in range(3)]
     with caplog.at_level("INFO"), contextlib.ExitStack() as stack:
@@ -352,3 +357,62 @@ def test_what_tuning_imports_beforehand_asks_for_no_gpu_and_starts_no_thread() -
         check=False,
     )
     assert done.stdout == "[] 1\n", done.stderr
+
+
+@pytest.mark.parametrize("what", ["no process can be had", "the request is too long"])
+def test_what_cannot_be_forked_is_started_without_the_template_and_the_others_go_on(
+    modules: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture, what: str
+) -> None:
+    (modules / "crowded.py").write_text(
+        "import os\nfork, calls = os.fork, []\n"
+        "def once():\n"
+        "    calls.append(os.getpid())\n"
+        "    if len(calls) == 2:\n"
+        "        raise BlockingIOError(11, 'too many processes')\n"
+        "    return fork()\n" + ("os.fork = once\n" if what.startswith("no") else "")
+    )
+    long = "x" * (70_000 if what.startswith("the") else 1)
+    with caplog.at_level("INFO"), contextlib.ExitStack() as stack:
+        template = stack.enter_context(Template.started(["actor", "crowded"], tmp_path / "template.log", OWN))
+        first = stack.enter_context(template.started_process("actor", ["sleep"], tmp_path / "first"))
+        sleeping(tmp_path / "first")
+        second = stack.enter_context(template.started_process("actor", ["exit", "3", long], tmp_path / "second"))
+        assert second.wait(FEW_SECONDS) == 3
+        third = stack.enter_context(template.started_process("actor", ["exit", "0"], tmp_path / "third"))
+        assert third.wait(FEW_SECONDS) == 0
+        assert first.poll() is None
+        assert len(forks_of(template)) == 1
+    (record,) = caplog.records
+    assert "their template could not fork" in record.getMessage()
+
+
+def test_the_number_of_one_that_has_ended_is_forgotten_and_so_is_its_group(template: Template, tmp_path: Path) -> None:
+    """It may be another's by the time at which `end` is called. What it left behind has been ended before."""
+    with template.started_process("actor", ["leave"], tmp_path / "log") as process:
+        left = sleeping(tmp_path / "log")
+        assert process.wait(FEW_SECONDS) == 0
+        assert process.pid is None
+        wait_until(lambda: not is_running(left))
+
+
+@pytest.mark.gpu
+def test_on_a_gpu_forks_of_what_tuning_imports_can_use_it(tmp_path: Path, modules: Path) -> None:
+    (modules / "computes.py").write_text(
+        "import os, torch\nfrom llmmed.template import start_over_unless\n"
+        "def main():\n    start_over_unless(lambda: torch.zeros(1, device='cuda'))\n"
+        "    print(os.getppid(), torch.compile(lambda x: x + 1)(torch.ones(3, device='cuda')).sum().item())\n"
+    )
+    logs = [tmp_path / f"{number}.log" for number in range(2)]
+    with contextlib.ExitStack() as stack:
+        template = Template.started(
+            ["llmmed.autotune.preload"], tmp_path / "template.log", {"OPENBLAS_NUM_THREADS": "1"}
+        )
+        start = stack.enter_context(template).started_process
+        processes = [stack.enter_context(start("computes", [], log)) for log in logs]
+        assert [process.wait(120) for process in processes] == [0, 0]
+        parents = {int(last_line_of(log).split()[0]) for log in logs}
+        assert len(parents) == 1
+        assert os.getpid() not in parents
+    for log in logs:
+        assert last_line_of(log).endswith("6.0")
+        assert "starts over" not in log.read_text()

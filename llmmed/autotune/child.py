@@ -39,7 +39,7 @@ from llmmed.autotune.journal import (
 from llmmed.autotune.plan import Candidate, Ceilings, Mode, Status, StepEvidence, StepTrial
 from llmmed.autotune.warming import Warming, compiles_ahead, warming_processes
 from llmmed.processes import Process, Starter, end, how_it_ended, last_line, last_lines, started_process
-from llmmed.template import Template
+from llmmed.template import STARTS_OVER, Template
 
 logger = logging.getLogger(__name__)
 
@@ -275,6 +275,9 @@ class _Attempt:
         """Follows the process, which has its job, to its end. Returns why tuning cannot go on, or nothing."""
         too_slow = self._watch(process)
         end(process)
+        if STARTS_OVER in (words := log.read_text(encoding="utf-8", errors="replace")):
+            told = next(line for line in words.splitlines() if STARTS_OVER in line)
+            logger.info("each of tuning's processes imports what it needs, which takes longer; one %s", told)
         self._read()
         self._account("")
         if self._done:

@@ -191,9 +191,14 @@ def test_rounds_end_once_the_difference_is_known(clock: StepClock, monkeypatch: 
 
 
 def test_a_plan_beside_itself_takes_the_least_rounds(clock: StepClock, monkeypatch: pytest.MonkeyPatch) -> None:
-    chance, plan = random.Random(0), SimpleNamespace(run=lambda: None)
+    class Plan:
+        def run(self) -> None:
+            pass
+
+    chance, plan = random.Random(0), Plan()
     monkeypatch.setattr(clock, "_sample", lambda run, number: 20.0 + chance.uniform(0.0, 4.0))
     assert len(clock._pairs(plan.run, plan.run)) == 9
+    assert len(clock._pairs(plan.run, Plan().run)) > 9
 
 
 def test_rounds_end_once_the_sign_is_clear_where_that_is_enough(
