@@ -30,8 +30,9 @@ def difference_interval(differences: Sequence[float]) -> tuple[float, float, flo
 
     The middle is the median of the means of all pairs (Hodges and Lehmann 1963), each sample with itself included; the
     ends are the means that the signed-rank test would just not reject (its normal approximation, to half a rank). It
-    assumes that the differences lie evenly around their middle, as those of two things that take turns do, and nothing
-    else; of normal ones it needs two thirds of the samples that the interval of the median needs. With fewer than seven
+    assumes that the differences do not depend on each other and lie evenly around their middle, as those of two things
+    that take turns mostly do; of normal ones it needs two thirds of the samples that the interval of the median needs,
+    of ones with long tails nearly as many. With fewer than seven
     samples the interval is their whole range.
     """
     n = len(differences)

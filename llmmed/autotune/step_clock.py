@@ -33,10 +33,11 @@ from llmmed.model import Transformer, compute_dtype, parameter_count
 DEPTHS = (1, 2)
 _FITS = 0.9  # of the GPU's memory: with more, or with a slower micro-batch, the whole model is not tried
 _SLOWEST_MS = 500.0
-_SECONDS = {"cuda": 5.0, "cpu": 2.0}  # of timed steps in one duel, at most
+_SECONDS = {"cuda": 5.0, "cpu": 2.0}  # of timed steps in one duel, at most, unless the least rounds take longer
 _SETTLING_SECONDS = {"cuda": 0.5, "cpu": 0.0}  # before: a GPU that has idled runs faster than it can go on
 _SAMPLE_SECONDS = {"cuda": 0.008, "cpu": 0.02}  # of each timed stretch; a single step if that takes longer
 _ROUNDS = {"cuda": (15, 60), "cpu": (9, 60)}
+_LOOK_EVERY = 3  # rounds: at what is known; each look is a chance to stop at a wrong moment
 _PRECISE = 0.002  # of the step: with the difference known to this, more rounds would decide nothing
 _CLEAR = 1.5  # times half of its interval: a difference so large has a sign that more rounds would not change
 # Two right plans round differently; this much of a gradient's norm is no error, nor four times what the default's own
@@ -226,7 +227,9 @@ class StepClock:
         if first == second:
             most = least  # there is no difference to find, and their time is known well enough
         pairs: list[tuple[float, float]] = []
-        while len(pairs) < least or (len(pairs) < most and not _known(pairs, sign_is_enough)):
+        while len(pairs) < least or (
+            len(pairs) < most and ((len(pairs) - least) % _LOOK_EVERY or not _known(pairs, sign_is_enough))
+        ):
             if len(pairs) % 2:
                 after = self._sample(second, number)
                 pairs.append((self._sample(first, number), after))

@@ -23,6 +23,7 @@ from torch.autograd.profiler_util import FunctionEvent
 from torch.profiler import ProfilerActivity, profile, record_function
 
 _RANGE = "part of the step: "
+_RANGES = (_RANGE, "Optimizer.", "ProfilerStep")  # around operators
 _OPTIMIZER = re.compile(r"^Optimizer\.step")
 _RULES = tuple(  # in this order: a fused kernel's name may match several
     (group, re.compile(pattern, re.IGNORECASE))
@@ -58,23 +59,28 @@ def group_events(events: list[FunctionEvent], *, on_gpu: bool) -> dict[str, floa
     cpu_events = [event for event in events if event.device_type == DeviceType.CPU]
     if not on_gpu:
         for event in cpu_events:
-            if not event.name.startswith((_RANGE, "Optimizer.", "ProfilerStep")):
+            if not event.name.startswith(_RANGES):
                 found[_group(event.name, event, forward)] += event.self_cpu_time_total
         return dict(found)
     took: defaultdict[str, float] = defaultdict(float)  # by kernel; what its launchers tell says only whose it was
     for event in events:
         if event.device_type == DeviceType.CUDA and not event.is_user_annotation:
             took[event.name] += event.self_device_time_total
-    launched: defaultdict[str, defaultdict[str, float]] = defaultdict(lambda: defaultdict(float))
-    for event in cpu_events:
-        for kernel in event.kernels:
-            if kernel.name in took:  # ranges of the user have a twin on the device, which is no kernel
-                launched[kernel.name][_group(kernel.name, event, forward)] += kernel.duration
-    for name, microseconds in took.items():
-        told = sum(launched[name].values())
-        for group, part in launched[name].items():
-            found[group] += part * min(1.0, microseconds / told) if told else 0.0
-        found[_by_name(name) or "other"] += max(0.0, microseconds - told)  # what a graph replays, nobody launched
+    # A range tells of a kernel again that an operator within it has told of; of some, only the range does.
+    for within_range in (False, True):
+        told: defaultdict[str, defaultdict[str, float]] = defaultdict(lambda: defaultdict(float))
+        for event in cpu_events:
+            if event.name.startswith(_RANGES) is within_range:
+                for kernel in event.kernels:
+                    if kernel.name in took:  # ranges of the user have a twin on the device, which is no kernel
+                        told[kernel.name][_group(kernel.name, event, forward)] += kernel.duration
+        for name, groups in told.items():
+            share = min(1.0, took[name] / max(sum(groups.values()), 1e-9))
+            for group, microseconds in groups.items():
+                found[group] += microseconds * share
+            took[name] -= share * sum(groups.values())
+    for name, microseconds in took.items():  # what a graph replays, nobody launched
+        found[_by_name(name) or "other"] += max(0.0, microseconds)
     return dict(found)
 
 
