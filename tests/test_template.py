@@ -287,7 +287,8 @@ def test_without_a_template_processes_are_started_as_ever(
     modules: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch, source: str,
     reason: str,
 ) -> None:  # fmt: skip
-    monkeypatch.setattr("llmmed.template._PATIENCE", 3.0)
+    monkeypatch.setattr("llmmed.template._PATIENCE", 1.0)
+    monkeypatch.setattr("llmmed.template._POLL_SECONDS", 0.1)
     (modules / "broken.py").write_text(source)
     logs = [tmp_path / f"{number}.log" for number in range(3)]
     with caplog.at_level("INFO"), contextlib.ExitStack() as stack:
@@ -338,25 +339,6 @@ def test_in_a_fork_in_which_all_works_nothing_starts_over(modules: Path, tmp_pat
             with start("works", [], log) as process:
                 assert process.wait(FEW_SECONDS) == 0
             assert log.read_text() == told
-
-
-def test_what_tuning_imports_beforehand_asks_for_no_gpu_and_starts_no_thread() -> None:
-    """After either, CUDA may not work in a fork: NVML's answer comes with a thread, CUDA's with its state."""
-    done = subprocess.run(
-        [
-            sys.executable,
-            "-c",
-            "import os, torch\nasked = []\n"
-            "for name in ('is_available', 'device_count', '_lazy_init'):\n"
-            "    setattr(torch.cuda, name, lambda *_, name=name: asked.append(name))\n"
-            "import llmmed.autotune.preload\nprint(asked, len(os.listdir('/proc/self/task')))\n",
-        ],
-        env={**os.environ, "OPENBLAS_NUM_THREADS": "1"},
-        capture_output=True,
-        text=True,
-        check=False,
-    )
-    assert done.stdout == "[] 1\n", done.stderr
 
 
 @pytest.mark.parametrize("what", ["no process can be had", "the request is too long"])
