@@ -287,8 +287,9 @@ def test_without_a_template_processes_are_started_as_ever(
     modules: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch, source: str,
     reason: str,
 ) -> None:  # fmt: skip
-    monkeypatch.setattr("llmmed.template._PATIENCE", 1.0)
-    monkeypatch.setattr("llmmed.template._POLL_SECONDS", 0.1)
+    if "sleep(60)" in source:
+        monkeypatch.setattr("llmmed.template._PATIENCE", 1.0)
+        monkeypatch.setattr("llmmed.template._POLL_SECONDS", 0.1)
     (modules / "broken.py").write_text(source)
     logs = [tmp_path / f"{number}.log" for number in range(3)]
     with caplog.at_level("INFO"), contextlib.ExitStack() as stack:
