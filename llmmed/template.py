@@ -29,7 +29,7 @@ from llmmed.processes import Process, command, end, how_it_ended, last_line, spa
 logger = logging.getLogger(__name__)
 
 STARTS_OVER = "starts over, since not all works in a fork"
-_PATIENCE = 60.0  # seconds that imports may take
+_PATIENCE = 60.0  # seconds until a process that was asked for must have come; imports take ten
 _MOST_BYTES = 2**16  # of a request
 _POLL_SECONDS = 0.5  # for whether that patience has ended
 
@@ -39,7 +39,6 @@ class Template:
 
     def __init__(self, process: Process, control: socket.socket, log: Path, variables: Mapping[str, str]) -> None:
         self._process, self._control, self._log, self._variables = process, control, log, variables
-        self._gives_up_at = time.monotonic() + _PATIENCE
         self._is_missed = False
 
     @classmethod
@@ -59,11 +58,12 @@ class Template:
         """As `llmmed.processes.started_process`. The process comes as soon as the template is ready."""
         change = {name: os.environ.get(name) for name in self._variables} | dict(variables or {})
         request = json.dumps([module, arguments, change]).encode()
+        gives_up_at = time.monotonic() + _PATIENCE
         with log.open("wb") as output:
             (its_stdin, stdin), (status, its_status) = os.pipe(), os.pipe()
             process = _Fork(
                 module, os.fdopen(stdin, "wb"), status, lambda: self._spawn(module, arguments, log, variables),
-                self._lose_patience,
+                lambda: self._lose_patience(gives_up_at),
             )  # fmt: skip
             try:
                 # What cannot be sent, mostly since the template has ended, is seen by the end of `status`.
@@ -78,9 +78,9 @@ class Template:
                 end(process)
                 os.close(status)
 
-    def _lose_patience(self) -> None:
-        """Ends a template that hangs in its imports: whoever waits for it then goes on without."""
-        if time.monotonic() > self._gives_up_at:
+    def _lose_patience(self, at: float) -> None:
+        """Ends a template that hangs, most likely in its imports: whoever waits for it then goes on without."""
+        if time.monotonic() > at:
             end(self._process)
 
     def _spawn(

@@ -342,6 +342,16 @@ def test_in_a_fork_in_which_all_works_nothing_starts_over(modules: Path, tmp_pat
             assert log.read_text() == told
 
 
+def test_a_template_may_wait_for_long_before_it_is_asked(
+    template: Template, result: Callable[..., dict[str, Any]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Data may take minutes to prepare."""
+    monkeypatch.setattr("llmmed.template._PATIENCE", 1.0)
+    assert result(template.started_process)["parent"] == template._process.pid
+    time.sleep(1.1)
+    assert result(template.started_process)["parent"] == template._process.pid
+
+
 @pytest.mark.parametrize("what", ["no process can be had", "the request is too long"])
 def test_what_cannot_be_forked_is_started_without_the_template_and_the_others_go_on(
     modules: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture, what: str
