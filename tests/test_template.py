@@ -346,9 +346,9 @@ def test_a_template_may_wait_for_long_before_it_is_asked(
     template: Template, result: Callable[..., dict[str, Any]], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Data may take minutes to prepare."""
-    monkeypatch.setattr("llmmed.template._PATIENCE", 1.0)
     assert result(template.started_process)["parent"] == template._process.pid
-    time.sleep(1.1)
+    monkeypatch.setattr("llmmed.template._PATIENCE", 2.0)
+    time.sleep(2.1)
     assert result(template.started_process)["parent"] == template._process.pid
 
 
