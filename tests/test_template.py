@@ -15,8 +15,9 @@ from typing import Any
 
 import pytest
 
+from llmmed.autotune.child import processes_to_come
 from llmmed.processes import Process, Starter, last_line, started_process
-from llmmed.template import Template
+from llmmed.template import STARTS_OVER, Template
 from tests.processes import FEW_SECONDS, Tagged
 
 pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="templates are for Linux")
@@ -396,16 +397,12 @@ def test_on_a_gpu_forks_of_what_tuning_imports_can_use_it(tmp_path: Path, module
         "    print(os.getppid(), torch.compile(lambda x: x + 1)(torch.ones(3, device='cuda')).sum().item())\n"
     )
     logs = [tmp_path / f"{number}.log" for number in range(2)]
-    with contextlib.ExitStack() as stack:
-        template = Template.started(
-            ["llmmed.autotune.preload"], tmp_path / "template.log", {"OPENBLAS_NUM_THREADS": "1"}
-        )
-        start = stack.enter_context(template).started_process
+    with processes_to_come("cuda") as start, contextlib.ExitStack() as stack:
         processes = [stack.enter_context(start("computes", [], log)) for log in logs]
         assert [process.wait(120) for process in processes] == [0, 0]
-        parents = {int(last_line_of(log).split()[0]) for log in logs}
-        assert len(parents) == 1
-        assert os.getpid() not in parents
+    parents = {int(last_line_of(log).split()[0]) for log in logs}
+    assert len(parents) == 1
+    assert os.getpid() not in parents
     for log in logs:
         assert last_line_of(log).endswith("6.0")
-        assert "starts over" not in log.read_text()
+        assert STARTS_OVER not in log.read_text()

@@ -275,9 +275,9 @@ class _Attempt:
         """Follows the process, which has its job, to its end. Returns why tuning cannot go on, or nothing."""
         too_slow = self._watch(process)
         end(process)
-        if STARTS_OVER in (words := log.read_text(encoding="utf-8", errors="replace")):
-            told = next(line for line in words.splitlines() if STARTS_OVER in line)
-            logger.info("each of tuning's processes imports what it needs, which takes longer; one %s", told)
+        for line in log.read_text(encoding="utf-8", errors="replace").splitlines():
+            if line.startswith(STARTS_OVER):
+                logger.info("each of tuning's processes imports what it needs, which takes longer: one %s", line)
         self._read()
         self._account("")
         if self._done:

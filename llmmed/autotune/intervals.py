@@ -32,8 +32,7 @@ def difference_interval(differences: Sequence[float]) -> tuple[float, float, flo
     ends are the means that the signed-rank test would just not reject (its normal approximation, to half a rank). It
     assumes that the differences do not depend on each other and lie evenly around their middle, as those of two things
     that take turns mostly do; of normal ones it needs two thirds of the samples that the interval of the median needs,
-    of ones with long tails nearly as many. With fewer than seven
-    samples the interval is their whole range.
+    of ones with long tails nearly as many. With fewer than seven samples the interval is their whole range.
     """
     n = len(differences)
     means = sorted((differences[i] + differences[j]) / 2 for i in range(n) for j in range(i + 1))

@@ -299,6 +299,24 @@ def test_processes_may_be_begun_with_before_tuning(
         os.kill(imported_by, 0)
 
 
+def test_a_process_that_starts_over_is_told_of(
+    job: Job, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    (tmp_path / "refuses.py").write_text(
+        "import sys\nfrom llmmed.template import STARTS_OVER\n"
+        "def main():\n    print(f'{STARTS_OVER}: no GPU')\n    sys.exit(1)\n"
+    )
+    monkeypatch.syspath_prepend(tmp_path)
+    limits = Limits(candidate_seconds=20, budget_seconds=20, deadline=time.perf_counter() + 20)
+    with caplog.at_level("INFO"):
+        child.tune_in_child(
+            job.tasks, device="cpu", mode="eager", deterministic=False, step=None, limits=limits,
+            report=lambda progress: None,
+            start=lambda module, arguments, log, variables=None: started_process("refuses", arguments, log, variables),
+        )  # fmt: skip
+    assert "which takes longer: one starts over, since not all works in a fork: no GPU" in caplog.text
+
+
 def test_a_fork_compiles_on_one_core_in_all_its_threads(monkeypatch: pytest.MonkeyPatch) -> None:
     """Backward passes are compiled in another, which with torch 2.13 has settings of its own."""
     from torch._inductor import async_compile, config
