@@ -153,7 +153,7 @@ def test_a_group_takes_no_longer_than_its_kernels_did() -> None:
     found = group_events(
         [
             *(event(adam.name, DeviceType.CUDA, 10.0) for _ in range(2)),
-            *(event(copy.name, DeviceType.CUDA, 4.0) for _ in range(3)),
+            *(event(copy.name, DeviceType.CUDA, 4.0) for _ in range(2)),
             *(event("muon_kernel", DeviceType.CUDA, 5.0) for _ in range(2)),
             event("Optimizer.step#AdamW.step", DeviceType.CPU, kernels=[adam, adam, copy, muon]),
             event("aten::_fused_adamw_", DeviceType.CPU, kernels=[adam, adam, adam, adam]),
@@ -162,5 +162,5 @@ def test_a_group_takes_no_longer_than_its_kernels_did() -> None:
         ],
         on_gpu=True,
     )
-    # Of the copies two are silu's, and one is left for the range; one of Muon's was launched by nobody.
-    assert found == pytest.approx({"optimizer": 34.0, "swiglu": 8.0, "other": 0.0})
+    # Both copies are silu's, whatever the range tells; of Muon's kernels one was launched by nobody.
+    assert found == pytest.approx({"optimizer": 30.0, "swiglu": 8.0, "other": 0.0})
