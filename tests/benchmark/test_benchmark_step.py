@@ -184,7 +184,7 @@ def test_on_a_gpu_there_are_ceilings_memory_and_device_times(tmp_path: Path) -> 
         assert row.share_of_ceiling is not None
         assert 0 < row.share_of_ceiling < 1.1
         assert row.peak_memory_mib is not None
-        assert row.host_ms is not None
+        assert (row.host_ms is None) == (mode == "graphs")  # a graph is replayed by one call
     assert len(found.ceilings) == 2
     steps, _ = benchmark(tmp_path / "step", *gpu, *STEP, "contestants=ours_graphs,plain_eager,plain_graphs")
     assert isinstance(steps, StepResult)
