@@ -10,6 +10,7 @@ from __future__ import annotations
 import contextlib
 import copy
 import itertools
+import sys
 from collections.abc import Callable, Collection, Iterator, Sequence
 from typing import Any, NoReturn
 from unittest import mock
@@ -20,13 +21,19 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 from llmmed.autotune.confirm import Choice
 from llmmed.autotune.step_plan import shallow
+from llmmed.compose import accumulation_steps
 from llmmed.config import Config
 from llmmed.kernels.catalog import default_choice, load_kernels
 from llmmed.model import Transformer
-from llmmed.training.micro_step import LaunchedMicroStep
+from llmmed.optim import build_optimizers
+from llmmed.optim.adamw import CopiedAdamW
+from llmmed.optim.fusing import fused_by
+from llmmed.training.micro_step import LaunchedMicroStep, keep_copies
 
 PARTS = 3
 """Embedding, block, loss."""
+UPDATE = PARTS
+"""What the optimizer compiles for itself, which is the same under every plan."""
 
 
 class _Compiled(Exception):
@@ -34,16 +41,36 @@ class _Compiled(Exception):
 
 
 def compile_ahead(config: Config, choice: Choice, parts: Collection[int] = range(PARTS)) -> None:
-    """Compiles what the model calls under a plan: embedding, one block, loss, or some of them, forward and backward."""
+    """Compiles what the model calls under a plan: embedding, one block, loss, or some of them, forward and backward.
+    If `UPDATE` is among the parts, also AdamW over copies, where the run takes it."""
     one = shallow(config, 1)
+    if UPDATE in parts:
+        _compile_update(one)
+    if not set(parts) & set(range(PARTS)):
+        return
     kernels = load_kernels({**default_choice(), **choice})
     with FakeTensorMode(allow_non_fake_inputs=True), _running_nothing(parts) as backend:
         model = Transformer.for_training(one, kernels, config.device)
         shape = (config.train.micro_batch_size, config.train.seq_len + 1)
         batch = torch.zeros(shape, dtype=torch.int64, device=config.device)
         model.compile_parts(backend)
-        step = LaunchedMicroStep(model, list(model.parameters()))
+        keep_copies(model, "compiled", accumulates=accumulation_steps(config.train) > 1)
+        step = LaunchedMicroStep(model, model.leaves)
         step.run(batch, torch.ones((), device=config.device), first=True)
+
+
+def _compile_update(config: Config) -> None:
+    """One layer has parameters of all shapes that there are."""
+    everything = range(sys.maxsize)
+    with FakeTensorMode(allow_non_fake_inputs=True), _running_nothing(everything) as backend:
+        model = Transformer.for_training(config, load_kernels(default_choice()), config.device)
+        keep_copies(model, "compiled", accumulates=accumulation_steps(config.train) > 1)
+        for leaf in model.leaves:
+            leaf.grad = torch.empty_like(leaf)
+        with fused_by(backend):
+            for optimizer in build_optimizers(model, config.optimizer):
+                if isinstance(optimizer, CopiedAdamW):
+                    optimizer.step()
 
 
 @contextlib.contextmanager

@@ -46,10 +46,12 @@ class StepAhead:
         self._best = dict(self._default)
 
     def compile_default(self) -> bool:
-        """Compiles a part of the default plan. Returns whether there was one that no other process does."""
-        for part in range(PARTS):
+        """Compiles a part of the default plan, or the update that it shares with all. Returns whether there was one
+        that no other process does."""
+        names = [f"the default plan, part {part + 1} of {PARTS}" for part in range(PARTS)] + ["the optimizer's update"]
+        for part, name in enumerate(names):
             if self._board.claim(f"{STEP}-default-{part}"):
-                self._compile(self._default, f"the default plan, part {part + 1} of {PARTS}", [part])
+                self._compile(self._default, name, [part])
                 return True
         return False
 
@@ -62,7 +64,7 @@ class StepAhead:
             if self.compile_default():
                 continue
             # What the flips share with the default plan is compiled once.
-            wanted = self._wanted() if len(self._board.finished(STEP)) >= PARTS else ()
+            wanted = self._wanted() if len(self._board.finished(STEP)) > PARTS else ()
             plan = next((each for each in wanted if self._board.claim(_name(each))), None)
             if plan is None:
                 time.sleep(_POLL_SECONDS)

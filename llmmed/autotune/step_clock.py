@@ -335,7 +335,7 @@ class StepClock:
     def _steps(self, subject: Subject, choices: Sequence[Choice]) -> list[Callable[[], None]]:
         """A step's micro-batches alone, then with the optimizer's update under each of the choices: in training the
         host issues the update while the device is still at the micro-batches."""
-        updates = [optimizer_update(self._config, self._load(choice)) for choice in choices]
+        updates = [optimizer_update(self._config, self._load(choice), self._mode) for choice in choices]
         for update in updates * WARM_UP:
             update()
 

@@ -10,11 +10,12 @@ import torch
 from torch import Tensor, nn
 
 from llmmed.autotune.plan import Mode
+from llmmed.compose import accumulation_steps
 from llmmed.config import Config
 from llmmed.kernels.base import Kernels
 from llmmed.model import Transformer
 from llmmed.optim import build_optimizers
-from llmmed.training.micro_step import GraphedMicroStep, LaunchedMicroStep
+from llmmed.training.micro_step import GraphedMicroStep, LaunchedMicroStep, keep_copies
 
 WARM_UP = 3
 
@@ -30,15 +31,16 @@ class Subject:
         pool: torch.cuda._POOL_HANDLE | None, *, takes_memory: bool = True,
     ) -> None:  # fmt: skip
         self._names = [name for name, _ in model.named_parameters()]
-        self._parameters = list(model.parameters())
         if mode != "eager":
             model.compile_parts()
+        keep_copies(model, mode, accumulates=accumulation_steps(config.train) > 1)
+        self._leaves = model.leaves
         self._batch, self._scale = batch, scale
-        self._micro_step: LaunchedMicroStep | GraphedMicroStep = LaunchedMicroStep(model, self._parameters)
+        self._micro_step: LaunchedMicroStep | GraphedMicroStep = LaunchedMicroStep(model, self._leaves)
         self.run()  # compiles
         self.memory_mib = self._peak_mib() if takes_memory and batch.device.type == "cuda" else None
         if mode == "graphs":
-            self._micro_step = GraphedMicroStep(model, self._parameters, accumulates=False, pool=pool)
+            self._micro_step = GraphedMicroStep(model, self._leaves, accumulates=False, pool=pool)
         for _ in range(WARM_UP):
             self.run()
 
@@ -46,27 +48,28 @@ class Subject:
         self._micro_step.run(self._batch, self._scale, first=True)
 
     def gradients(self, batch: Tensor) -> dict[str, Tensor]:
-        """Of every parameter, copied, on another batch."""
+        """Of every parameter, copied in float32, on another batch."""
         self._micro_step.run(batch, self._scale, first=True)
         grads = zip(self._names, self._current_gradients(), strict=True)
-        return {name: gradient.clone() for name, gradient in grads}
+        return {name: gradient.to(torch.float32, copy=True) for name, gradient in grads}
 
     def _current_gradients(self) -> list[Tensor]:
         if isinstance(self._micro_step, GraphedMicroStep):
             return self._micro_step.gradients
-        return [p.grad if p.grad is not None else torch.zeros_like(p) for p in self._parameters]
+        return [leaf.grad if leaf.grad is not None else torch.zeros_like(leaf) for leaf in self._leaves]
 
     def _peak_mib(self) -> float:
-        """Of gradients and activations. Taken launched: of a replayed graph the allocator sees nothing."""
+        """Of gradients, activations and copies of weights. Taken launched: a replayed graph shows nothing of it."""
         device = self._batch.device
-        for parameter in self._parameters:
-            parameter.grad = None
+        for leaf in self._leaves:
+            leaf.grad = None
         release(device)
         before = torch.cuda.memory_allocated(device)
         torch.cuda.reset_peak_memory_stats(device)
         self.run()
         torch.cuda.synchronize(device)
-        return (torch.cuda.max_memory_allocated(device) - before) / 2**20
+        copies = sum(leaf.nbytes for leaf in self._leaves if leaf.dtype != torch.float32)
+        return (torch.cuda.max_memory_allocated(device) - before + copies) / 2**20
 
 
 def at_depth(config: Config, weights: Transformer, kernels: Kernels, depth: int) -> Transformer:
@@ -95,11 +98,12 @@ def shallow(config: Config, depth: int) -> Config:
     return replace(config, model=replace(config.model, n_layers=depth))
 
 
-def optimizer_update(config: Config, kernels: Kernels) -> Callable[[], None]:
+def optimizer_update(config: Config, kernels: Kernels, mode: Mode) -> Callable[[], None]:
     """The optimizer's step of the whole model under a plan, on random gradients."""
     model = Transformer.for_training(config, kernels, config.device)
-    for parameter in model.parameters():
-        parameter.grad = torch.randn_like(parameter)
+    keep_copies(model, mode, accumulates=accumulation_steps(config.train) > 1)
+    for leaf in model.leaves:
+        leaf.grad = torch.randn_like(leaf)
     optimizers = build_optimizers(model, config.optimizer)
 
     def update() -> None:

@@ -1,8 +1,9 @@
 """The Llama architecture (Touvron et al. 2023, arXiv:2302.13971) over a kernel table.
 
 RMSNorm before each branch, rotary positions, SwiGLU, grouped-query attention. Parameters are float32 and have the same
-names and shapes under every kernel plan; each is cast to the compute dtype where it is used, and the residual stream is
-in the compute dtype. There is no autocast: its rules differ between meta, CPU and CUDA, and custom operators escape it.
+names and shapes under every kernel plan; each is cast to the compute dtype where it is used, unless a copy is kept
+(`keep_copies`), and the residual stream is in the compute dtype. There is no autocast: its rules differ between meta,
+CPU and CUDA, and custom operators escape it.
 """
 
 from __future__ import annotations
@@ -23,6 +24,8 @@ from llmmed.model.precision import compute_dtype as dtype_of
 
 IGNORE_INDEX = -100  # a target that does not count, as in `torch.nn.functional.cross_entropy`
 _INIT_STD = 0.02
+_PROJECTIONS = ("qkv_projection", "output_projection", "gate_up_projection", "down_projection")
+_COPY = "_copy"  # behind the name of a projection's weight
 
 
 class Transformer(nn.Module):
@@ -71,6 +74,7 @@ class Transformer(nn.Module):
         self.register_buffer("cos", cos.to(device), persistent=False)
         self.register_buffer("sin", sin.to(device), persistent=False)
         self._embed, self._loss = _embed, _loss
+        self.register_load_state_dict_post_hook(lambda *_: self._refresh_copies())
         self.initialize(seed)
 
     @classmethod
@@ -102,6 +106,45 @@ class Transformer(nn.Module):
             writes_residual = name.endswith(("output_projection", "down_projection"))
             std = _INIT_STD / math.sqrt(2 * self.config.n_layers) if writes_residual else _INIT_STD
             parameter.copy_(torch.empty(parameter.shape, device="cpu").normal_(0.0, std, generator=generator))
+        self._refresh_copies()
+
+    @torch.no_grad()
+    def keep_copies(self) -> None:
+        """Lets the projections of all layers read copies of their weights in the compute dtype from now on.
+
+        Gradients then arrive at the copies, as the products give them, instead of being cast to float32 at the
+        parameters: for one micro-batch the same values, in half of the memory. Whoever changes a projection's weight
+        writes its copy, as our optimizers do; `initialize` and `load_state_dict` see to it themselves. In float32 there
+        is nothing to copy.
+        """
+        if self.compute_dtype == torch.float32:
+            return
+        for layer in self.layers:
+            for name in _PROJECTIONS:
+                copy = layer.get_parameter(name).to(self.compute_dtype).requires_grad_()
+                layer.register_buffer(name + _COPY, copy, persistent=False)
+
+    @property
+    def copies(self) -> dict[nn.Parameter, Tensor]:
+        """The parameters of which there are copies, and these."""
+        found = {}
+        for layer in self.layers:
+            for name in _PROJECTIONS:
+                copy: Tensor | None = getattr(layer, name + _COPY)
+                if copy is not None:
+                    found[layer.get_parameter(name)] = copy
+        return found
+
+    @property
+    def leaves(self) -> list[Tensor]:
+        """What gradients arrive at: for each parameter, in their order, its copy or itself."""
+        copies = self.copies
+        return [copies.get(parameter, parameter) for parameter in self.parameters()]
+
+    @torch.no_grad()
+    def _refresh_copies(self) -> None:
+        for parameter, copy in self.copies.items():
+            copy.copy_(parameter)
 
     def set_kernels(self, kernels: Kernels) -> None:
         """Takes another plan from the next call on. Parameters stay what they are; a compiled model compiles again."""
@@ -201,6 +244,8 @@ class Block(nn.Module):
         self.mlp_norm = _parameter(d_model, device=device)
         self.gate_up_projection = _parameter(2 * config.d_ff, d_model, device=device)
         self.down_projection = _parameter(d_model, config.d_ff, device=device)
+        for name in _PROJECTIONS:
+            self.register_buffer(name + _COPY, None, persistent=False)
 
     def forward(
         self, normed: Tensor, residual: Tensor, next_norm: Tensor, cos: Tensor, sin: Tensor, kernels: Kernels
@@ -215,13 +260,17 @@ class Block(nn.Module):
         return kernels.add_rms_norm(self._feed_forward(normed, kernels), residual, next_norm, self.eps)  # type: ignore[no-any-return]
 
     def _attention(self, x: Tensor, cos: Tensor, sin: Tensor, kernels: Kernels) -> Tensor:
-        qkv = F.linear(x, self.qkv_projection.to(x.dtype)).view(*x.shape[:2], -1, self.d_head)
+        qkv = F.linear(x, self._weight("qkv_projection", x.dtype)).view(*x.shape[:2], -1, self.d_head)
         attended = kernels.rotary_attention(qkv, cos, sin, self.heads[0])  # [batch, seq, n_heads, d_head]
-        return F.linear(attended.flatten(2), self.output_projection.to(x.dtype))
+        return F.linear(attended.flatten(2), self._weight("output_projection", x.dtype))
 
     def _feed_forward(self, x: Tensor, kernels: Kernels) -> Tensor:
-        gate_up = F.linear(x, self.gate_up_projection.to(x.dtype))  # [batch, seq, 2 d_ff]
-        return F.linear(kernels.swiglu(gate_up), self.down_projection.to(x.dtype))
+        gate_up = F.linear(x, self._weight("gate_up_projection", x.dtype))  # [batch, seq, 2 d_ff]
+        return F.linear(kernels.swiglu(gate_up), self._weight("down_projection", x.dtype))
+
+    def _weight(self, name: str, dtype: torch.dtype) -> Tensor:
+        copy: Tensor | None = getattr(self, name + _COPY)
+        return getattr(self, name).to(dtype) if copy is None else copy  # type: ignore[no-any-return]
 
 
 def rotary_tables(seq_len: int, d_head: int, theta: float) -> tuple[Tensor, Tensor]:

@@ -12,12 +12,13 @@ from llmmed.optim.muon import Muon
 
 
 def build_optimizers(model: Transformer, config: OptimizerConfig) -> list[torch.optim.Optimizer]:
-    """One optimizer or two; every parameter belongs to exactly one. All read their rate from 0-d tensors."""
+    """Every parameter belongs to exactly one of them. All read their rate from 0-d tensors, and keep the copies up to
+    date that the model has now."""
     if config.name == "adamw":
-        return [build_adamw(model.parameters(), config)]
+        return build_adamw(model.parameters(), config, model.copies)
     hidden = _hidden_matrices(model)
     rest = [p for name, p in model.named_parameters() if name not in hidden]
-    return [build_muon(model, config), build_adamw(rest, config)]
+    return [build_muon(model, config), *build_adamw(rest, config, model.copies)]
 
 
 def build_muon(model: Transformer, config: OptimizerConfig) -> Muon:
@@ -37,6 +38,7 @@ def build_muon(model: Transformer, config: OptimizerConfig) -> Muon:
         weight_decay=config.weight_decay,
         momentum=config.momentum,
         splits={p: rows[last] for name, p in hidden.items() if (last := name.rpartition(".")[2]) in rows},
+        copies=model.copies,
     )
 
 

@@ -6,13 +6,14 @@ Liu et al. 2025, arXiv:2502.16982). Step for step it computes what `torch.optim.
 
 from __future__ import annotations
 
-import functools
 import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
+
+from llmmed.optim.fusing import fused
 
 Adjust = Literal["original", "match_rms_adamw"]
 
@@ -30,6 +31,8 @@ class Muon(torch.optim.Optimizer):
             0.2 sqrt(max(rows, cols)), under which learning rates tuned for AdamW fit.
         splits: For a parameter that is several matrices above each other, the rows of each. They are orthogonalised one
             by one. Rows of any other parameter are one matrix.
+        copies: Of parameters, in 16 bits, that the model computes with: gradients of these arrive at the copy, which is
+            written with its parameter.
 
     As with PyTorch's fused AdamW, gradients are divided by the attribute `grad_scale` and the whole step is skipped
     where `found_inf` is not 0; both are 0-d tensors or None, and neither is read by the host.
@@ -48,10 +51,11 @@ class Muon(torch.optim.Optimizer):
         momentum: float = 0.95,
         adjust: Adjust = "match_rms_adamw",
         splits: Mapping[nn.Parameter, Sequence[int]] | None = None,
+        copies: Mapping[nn.Parameter, Tensor] | None = None,
     ) -> None:
         super().__init__(params, {"lr": lr, "weight_decay": weight_decay, "momentum": momentum, "adjust": adjust})
         self.newton_schulz = newton_schulz
-        self._splits = dict(splits or {})
+        self._splits, self._copies = dict(splits or {}), dict(copies or {})
         for parameter in self._parameters():
             rows = self._rows(parameter)
             if parameter.ndim != 2 or sum(rows) != parameter.shape[0]:
@@ -64,7 +68,7 @@ class Muon(torch.optim.Optimizer):
         if closure is not None:
             raise ValueError("Muon does not evaluate closures")
         for group in self.param_groups:
-            parameters = [p for p in group["params"] if p.grad is not None]
+            parameters = [p for p in group["params"] if self._copies.get(p, p).grad is not None]
             if parameters:
                 self._step_group(parameters, group)
 
@@ -73,16 +77,18 @@ class Muon(torch.optim.Optimizer):
         scale = torch.ones((), device=device) if self.grad_scale is None else self.grad_scale
         found_inf = torch.zeros((), device=device) if self.found_inf is None else self.found_inf
         lr = group["lr"] if isinstance(group["lr"], Tensor) else torch.tensor(group["lr"], device=device)
-        on_gpu = device.type == "cuda"
         layout = tuple((tuple(p.shape), self._rows(p)) for p in parameters)
-        momentum = _compiled(_update_momentum) if on_gpu else _update_momentum
-        update = _compiled(_update_parameters) if on_gpu else _update_parameters
-        stacks = momentum(
-            [p.grad for p in parameters if p.grad is not None], [self.state[p]["momentum_buffer"] for p in parameters],
-            layout, scale, found_inf, group["momentum"],
+        leaves = [self._copies.get(p, p) for p in parameters]
+        stacks = fused(_update_momentum, scale)(
+            [leaf.grad for leaf in leaves if leaf.grad is not None],
+            [self.state[p]["momentum_buffer"] for p in parameters], layout, scale, found_inf, group["momentum"],
         )  # fmt: skip
         orthogonal = [self.newton_schulz(stack) for stack in stacks]
-        update([p.data for p in parameters], orthogonal, layout, lr, found_inf, group["weight_decay"], group["adjust"])
+        copies = [self._copies[p].detach() if p in self._copies else None for p in parameters]
+        fused(_update_parameters, scale)(
+            [p.detach() for p in parameters], copies, orthogonal, layout, lr, found_inf, group["weight_decay"],
+            group["adjust"],
+        )  # fmt: skip
 
     def _rows(self, parameter: nn.Parameter) -> tuple[int, ...]:
         return tuple(self._splits.get(parameter, (parameter.shape[0],)))
@@ -112,7 +118,7 @@ def _update_momentum(
     stacks: dict[tuple[int, int], list[Tensor]] = {}
     for grad, buffer, (_, rows) in zip(grads, buffers, layout, strict=True):
         # Not by arithmetic: zero times infinity is not zero.
-        usable = torch.where(skip, 0.0, grad * inverse)
+        usable = torch.where(skip, 0.0, grad.float() * inverse)
         advanced = torch.where(skip, buffer, buffer.lerp(usable, 1 - momentum))
         buffer.copy_(advanced)
         for matrix in usable.lerp(advanced, momentum).bfloat16().split(rows):
@@ -123,6 +129,7 @@ def _update_momentum(
 
 def _update_parameters(
     parameters: list[Tensor],
+    copies: list[Tensor | None],
     orthogonal: list[Tensor],
     layout: Layout,
     lr: Tensor,
@@ -130,11 +137,11 @@ def _update_parameters(
     weight_decay: float,
     adjust: Adjust,
 ) -> None:
-    """Weight decay, then the orthogonalised update, both in place."""
+    """Weight decay, then the orthogonalised update, both in place, into the copies as well."""
     lr = torch.where(found_inf != 0, 0.0, lr)
     order = {shape[1:]: (stack, iter(range(shape[0]))) for shape, stack in
              zip(stack_shapes(layout), orthogonal, strict=True)}  # fmt: skip
-    for parameter, (_, rows) in zip(parameters, layout, strict=True):
+    for parameter, copy, (_, rows) in zip(parameters, copies, layout, strict=True):
         parts = []
         for part in parameter.split(rows):
             height, width = part.shape
@@ -142,15 +149,11 @@ def _update_parameters(
             found = stack[next(position)]
             direction = torch.where(found_inf != 0, 0.0, (found.mT if height > width else found).float())
             parts.append(part * (1 - lr * weight_decay) - lr * _growth(height, width, adjust) * direction)
-        parameter.copy_(torch.cat(parts) if len(parts) > 1 else parts[0])
+        updated = torch.cat(parts) if len(parts) > 1 else parts[0]
+        parameter.copy_(updated)
+        if copy is not None:
+            copy.copy_(updated)
 
 
 def _growth(rows: int, cols: int, adjust: Adjust) -> float:
     return math.sqrt(max(1.0, rows / cols)) if adjust == "original" else 0.2 * math.sqrt(max(rows, cols))
-
-
-@functools.cache
-def _compiled(function: Callable[..., Any]) -> Callable[..., Any]:
-    """The same function as a few fused kernels: eagerly, each line would be a launch for each parameter."""
-    compiled: Callable[..., Any] = torch.compile(function, fullgraph=True, dynamic=False)
-    return compiled

@@ -6,7 +6,7 @@ from collections.abc import Callable, Sequence
 from typing import Protocol
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from llmmed.autotune.plan import Mode
 from llmmed.model import Transformer
@@ -16,7 +16,7 @@ Loss = Callable[[Tensor, Tensor, Tensor], Tensor]
 
 
 class MicroStep(Protocol):
-    """Computes a loss and adds its gradients to the parameters'."""
+    """Computes a loss and adds its gradients to those of the model's leaves."""
 
     def run(self, batch: Tensor, scale: Tensor, *, first: bool) -> Tensor:
         """A micro-batch [batch, seq + 1] on the device. The first of a step replaces the gradients that are there.
@@ -31,21 +31,31 @@ def build_micro_step(model: Transformer, mode: Mode, *, accumulates: bool) -> Mi
     `accumulates` whether a step has several."""
     if mode != "eager":
         model.compile_parts()
-    parameters = list(model.parameters())
+    keep_copies(model, mode, accumulates=accumulates)
     if mode == "graphs":
-        return GraphedMicroStep(model, parameters, accumulates=accumulates)
-    return LaunchedMicroStep(model, parameters)
+        return GraphedMicroStep(model, model.leaves, accumulates=accumulates)
+    return LaunchedMicroStep(model, model.leaves)
+
+
+def keep_copies(model: Transformer, mode: Mode, *, accumulates: bool) -> None:
+    """Lets the model keep copies of its weights in 16 bits, where it computes in these.
+
+    Not where gradients of several micro-batches are added up, which asks for float32, and not in eager mode, where the
+    optimizer is PyTorch's own, which knows no copies.
+    """
+    if mode != "eager" and not accumulates:
+        model.keep_copies()
 
 
 class LaunchedMicroStep:
     """Every kernel is launched by the host."""
 
-    def __init__(self, loss: Loss, parameters: Sequence[nn.Parameter]) -> None:
-        self._loss, self._parameters = loss, parameters
+    def __init__(self, loss: Loss, leaves: Sequence[Tensor]) -> None:
+        self._loss, self._leaves = loss, leaves
 
     def run(self, batch: Tensor, scale: Tensor, *, first: bool) -> Tensor:
         if first:
-            _drop_gradients(self._parameters)
+            _drop_gradients(self._leaves)
         return _forward_and_backward(self._loss, batch, scale)
 
 
@@ -65,15 +75,15 @@ class GraphedMicroStep:
     def __init__(
         self,
         loss: Loss,
-        parameters: Sequence[nn.Parameter],
+        leaves: Sequence[Tensor],
         *,
         accumulates: bool,
         pool: torch.cuda._POOL_HANDLE | None = None,
     ) -> None:
-        self._loss, self._parameters, self._accumulates = loss, parameters, accumulates
+        self._loss, self._leaves, self._accumulates = loss, leaves, accumulates
         self._pool = pool
         self._graphs: dict[bool, tuple[torch.cuda.CUDAGraph, Tensor]] = {}
-        self.gradients: list[Tensor] = []  # of the parameters, in the graphs' memory
+        self.gradients: list[Tensor] = []  # of the leaves, in the graphs' memory
 
     def run(self, batch: Tensor, scale: Tensor, *, first: bool) -> Tensor:
         if not self._graphs:
@@ -90,17 +100,17 @@ class GraphedMicroStep:
         stream.wait_stream(torch.cuda.current_stream(batch.device))
         with torch.cuda.stream(stream):
             for _ in range(self._WARM_UP):
-                _drop_gradients(self._parameters)
+                _drop_gradients(self._leaves)
                 _forward_and_backward(self._loss, self._batch, self._scale)
         torch.cuda.current_stream(batch.device).wait_stream(stream)
-        _drop_gradients(self._parameters)
+        _drop_gradients(self._leaves)
         pool = self._pool or torch.cuda.graph_pool_handle()
         for first in (True, False) if self._accumulates else (True,):
             graph = torch.cuda.CUDAGraph()
             with torch.cuda.graph(graph, pool=pool):
                 loss = _forward_and_backward(self._loss, self._batch, self._scale)
             self._graphs[first] = (graph, loss)
-        self.gradients = [p.grad if p.grad is not None else torch.zeros_like(p) for p in self._parameters]
+        self.gradients = [p.grad if p.grad is not None else torch.zeros_like(p) for p in self._leaves]
 
 
 def _forward_and_backward(loss_of: Loss, batch: Tensor, scale: Tensor) -> Tensor:
@@ -109,6 +119,6 @@ def _forward_and_backward(loss_of: Loss, batch: Tensor, scale: Tensor) -> Tensor
     return loss.detach()
 
 
-def _drop_gradients(parameters: Sequence[nn.Parameter]) -> None:
-    for parameter in parameters:
-        parameter.grad = None
+def _drop_gradients(leaves: Sequence[Tensor]) -> None:
+    for leaf in leaves:
+        leaf.grad = None

@@ -5,7 +5,7 @@ Nothing here waits for the device. Losses, norms and the count of skipped steps 
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 
 import torch
 from torch import Tensor
@@ -22,7 +22,7 @@ class Stepper:
     """The optimizers with loss scaling and clipping.
 
     Args:
-        model: Its parameters are updated.
+        model: Its parameters are updated, and their copies, which are there from before if it keeps any.
         micro_step: Computes its gradients.
         config: The run's.
     """
@@ -30,7 +30,7 @@ class Stepper:
     def __init__(self, model: Transformer, micro_step: MicroStep, config: Config) -> None:
         device = next(model.parameters()).device
         self.optimizers = build_optimizers(model, config.optimizer)
-        self._parameters = list(model.parameters())
+        self._parameters, self._leaves = list(model.parameters()), model.leaves
         self._owners = {p: o for o in self.optimizers for group in o.param_groups for p in group["params"]}
         self._micro_step, self._config = micro_step, config
         self._scaled = config.train.precision == "fp16"
@@ -50,8 +50,7 @@ class Stepper:
 
     @torch.no_grad()
     def _update(self, lr: float, loss: Tensor) -> Tensor:
-        gradients = [p.grad for p in self._parameters if p.grad is not None]
-        norm: Tensor = torch.linalg.vector_norm(torch.stack(torch._foreach_norm(gradients))) / self.scale
+        norm = _norm([leaf.grad for leaf in self._leaves if leaf.grad is not None]) / self.scale
         found_inf = (~(norm + loss).isfinite()).float()
         divisor = self.scale
         if self._config.train.grad_clip > 0:
@@ -69,10 +68,14 @@ class Stepper:
         return norm
 
     def tensors(self) -> dict[str, Tensor]:
-        """All of its state, by stable names; `restore` takes it back."""
+        """All of its state, by stable names; `restore` takes it back. No two share memory."""
         names = {id(p): i for i, p in enumerate(self._parameters)}
         states = [item for optimizer in self.optimizers for item in optimizer.state.items()]
-        found = {f"{names[id(p)]:04d}.{key}": value for p, state in states for key, value in state.items()}
+        found = {
+            f"{names[id(p)]:04d}.{key}": value if value.ndim else value.clone()  # one count of steps may be everyone's
+            for p, state in states
+            for key, value in state.items()
+        }
         return {**found, **{name: getattr(self, name) for name in _OWN}}
 
     def restore(self, tensors: dict[str, Tensor], *, scaled: bool) -> None:
@@ -85,8 +88,16 @@ class Stepper:
                 continue
             index, _, key = name.partition(".")
             parameter = self._parameters[int(index)]
-            owner = self._owners[parameter]
-            owner.state[parameter][key] = tensor.to(parameter.device)
+            self._owners[parameter].state[parameter][key].copy_(tensor)
+
+
+def _norm(gradients: Sequence[Tensor]) -> Tensor:
+    """The L2 norm of all together, a 0-d float32 tensor."""
+    by_dtype: dict[torch.dtype, list[Tensor]] = {}
+    for gradient in gradients:
+        by_dtype.setdefault(gradient.dtype, []).append(gradient)
+    norms = [norm for alike in by_dtype.values() for norm in torch._foreach_norm(alike, 2, torch.float32)]
+    return torch.linalg.vector_norm(torch.stack(norms))  # type: ignore[no-any-return]
 
 
 _OF_SCALING = ("scale", "growth_tracker")

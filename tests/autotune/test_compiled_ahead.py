@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from dataclasses import replace
-from typing import Any
+from typing import Any, Literal
 
 import pytest
 import torch
@@ -15,13 +15,16 @@ from torch._inductor.fx_passes import pad_mm
 from torch._inductor.output_code import CompiledFxGraph
 from torch._inductor.runtime import benchmarking
 
-from llmmed.autotune.compiled_ahead import compile_ahead
+from llmmed.autotune.compiled_ahead import UPDATE, compile_ahead
 from llmmed.autotune.step_clock import StepClock
+from llmmed.autotune.step_plan import optimizer_update
 from llmmed.config import Config
 from llmmed.kernels.ahead_of_time import TARGETS
-from llmmed.kernels.catalog import default_choice
+from llmmed.kernels.catalog import default_choice, load_kernels
 from llmmed.kernels.operator import INTERPRETED, absent_gpu
 from llmmed.model import Transformer
+from llmmed.optim import fusing
+from llmmed.optim.fusing import _compiled
 
 CHOICE = {**default_choice(), "linear_cross_entropy": "triton", "swiglu": "triton"}
 
@@ -53,10 +56,11 @@ def without_kernels(graph: torch.fx.GraphModule, inputs: Any, **options: Any) ->
     return run
 
 
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
 def test_what_is_compiled_ahead_is_what_the_step_compiles(
-    tiny: Config, keys: list[str], monkeypatch: pytest.MonkeyPatch
+    tiny: Config, keys: list[str], monkeypatch: pytest.MonkeyPatch, precision: Literal["fp32", "bf16"]
 ) -> None:
-    config = replace(tiny, train=replace(tiny.train, compile="compiled"))
+    config = replace(tiny, train=replace(tiny.train, compile="compiled", precision=precision))
 
     def refused(graph: torch.fx.GraphModule, inputs: Any, **options: Any) -> Callable[..., Any]:
         """As where a product's shape is odd; but nothing may be tried out beside those who take times."""
@@ -79,6 +83,24 @@ def test_what_is_compiled_ahead_is_what_the_step_compiles(
     parts = Transformer.compile_parts
     monkeypatch.setattr(Transformer, "compile_parts", lambda model: parts(model, backend))
     StepClock(config, "compiled")._subject(default_choice())
+    assert sorted(keys) == sorted(ahead)
+
+
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+def test_the_update_is_compiled_ahead_as_the_optimizer_compiles_it(
+    tiny: Config, keys: list[str], monkeypatch: pytest.MonkeyPatch, precision: Literal["fp32", "bf16"]
+) -> None:
+    """For two layers, of which it has seen one."""
+    config = replace(tiny, train=replace(tiny.train, compile="compiled", precision=precision))
+    assert config.model.n_layers > 1
+    monkeypatch.setattr("llmmed.optim.adamw.fused", lambda function, where: _compiled(function, fusing._backend))
+    monkeypatch.setattr(compile_fx, "compile_fx_inner", without_kernels)
+    compile_ahead(config, default_choice(), [UPDATE])
+    ahead = list(keys)
+    keys.clear()
+    torch._dynamo.reset()
+    optimizer_update(config, load_kernels(default_choice()), "compiled")()
+    assert len(set(ahead)) == (0 if precision == "fp32" else 6)  # what all have in common; four projections, a table
     assert sorted(keys) == sorted(ahead)
 
 

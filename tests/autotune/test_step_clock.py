@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 import math
 import random
 from collections.abc import Callable
@@ -168,7 +167,7 @@ def test_an_update_is_timed_behind_the_micro_batches_of_its_step(tiny: Config, m
     clock = StepClock(replace(tiny, train=train), "eager")
     monkeypatch.setattr(clock, "_load", lambda choice: choice["newton_schulz"])
     monkeypatch.setattr(
-        "llmmed.autotune.step_clock.optimizer_update", lambda config, kernels: functools.partial(done.append, kernels)
+        "llmmed.autotune.step_clock.optimizer_update", lambda config, kernels, mode: lambda: done.append(kernels)
     )
     subject = SimpleNamespace(run=lambda: done.append("micro-batch"))
     base = default_choice()

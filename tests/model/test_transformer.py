@@ -182,7 +182,7 @@ def test_compiles_in_one_graph_and_takes_a_new_plan(
 
 
 def test_its_parts_are_compiled_once_for_all_blocks(tiny: ModelConfig, kernels: Kernels) -> None:
-    def compiled_graphs(n_layers: int) -> int:
+    def compiled_graphs(n_layers: int, dtype: torch.dtype = torch.float32) -> int:
         torch._dynamo.reset()
         count = 0
 
@@ -192,16 +192,17 @@ def test_its_parts_are_compiled_once_for_all_blocks(tiny: ModelConfig, kernels: 
             return graph.forward
 
         config = replace(tiny, n_layers=n_layers)
-        plain, model = build(config, kernels), build(config, kernels)
+        plain, model = build(config, kernels, dtype), build(config, kernels, dtype)
         model.compile_parts(backend)
+        model.keep_copies()
         tokens, targets = draw_tokens(config)
-        found = gradients(model, model, tokens, targets)
-        for name, expected in gradients(plain, plain, tokens, targets).items():
-            torch.testing.assert_close(found[name], expected, atol=1e-6, rtol=0, msg=name)
+        found = torch.autograd.grad(model(tokens, targets), model.leaves)
+        for (name, expected), gradient in zip(gradients(plain, plain, tokens, targets).items(), found, strict=True):
+            torch.testing.assert_close(gradient.float(), expected, atol=1e-6, rtol=0, msg=name)
         assert set(model.state_dict()) == set(plain.state_dict())
         return count
 
-    assert compiled_graphs(2) == compiled_graphs(5) == 3  # embedding, block, loss
+    assert compiled_graphs(2) == compiled_graphs(5) == compiled_graphs(5, torch.bfloat16) == 3  # embedding, block, loss
 
 
 def test_a_sequence_that_is_too_long_is_told(tiny: ModelConfig, kernels: Kernels) -> None:
@@ -222,6 +223,48 @@ def test_heads_that_do_not_fit_are_told(
 ) -> None:
     with pytest.raises(UserError, match=message):
         build(replace(tiny, **change), kernels)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("checkpoint_blocks", [False, True])
+def test_copies_compute_what_casts_do(
+    tiny: ModelConfig, kernels: Kernels, dtype: torch.dtype, checkpoint_blocks: bool
+) -> None:
+    casting, copying = (
+        Transformer(tiny, kernels, dtype, max_seq_len=SEQ, checkpoint_blocks=checkpoint_blocks) for _ in range(2)
+    )
+    copying.keep_copies()
+    assert len(copying.copies) == 4 * tiny.n_layers
+    for model in (casting, copying):
+        model(*draw_tokens(tiny)).backward()
+    assert torch.equal(casting(draw_tokens(tiny)[0]), copying(draw_tokens(tiny)[0]))
+    for expected, leaf, parameter in zip(casting.parameters(), copying.leaves, copying.parameters(), strict=True):
+        assert expected.grad is not None
+        assert leaf.grad is not None
+        assert leaf.grad.dtype == (dtype if parameter in copying.copies else torch.float32)
+        assert torch.equal(leaf.grad.float(), expected.grad)
+        assert leaf is parameter or parameter.grad is None
+
+
+def test_copies_follow_what_is_loaded_and_are_no_part_of_the_state(tiny: ModelConfig, kernels: Kernels) -> None:
+    plain, copying = (build(tiny, kernels, torch.bfloat16, seed=seed) for seed in (1, 2))
+    names = set(copying.state_dict())
+    copying.keep_copies()
+    assert set(copying.state_dict()) == names
+    addresses = [copy.data_ptr() for copy in copying.copies.values()]
+    tokens, _ = draw_tokens(tiny)
+    copying.load_state_dict(plain.state_dict())
+    assert torch.equal(plain(tokens), copying(tokens))
+    copying.initialize(3)
+    assert torch.equal(build(tiny, kernels, torch.bfloat16, seed=3)(tokens), copying(tokens))
+    assert [copy.data_ptr() for copy in copying.copies.values()] == addresses  # where CUDA graphs know them
+
+
+def test_in_float32_there_is_nothing_to_copy(tiny: ModelConfig, kernels: Kernels) -> None:
+    model = build(tiny, kernels)
+    model.keep_copies()
+    assert not model.copies
+    assert all(leaf is parameter for leaf, parameter in zip(model.leaves, model.parameters(), strict=True))
 
 
 @pytest.mark.parametrize("backend", [None, "aot_eager_decomp_partition"])

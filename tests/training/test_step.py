@@ -97,6 +97,34 @@ def test_the_scale_does_not_change_the_update() -> None:
         torch.testing.assert_close(mine, other, rtol=1e-5, atol=1e-7)
 
 
+@pytest.mark.parametrize("optimizer", ["adamw", "muon"])
+@pytest.mark.parametrize("precision", ["bf16", "fp16"])
+def test_copies_train_as_casts_do_and_either_goes_on_where_the_other_was(optimizer: str, precision: str) -> None:
+    config = tiny_config(
+        f"train.precision={precision}", f"optimizer={optimizer}", "optimizer.warmup_steps=0", "optimizer.lr=0.01"
+    )
+    casting, copying = build(config), build(config)
+    start = [parameter.detach().clone() for parameter in casting.parameters()]
+    copying.keep_copies()
+    first, second = (Stepper(model, LaunchedMicroStep(model, model.leaves), config) for model in (casting, copying))
+    for step in range(4):
+        if step == 2:  # both go on with what the other one has written
+            states = [{n: t.clone() for n, t in each.tensors().items()} for each in (first, second)]
+            weights = [{n: t.clone() for n, t in model.state_dict().items()} for model in (casting, copying)]
+            assert states[0].keys() == states[1].keys()
+            for stepper, model, other in ((first, casting, 1), (second, copying, 0)):
+                model.load_state_dict(weights[other])
+                stepper.restore(states[other], scaled=True)
+        losses, norms = zip(*(each.run(step, [TOKENS], 1) for each in (first, second)), strict=True)
+        torch.testing.assert_close(*losses, rtol=2e-3, atol=0)
+        torch.testing.assert_close(*norms, rtol=2e-2, atol=0)
+        for mine, other, old in zip(copying.parameters(), casting.parameters(), start, strict=True):
+            # Roundings grow from step to step, in 16 bits and in Muon's iteration.
+            assert (mine - other).norm() < (0.1 if step else 1e-3) * (other - old).norm()
+    for parameter, copy in copying.copies.items():
+        assert torch.equal(copy, parameter.to(copy.dtype))
+
+
 def test_norms_are_not_decayed() -> None:
     config = tiny_config("optimizer.weight_decay=0.3")
     model = build(config)

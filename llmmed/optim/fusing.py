@@ -1,0 +1,39 @@
+"""Updates as a few kernels: eagerly, each line would be a launch for each parameter."""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+from collections.abc import Callable, Iterator
+from typing import Any, TypeVar, cast
+
+import torch
+from torch import Tensor
+
+F = TypeVar("F", bound=Callable[..., object])
+_MOST_SHAPES = 64  # of the parameters in one process; PyTorch's limit of 8 would be an error
+
+
+_backend: str | Callable[..., Any] = "inductor"
+
+
+def fused(function: F, where: Tensor) -> F:
+    """The same function, compiled if this tensor is on a GPU."""
+    return cast("F", _compiled(function, _backend)) if where.device.type == "cuda" else function
+
+
+@contextlib.contextmanager
+def fused_by(backend: Callable[..., Any]) -> Iterator[None]:
+    """Lets another backend than Inductor compile."""
+    global _backend
+    before, _backend = _backend, backend
+    try:
+        yield
+    finally:
+        _backend = before
+
+
+@functools.cache
+def _compiled(function: Callable[..., object], backend: str | Callable[..., Any]) -> Callable[..., object]:
+    torch._dynamo.config.recompile_limit = max(_MOST_SHAPES, torch._dynamo.config.recompile_limit)
+    return torch.compile(function, fullgraph=True, dynamic=False, backend=backend)
