@@ -3,8 +3,9 @@
     python scripts/regret.py model=small                     single flips and pairs
     python scripts/regret.py model=large pairs=false seconds=300 out=regret.json
 
-Takes the overrides of `scripts/train.py`. The plan comes from the tuning cache if it is there. The exit code is 1 if a
-neighbour is faster than the chosen plan by more than 1 %, beyond the noise.
+Takes the overrides of `scripts/train.py`. The plan comes from the tuning cache if it is there, or from a finished run's
+`kernels.json`, with `plan=<path>`: its verdicts are then taken as they are. The exit code is 1 if a neighbour is faster
+than the chosen plan by more than 1 %, beyond the noise.
 """
 
 from __future__ import annotations
@@ -21,6 +22,7 @@ from rich.table import Table
 
 from llmmed.autotune.compiled_ahead import compile_ahead
 from llmmed.autotune.confirm import Failed
+from llmmed.autotune.plan import KernelPlan, Mode
 from llmmed.autotune.regret import Neighbour, Regret, measure_regret, neighbours
 from llmmed.autotune.step_clock import StepClock
 from llmmed.autotune.tuner import tune
@@ -34,7 +36,7 @@ from llmmed.machine import cores
 from llmmed.training import prepare_backend, resolve_compile
 
 _LIMIT = 0.01
-_OWN = {"pairs": "true", "seconds": "600", "out": ""}
+_OWN = {"pairs": "true", "seconds": "600", "plan": "", "out": ""}
 
 
 def main(arguments: list[str]) -> int:
@@ -45,13 +47,17 @@ def main(arguments: list[str]) -> int:
         if own["pairs"] not in ("true", "false"):
             raise UserError(f"pairs={own['pairs']}: true or false")
         seconds = float(own["seconds"])
+        given = KernelPlan.read(Path(own["plan"])) if own["plan"] else None
+        workload = record_workload(config)
+        if given is not None and given.workload_fingerprint != workload.fingerprint():
+            raise UserError(f"plan={own['plan']}: the plan of a step that makes other calls than this one")
     except (UserError, ValueError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 1
     prepare_backend(config)
     torch._dynamo.config.recompile_limit = torch._dynamo.config.accumulated_recompile_limit = 1024
     started = time.perf_counter()
-    plan = tune(config, record_workload(config), mode=resolve_compile(config), report=lambda p: None)
+    plan = given or tune(config, workload, mode=resolve_compile(config), report=lambda p: None)
 
     def told(neighbour: Neighbour) -> None:
         result = neighbour.reason or f"{neighbour.gain_ms:+.3f} ms"
@@ -60,7 +66,7 @@ def main(arguments: list[str]) -> int:
     flips = neighbours(plan, pairs=own["pairs"] == "true")
     if config.device == "cuda" and plan.mode != "eager":
         base = dict.fromkeys(plan.ops, DEFAULT)
-        _compile_ahead(config, [plan.choice, *({**base, **each} for each in flips)])
+        _compile_ahead(config, [plan.choice, *({**base, **each} for each in flips)], plan.mode)
         console.print(f"[dim]{time.perf_counter() - started:5.0f} s  compiled {len(flips) + 1} plans[/]")
     try:
         regret = measure_regret(
@@ -81,18 +87,18 @@ def main(arguments: list[str]) -> int:
     return int(regret.share > _LIMIT)
 
 
-def _compile_ahead(config: Config, choices: list[dict[str, str]]) -> None:
+def _compile_ahead(config: Config, choices: list[dict[str, str]], mode: Mode) -> None:
     """Compiles all plans, several at a time: in the one process that times them they would take half of the time."""
     processes = max(1, min(12, cores() // 2, len(choices)))
     with multiprocessing.get_context("spawn").Pool(processes) as pool:
-        pool.starmap(_compile, [(config, choice) for choice in choices], chunksize=1)
+        pool.starmap(_compile, [(config, choice, mode) for choice in choices], chunksize=1)
 
 
-def _compile(config: Config, choice: dict[str, str]) -> None:
+def _compile(config: Config, choice: dict[str, str], mode: Mode) -> None:
     with contextlib.suppress(Exception):  # what does not compile is told where it is timed
         prepare_backend(config)
         torch._dynamo.config.recompile_limit = torch._dynamo.config.accumulated_recompile_limit = 1024
-        compile_ahead(config, choice)
+        compile_ahead(config, choice, mode)
 
 
 def _print(regret: Regret, model: str, console: Console) -> None:

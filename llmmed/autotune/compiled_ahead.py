@@ -20,6 +20,7 @@ from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from llmmed.autotune.confirm import Choice
+from llmmed.autotune.plan import Mode
 from llmmed.autotune.step_plan import shallow
 from llmmed.compose import accumulation_steps
 from llmmed.config import Config
@@ -40,12 +41,12 @@ class _Compiled(Exception):
     """A graph was in the caches already, so that there is nothing to take its outputs from."""
 
 
-def compile_ahead(config: Config, choice: Choice, parts: Collection[int] = range(PARTS)) -> None:
+def compile_ahead(config: Config, choice: Choice, mode: Mode, parts: Collection[int] = range(PARTS)) -> None:
     """Compiles what the model calls under a plan: embedding, one block, loss, or some of them, forward and backward.
     If `UPDATE` is among the parts, also AdamW over copies, where the run takes it."""
     one = shallow(config, 1)
     if UPDATE in parts:
-        _compile_update(one)
+        _compile_update(one, mode)
     if not set(parts) & set(range(PARTS)):
         return
     kernels = load_kernels({**default_choice(), **choice})
@@ -54,17 +55,17 @@ def compile_ahead(config: Config, choice: Choice, parts: Collection[int] = range
         shape = (config.train.micro_batch_size, config.train.seq_len + 1)
         batch = torch.zeros(shape, dtype=torch.int64, device=config.device)
         model.compile_parts(backend)
-        keep_copies(model, "compiled", accumulates=accumulation_steps(config.train) > 1)
+        keep_copies(model, mode, accumulates=accumulation_steps(config.train) > 1)
         step = LaunchedMicroStep(model, model.leaves)
         step.run(batch, torch.ones((), device=config.device), first=True)
 
 
-def _compile_update(config: Config) -> None:
+def _compile_update(config: Config, mode: Mode) -> None:
     """One layer has parameters of all shapes that there are."""
     everything = range(sys.maxsize)
     with FakeTensorMode(allow_non_fake_inputs=True), _running_nothing(everything) as backend:
         model = Transformer.for_training(config, load_kernels(default_choice()), config.device)
-        keep_copies(model, "compiled", accumulates=accumulation_steps(config.train) > 1)
+        keep_copies(model, mode, accumulates=accumulation_steps(config.train) > 1)
         for leaf in model.leaves:
             leaf.grad = torch.empty_like(leaf)
         with fused_by(backend):

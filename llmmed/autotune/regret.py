@@ -93,7 +93,7 @@ def measure_regret(
         if time_is_up():
             break
         try:
-            match = arena.whole(chosen, {**base, **each})
+            match = arena.whole(chosen, {**base, **each}, sign_is_enough=True)
             neighbour = Neighbour(each, match.gain_ms, match.gain_ms_low, match.gain_ms_high)
         except Failed as failure:
             neighbour = Neighbour(each, reason=str(failure))

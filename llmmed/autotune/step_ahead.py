@@ -39,7 +39,7 @@ class StepAhead:
         self._folder = job.journal.parent
         self._readers: dict[str, JournalReader] = {}
         self._config = from_dict(job.step.config)
-        self._pinned = job.step.pinned
+        self._mode, self._pinned = job.mode, job.step.pinned
         self._untimed = {task.op: [*task.verify, *task.verified] for task in job.tasks if task.measure}
         self._known: dict[str, dict[str, Candidate]] = {op: dict(found) for op, found in job.step.known.items()}
         self._default = dict.fromkeys((*self._known, *self._untimed), DEFAULT) | job.step.pinned
@@ -106,7 +106,7 @@ class StepAhead:
         began, failure = time.perf_counter(), ""
         try:
             with _little_memory(self._device):
-                compile_ahead(self._config, plan, parts)
+                compile_ahead(self._config, plan, self._mode, parts)
         except Exception as error:  # noqa: BLE001 - what does not compile is told where it is tried
             failure = f": {one_line(error)}"
         text = f"{time.perf_counter() - began:6.1f} {what}{failure}"

@@ -29,6 +29,7 @@ from llmmed.kernels.base import Kernels
 from llmmed.kernels.catalog import DEFAULT, default_choice, load_kernels
 from llmmed.kernels.tunable import Launches
 from llmmed.model import Transformer, compute_dtype, parameter_count
+from llmmed.training.micro_step import keep_copies
 
 DEPTHS = (1, 2)
 _FITS = 0.9  # of the GPU's memory: with more, or with a slower micro-batch, the whole model is not tried
@@ -132,7 +133,7 @@ class StepClock:
             saved = growth * (standing.memory_mib - subject.memory_mib)
         return Duel(*difference_interval(gains), saved)
 
-    def whole(self, choice: Choice, other: Choice, mode: Mode | None = None) -> Match:
+    def whole(self, choice: Choice, other: Choice, mode: Mode | None = None, *, sign_is_enough: bool = False) -> Match:
         """Two plans in the whole model, the second in another mode if one is given. Raises `Failed`."""
         self._keep(choice, other)
         pairs: list[list[tuple[float, float]]] = []
@@ -140,7 +141,7 @@ class StepClock:
         for depth in dict.fromkeys(self.depths):
             first, second = self._subject(choice, depth), self._subject(other, depth, mode)
             try:
-                pairs.append(self._pairs(first.run, second.run, sign_is_enough=mode is not None))
+                pairs.append(self._pairs(first.run, second.run, sign_is_enough=sign_is_enough or mode is not None))
             except Exception as error:
                 raise Failed(_failure(error)) from error
             memory.append((first.memory_mib, second.memory_mib))
@@ -265,8 +266,12 @@ class StepClock:
         try:
             pool = self._shared_pool() if mode == "graphs" else None
             model = at_depth(self._config, self._weights, self._load(choice), depth)
+            # Compiled and replayed plans share what is compiled, so that another mode can be asked about in seconds:
+            # that one would cast weights where the other keeps copies is less than what lies between the two.
+            copies_as: Mode = "eager" if mode == "eager" else self._mode
+            keep_copies(model, copies_as, accumulates=accumulation_steps(self._config.train) > 1)
             timed = depth in self.depths  # else it is checked, and no more
-            return Subject(self._config, model, self._batches[0], self._scale, mode, pool, takes_memory=timed)
+            return Subject(model, self._batches[0], self._scale, mode, pool, takes_memory=timed)
         except Exception as error:  # whatever a plan raises rejects that plan alone
             raise Failed(_failure(error)) from error
 

@@ -27,13 +27,12 @@ class Subject:
     """
 
     def __init__(
-        self, config: Config, model: Transformer, batch: Tensor, scale: Tensor, mode: Mode,
+        self, model: Transformer, batch: Tensor, scale: Tensor, mode: Mode,
         pool: torch.cuda._POOL_HANDLE | None, *, takes_memory: bool = True,
     ) -> None:  # fmt: skip
         self._names = [name for name, _ in model.named_parameters()]
         if mode != "eager":
             model.compile_parts()
-        keep_copies(model, mode, accumulates=accumulation_steps(config.train) > 1)
         self._leaves = model.leaves
         self._batch, self._scale = batch, scale
         self._micro_step: LaunchedMicroStep | GraphedMicroStep = LaunchedMicroStep(model, self._leaves)

@@ -61,6 +61,10 @@ def test_what_is_compiled_ahead_is_what_the_step_compiles(
     tiny: Config, keys: list[str], monkeypatch: pytest.MonkeyPatch, precision: Literal["fp32", "bf16"]
 ) -> None:
     config = replace(tiny, train=replace(tiny.train, compile="compiled", precision=precision))
+    for module in ("compiled_ahead", "step_clock"):  # as with graphs, which a CPU does not have
+        monkeypatch.setattr(
+            f"llmmed.autotune.{module}.keep_copies", lambda model, mode, accumulates: model.keep_copies()
+        )
 
     def refused(graph: torch.fx.GraphModule, inputs: Any, **options: Any) -> Callable[..., Any]:
         """As where a product's shape is odd; but nothing may be tried out beside those who take times."""
@@ -69,8 +73,8 @@ def test_what_is_compiled_ahead_is_what_the_step_compiles(
         return without_kernels(graph, inputs)
 
     monkeypatch.setattr(compile_fx, "compile_fx_inner", refused)
-    compile_ahead(config, default_choice(), [0, 2])
-    compile_ahead(config, default_choice(), [1])  # perhaps by another process
+    compile_ahead(config, default_choice(), "compiled", [0, 2])
+    compile_ahead(config, default_choice(), "compiled", [1])  # perhaps by another process
     ahead = list(keys)
     assert len(set(ahead)) == 3  # embedding, block, loss
     assert "benchmark_gpu" not in vars(benchmarking.benchmarker)
@@ -91,15 +95,15 @@ def test_the_update_is_compiled_ahead_as_the_optimizer_compiles_it(
     tiny: Config, keys: list[str], monkeypatch: pytest.MonkeyPatch, precision: Literal["fp32", "bf16"]
 ) -> None:
     """For two layers, of which it has seen one."""
-    config = replace(tiny, train=replace(tiny.train, compile="compiled", precision=precision))
+    config = replace(tiny, train=replace(tiny.train, precision=precision))
     assert config.model.n_layers > 1
     monkeypatch.setattr("llmmed.optim.adamw.fused", lambda function, where: _compiled(function, fusing._backend))
     monkeypatch.setattr(compile_fx, "compile_fx_inner", without_kernels)
-    compile_ahead(config, default_choice(), [UPDATE])
+    compile_ahead(config, default_choice(), "graphs", [UPDATE])
     ahead = list(keys)
     keys.clear()
     torch._dynamo.reset()
-    optimizer_update(config, load_kernels(default_choice()), "compiled")()
+    optimizer_update(config, load_kernels(default_choice()), "graphs")()
     assert len(set(ahead)) == (0 if precision == "fp32" else 6)  # what all have in common; four projections, a table
     assert sorted(keys) == sorted(ahead)
 
@@ -117,7 +121,7 @@ def test_kernels_that_cannot_run_here_are_compiled_around(
 
     monkeypatch.setattr(compile_fx, "compile_fx_inner", inner)
     with absent_gpu(TARGETS[90]):
-        compile_ahead(tiny, CHOICE)
+        compile_ahead(tiny, CHOICE, "compiled")
     assert sorted(backward) == [False] * 3 + [True] * 3
     assert len(set(keys)) == 3
 
@@ -132,5 +136,5 @@ def test_what_is_in_the_caches_already_is_not_run(
         return lambda *inputs: found(inputs)
 
     monkeypatch.setattr(compile_fx, "compile_fx", compiled)
-    compile_ahead(tiny, default_choice())
+    compile_ahead(tiny, default_choice(), "compiled")
     assert not keys

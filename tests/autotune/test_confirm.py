@@ -55,7 +55,7 @@ class Known:
             gain, gain - self.noise, gain + self.noise, self.shown * (self.mib(champion) - self.mib(challenger))
         )
 
-    def whole(self, choice: Choice, other: Choice, mode: Mode | None = None) -> Match:
+    def whole(self, choice: Choice, other: Choice, mode: Mode | None = None, *, sign_is_enough: bool = False) -> Match:
         self.whole_modes.append(mode)
         if not self.as_a_whole and other != BASE:
             raise Failed("out of memory in the step")

@@ -53,7 +53,7 @@ def compiled(
             for event in next(events):
                 journal.write(event)
 
-    def compile_it(config: Config, plan: Choice, parts: Collection[int]) -> None:
+    def compile_it(config: Config, plan: Choice, mode: str, parts: Collection[int]) -> None:
         assert plan["attention"] == "triton"
         assert len(parts) == (3 if flips(plan) else 1)
         plans.append(flips(plan))
@@ -122,7 +122,7 @@ def test_processes_share_the_plans_and_are_few(job: Job, board: Board, monkeypat
 def test_what_does_not_compile_says_so_and_the_rest_goes_on(
     job: Job, board: Board, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def refuse(config: Config, plan: Choice, parts: Collection[int]) -> None:
+    def refuse(config: Config, plan: Choice, mode: str, parts: Collection[int]) -> None:
         raise RuntimeError("no such thing")
 
     monkeypatch.setattr(step_ahead, "compile_ahead", refuse)

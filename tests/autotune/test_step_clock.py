@@ -218,7 +218,7 @@ def test_memory_is_measured_where_times_are_taken(clock: StepClock, monkeypatch:
     """A plan that is only checked, as those of two layers are once the whole model is tried, needs no pass for it."""
     measured: list[int] = []
 
-    def build(config: Config, model: Transformer, *rest: Any, takes_memory: bool) -> None:
+    def build(model: Transformer, *rest: Any, takes_memory: bool) -> None:
         if takes_memory:
             measured.append(len(model.layers))
 
