@@ -1,6 +1,6 @@
-"""Shows what the tuner's greed costs: its plan against all plans one or two flips from PyTorch's.
+"""Shows what the tuner's greed costs: its plan against all plans near it, and near PyTorch's.
 
-    python scripts/regret.py model=small                     single flips and pairs
+    python scripts/regret.py model=small                     one flip from the plan; one and two from PyTorch's
     python scripts/regret.py model=large pairs=false seconds=300 out=regret.json
 
 Takes the overrides of `scripts/train.py`. The plan comes from the tuning cache if it is there, or from a finished run's
@@ -23,7 +23,7 @@ from rich.table import Table
 from llmmed.autotune.compiled_ahead import compile_ahead
 from llmmed.autotune.confirm import Failed
 from llmmed.autotune.plan import KernelPlan, Mode
-from llmmed.autotune.regret import Neighbour, Regret, measure_regret, neighbours
+from llmmed.autotune.regret import Neighbour, Regret, choice_of, measure_regret, neighbours
 from llmmed.autotune.step_clock import StepClock
 from llmmed.autotune.tuner import tune
 from llmmed.autotune.workload import record_workload
@@ -31,7 +31,6 @@ from llmmed.compose import compose
 from llmmed.config import Config
 from llmmed.errors import UserError
 from llmmed.files import write_json
-from llmmed.kernels.catalog import DEFAULT
 from llmmed.machine import cores
 from llmmed.training import prepare_backend, resolve_compile
 
@@ -63,16 +62,15 @@ def main(arguments: list[str]) -> int:
         result = neighbour.reason or f"{neighbour.gain_ms:+.3f} ms"
         console.print(f"[dim]{time.perf_counter() - started:5.0f} s  {neighbour.name}: {result}[/]")
 
-    flips = neighbours(plan, pairs=own["pairs"] == "true")
+    near = neighbours(plan, pairs=own["pairs"] == "true")
     if config.device == "cuda" and plan.mode != "eager":
-        base = dict.fromkeys(plan.ops, DEFAULT)
-        _compile_ahead(config, [plan.choice, *({**base, **each} for each in flips)], plan.mode)
-        console.print(f"[dim]{time.perf_counter() - started:5.0f} s  compiled {len(flips) + 1} plans[/]")
+        _compile_ahead(config, [plan.choice, *(choice_of(each, plan) for each in near)], plan.mode)
+        console.print(f"[dim]{time.perf_counter() - started:5.0f} s  compiled {len(near) + 1} plans[/]")
     try:
         regret = measure_regret(
             StepClock(config, plan.mode, plan.launches),
             plan,
-            flips,
+            near,
             told=told,
             time_is_up=lambda: time.perf_counter() - started > seconds,
         )

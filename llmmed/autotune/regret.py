@@ -1,14 +1,15 @@
-"""The regret of a choice: how much faster than the chosen plan any plan is that lies one or two flips from PyTorch's.
+"""The regret of a choice: how much faster than the chosen plan any plan is that lies near it, or near PyTorch's.
 
 The tuner flips greedily and with few trials. This tries what it left out, the chosen plan against each neighbour in
-the same minutes, and so says what greed costs. It takes minutes and chooses nothing.
+the same minutes, and so says what greed costs. It takes minutes and chooses nothing. Neighbours are plans that differ
+from the chosen one in one op, and those one or two flips away from PyTorch's.
 """
 
 from __future__ import annotations
 
 import itertools
-from collections.abc import Callable, Mapping
-from dataclasses import asdict, dataclass
+from collections.abc import Callable
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 from llmmed.autotune.confirm import Arena, Choice, Failed
@@ -18,12 +19,13 @@ from llmmed.kernels.catalog import DEFAULT
 
 @dataclass(frozen=True)
 class Neighbour:
-    """A plan near PyTorch's, and what its step saves against the chosen one, in ms with the 95 % interval.
+    """A plan, and what its step saves against the chosen one, in ms with the 95 % interval.
 
-    `reason` says why there are no times.
+    `flips` are from PyTorch's plan, or from the chosen one. `reason` says why there are no times.
     """
 
     flips: dict[str, str]
+    from_chosen: bool = False
     gain_ms: float | None = None
     gain_ms_low: float | None = None
     gain_ms_high: float | None = None
@@ -31,7 +33,8 @@ class Neighbour:
 
     @property
     def name(self) -> str:
-        return ", ".join(f"{op} {name}" for op, name in self.flips.items()) or "PyTorch's plan"
+        told = ", ".join(f"{op} {name}" for op, name in self.flips.items())
+        return f"the chosen, but {told}" if self.from_chosen else told or "PyTorch's plan"
 
 
 @dataclass(frozen=True)
@@ -52,22 +55,35 @@ class Regret:
         return {**asdict(self), "share": max(0.0, self.share)}
 
 
-def neighbours(plan: KernelPlan, *, pairs: bool) -> list[dict[str, str]]:
-    """The flips away from PyTorch's plan, of verified implementations: none, one, and if asked two."""
-    single = [
-        {op: name}
+def neighbours(plan: KernelPlan, *, pairs: bool) -> list[Neighbour]:
+    """Of verified implementations, not measured yet: the flips away from the chosen plan, and those away from
+    PyTorch's, none, one, and if asked two. None is the chosen plan, and none comes twice."""
+    verified = [
+        (op, name)
         for op, found in plan.ops.items()
         for name, candidate in found.candidates.items()
-        if name != DEFAULT and candidate.status == "verified"
+        if candidate.status == "verified"
     ]
+    near = [Neighbour({op: name}, from_chosen=True) for op, name in verified if name != plan.choice[op]]
+    single = [{op: name} for op, name in verified if name != DEFAULT]
     double = [a | b for a, b in itertools.combinations(single, 2) if not a.keys() & b.keys()] if pairs else []
-    return [{}, *single, *double]
+    found: dict[tuple[tuple[str, str], ...], Neighbour] = {}
+    for each in (*near, *map(Neighbour, ({}, *single, *double))):
+        choice = choice_of(each, plan)
+        if choice != plan.choice:
+            found.setdefault(tuple(sorted(choice.items())), each)
+    return list(found.values())
+
+
+def choice_of(neighbour: Neighbour, plan: KernelPlan) -> dict[str, str]:
+    """All of its plan."""
+    return {**(plan.choice if neighbour.from_chosen else dict.fromkeys(plan.ops, DEFAULT)), **neighbour.flips}
 
 
 def measure_regret(
     arena: Arena,
     plan: KernelPlan,
-    flips: list[dict[str, str]],
+    unmeasured: list[Neighbour],
     *,
     told: Callable[[Neighbour], None],
     time_is_up: Callable[[], bool],
@@ -77,26 +93,28 @@ def measure_regret(
     Args:
         arena: Measures.
         plan: What the tuner chose.
-        flips: From `neighbours`.
+        unmeasured: From `neighbours`. Those whose step does not call what they flip are passed over.
         told: Hears of each at once.
         time_is_up: Asked before each.
 
     Raises:
         Failed: not even the default or the chosen plan runs.
     """
-    base: Choice = dict.fromkeys(plan.ops, DEFAULT)
-    chosen: Mapping[str, str] = plan.choice
-    arena.set_default(base)
+    chosen: Choice = plan.choice
+    arena.set_default(dict.fromkeys(plan.ops, DEFAULT))
     chosen_ms = arena.whole(chosen, chosen).first.ms
+    wanted = [each for each in unmeasured if each.flips.keys() <= arena.called(choice_of(each, plan))]
     found: list[Neighbour] = []
-    for each in flips:
+    for each in wanted:
         if time_is_up():
             break
         try:
-            match = arena.whole(chosen, {**base, **each}, sign_is_enough=True)
-            neighbour = Neighbour(each, match.gain_ms, match.gain_ms_low, match.gain_ms_high)
+            match = arena.whole(chosen, choice_of(each, plan), sign_is_enough=True)
+            neighbour = replace(
+                each, gain_ms=match.gain_ms, gain_ms_low=match.gain_ms_low, gain_ms_high=match.gain_ms_high
+            )
         except Failed as failure:
-            neighbour = Neighbour(each, reason=str(failure))
+            neighbour = replace(each, reason=str(failure))
         found.append(neighbour)
         told(neighbour)
-    return Regret(dict(chosen), chosen_ms, found, len(flips) - len(found))
+    return Regret(dict(chosen), chosen_ms, found, len(wanted) - len(found))

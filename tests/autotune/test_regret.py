@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+
 import pytest
 
 from llmmed.autotune.hardware import describe_hardware
 from llmmed.autotune.plan import Candidate, KernelPlan, OpPlan
-from llmmed.autotune.regret import Neighbour, measure_regret, neighbours
+from llmmed.autotune.regret import Neighbour, choice_of, measure_regret, neighbours
 from tests.autotune.test_confirm import Known
 
 
@@ -25,12 +27,36 @@ def plan(**chosen: str) -> KernelPlan:
     )  # fmt: skip
 
 
-def test_neighbours_are_verified_and_at_most_two_flips_away() -> None:
-    assert len(neighbours(plan(), pairs=False)) == 1 + 3
-    found = neighbours(plan(), pairs=True)
-    assert len(found) == 1 + 3 + 3
-    assert {"rotary": "triton", "swiglu": "triton"} in found
-    assert not any("liger" in flips.values() for flips in found)
+def test_neighbours_are_verified_and_a_flip_from_the_chosen_or_two_from_the_default() -> None:
+    chosen = plan(rotary="triton", swiglu="triton")
+    near = ["the chosen, but add_rms_norm triton", "the chosen, but rotary pytorch", "the chosen, but swiglu pytorch"]
+    names = [each.name for each in neighbours(chosen, pairs=False)]
+    # What is one flip from both comes once: swiglu triton is the chosen without rotary.
+    assert names == [*near, "PyTorch's plan", "add_rms_norm triton"]
+    names = [each.name for each in neighbours(chosen, pairs=True)]
+    assert names[5:] == ["add_rms_norm triton, rotary triton", "add_rms_norm triton, swiglu triton"]
+    found = neighbours(chosen, pairs=True)
+    choices = [choice_of(each, chosen) for each in found]
+    assert chosen.choice not in choices
+    assert all(choices.count(each) == 1 for each in choices)
+    assert not any("liger" in each.flips.values() for each in found)
+    assert choices[0] == {"add_rms_norm": "triton", "rotary": "triton", "swiglu": "triton"}
+
+
+def test_what_flips_an_op_that_is_not_called_is_passed_over() -> None:
+    class Blind(Known):
+        def called(self, choice: Mapping[str, str]) -> set[str]:
+            return {"rotary", "swiglu"} if choice["rotary"] == "triton" else {"rotary", "swiglu", "add_rms_norm"}
+
+    told: list[Neighbour] = []
+    chosen = plan(rotary="triton")
+    regret = measure_regret(
+        Blind({}), chosen, neighbours(chosen, pairs=False), told=told.append, time_is_up=lambda: False
+    )
+    names = [each.name for each in told]
+    assert names == ["the chosen, but rotary pytorch", "the chosen, but swiglu triton",
+                     "add_rms_norm triton", "swiglu triton"]  # fmt: skip
+    assert regret.left_out == 0
 
 
 def test_the_best_neighbour_is_found() -> None:
@@ -39,7 +65,8 @@ def test_the_best_neighbour_is_found() -> None:
     chosen, told = plan(rotary="triton"), list[Neighbour]()
     regret = measure_regret(arena, chosen, neighbours(chosen, pairs=True), told=told.append, time_is_up=lambda: False)
     assert regret.chosen_ms == pytest.approx(9.5)
-    assert max(told, key=lambda n: n.gain_ms or 0.0).flips == dict(together)
+    best = max(told, key=lambda n: n.gain_ms or 0.0)
+    assert choice_of(best, chosen) == {"add_rms_norm": "pytorch", **dict(together)}
     assert regret.share == pytest.approx((1.5 - arena.noise) / 9.5)
     assert regret.left_out == 0
     assert regret.to_json()["share"] == regret.share
@@ -55,4 +82,4 @@ def test_noise_is_no_regret_and_time_ends_it() -> None:
     cut = measure_regret(
         arena, plan(), neighbours(plan(), pairs=False), told=lambda n: None, time_is_up=lambda: next(answers)
     )
-    assert (len(cut.neighbours), cut.left_out) == (1, 3)
+    assert (len(cut.neighbours), cut.left_out) == (1, 2)  # the default is the chosen plan
