@@ -14,7 +14,7 @@ from typing import Any
 
 from rich.console import Console
 
-from llmmed import collector, continuation, data, init_from, run_folder
+from llmmed import collector, consoles, continuation, data, init_from, run_folder
 from llmmed.autotune.child import processes_to_come
 from llmmed.autotune.plan import KernelPlan
 from llmmed.autotune.tuner import tune
@@ -50,8 +50,8 @@ def run(config: Config, folder: Path, *, started: float, stop: StopRequest | Non
     Returns:
         The process's exit code: 0 finished, 1 failed, 130 interrupted.
     """
-    console = Console(highlight=False)
-    errors = Console(stderr=True, highlight=False, soft_wrap=True)
+    console = consoles.output()
+    errors = consoles.errors()
     with StopRequest() if stop is None else contextlib.nullcontext(stop) as request:
         try:
             run_folder.write_status(folder, "running")

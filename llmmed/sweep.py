@@ -150,12 +150,11 @@ def _run(command: Sequence[str], environment: Mapping[str, str], output: Path | 
 
 def tell(folder: Path) -> list[str]:
     """The comparison of all jobs, on the terminal and in the sweep's folder. Returns a line for each not finished."""
-    from rich.console import Console
-
+    from llmmed import consoles
     from llmmed.reporting import sweep_summary
 
     try:
-        jobs = sweep_summary.tell(folder, Console(highlight=False))
+        jobs = sweep_summary.tell(folder, consoles.output())
     except OSError as error:
         return [f"the comparison cannot be written: {error}"]
     return [f"{job.job} {job.status}: {job.reason or 'no reason is known'}" for job in jobs if job.status != "finished"]

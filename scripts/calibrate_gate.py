@@ -23,6 +23,7 @@ from rich.text import Text
 
 sys.path.insert(0, str(Path(__file__).parent.parent))  # for `tests`
 
+from llmmed import consoles
 from llmmed.autotune.verify import Verdict, verify
 from llmmed.errors import UserError
 from llmmed.kernels.base import Unavailable
@@ -52,7 +53,7 @@ class Row:
 
 def main(arguments: list[str]) -> int:
     """Judges and prints; returns the exit code."""
-    console = Console(highlight=False)
+    console = consoles.output()
     try:
         ops, seeds = _parse(arguments)
         device = _device()

@@ -20,6 +20,7 @@ import torch
 from rich.console import Console
 from rich.table import Table
 
+from llmmed import consoles
 from llmmed.autotune.compiled_ahead import compile_ahead
 from llmmed.autotune.confirm import Failed
 from llmmed.autotune.plan import KernelPlan, Mode
@@ -39,7 +40,7 @@ _OWN = {"pairs": "true", "seconds": "600", "plan": "", "out": ""}
 
 
 def main(arguments: list[str]) -> int:
-    console = Console(highlight=False)
+    console = consoles.output()
     own = _OWN | {key: value for key, _, value in (a.partition("=") for a in arguments) if key in _OWN}
     try:
         config = compose([a for a in arguments if a.partition("=")[0] not in _OWN])

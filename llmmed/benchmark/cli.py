@@ -38,7 +38,6 @@ if TYPE_CHECKING:
     from llmmed.benchmark.results import OpRow, OpsResult, Origin, StepResult
 
 _INTERRUPTED = 130
-_FILE_WIDTH = 140  # of lines in a file, which nobody folds
 
 _command: list[str] = []  # as it was given
 
@@ -82,7 +81,7 @@ def _answered_early() -> bool:
 
 
 def _task(composed: DictConfig) -> None:
-    from rich.console import Console
+    from llmmed import consoles
 
     hydra_config = HydraConfig.get()
     overrides = list(hydra_config.overrides.task)
@@ -90,9 +89,7 @@ def _task(composed: DictConfig) -> None:
     folder = Path(hydra_config.runtime.output_dir)
     write_atomically(folder / ".hydra" / "config.yaml", OmegaConf.to_yaml(composed, resolve=True))
     try:
-        console = Console(highlight=False)
-        if not console.is_terminal:
-            console.width = _FILE_WIDTH
+        console = consoles.output()
         run(settings, config, overrides, folder, console)
     except UserError as error:
         _exit(str(error))

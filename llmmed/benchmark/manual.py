@@ -9,9 +9,9 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import TypedDict
 
 import torch
-from rich.console import Console
 from rich.table import Table
 
+from llmmed import consoles
 from llmmed.autotune.failures import classify
 from llmmed.autotune.measure import Measurement, measure_op
 from llmmed.autotune.tuner import tune
@@ -143,7 +143,7 @@ def manual_kernel_benchmark(**sizes: int) -> dict[str, Comparison]:
     for size in sizes:
         if size not in known:
             raise UserError(f"manual_kernel_benchmark({size}=...): there is no such size; there are {', '.join(known)}")
-    console = Console(highlight=False)
+    console = consoles.output()
     found: dict[str, Comparison] = {}
     with console.status("benchmarking") as status:
         for op, function in BENCHMARKS.items():

@@ -10,6 +10,7 @@ from rich.markup import escape
 from rich.table import Table
 from rich.text import Text
 
+from llmmed import consoles
 from llmmed.autotune.plan import Candidate, KernelPlan, OpPlan, Status, StepEvidence
 from llmmed.errors import UserError
 from llmmed.kernels.catalog import DEFAULT
@@ -44,7 +45,7 @@ def print_kernel_table(plan: KernelPlan, console: Console) -> None:
 
 def main(arguments: Sequence[str]) -> int:
     """Prints the tables of the `kernels.json` that are named, and returns the exit code."""
-    errors = Console(stderr=True, highlight=False, soft_wrap=True)
+    errors = consoles.errors()
     if not arguments or any(argument.startswith("-") for argument in arguments):
         errors.print(
             "error: write kernel_table.py <kernels.json>, for instance outputs/2026-01-31/12-00-00/kernels.json"
@@ -52,7 +53,7 @@ def main(arguments: Sequence[str]) -> int:
         return 1
     try:
         for argument in arguments:
-            print_kernel_table(KernelPlan.read(Path(argument)), Console(highlight=False))
+            print_kernel_table(KernelPlan.read(Path(argument)), consoles.output())
     except UserError as error:
         errors.print(f"error: {error}", markup=False)
         return 1

@@ -19,6 +19,7 @@ from omegaconf.errors import OmegaConfBaseException
 from rich.console import Console
 from yaml import YAMLError
 
+from llmmed import consoles
 from llmmed.autotune.plan import Candidate, KernelPlan, OpPlan
 from llmmed.errors import UserError
 from llmmed.files import read_metrics, write_atomically
@@ -37,7 +38,7 @@ _EARLIER_SAMPLES = 12  # of a prompt
 
 def main(arguments: Sequence[str]) -> int:
     """Writes the reports of the folders named, prints where they are, and returns the exit code."""
-    console, errors = Console(highlight=False), Console(stderr=True, highlight=False, soft_wrap=True)
+    console, errors = consoles.output(), consoles.errors()
     if not arguments or any(argument.startswith("-") for argument in arguments):
         errors.print("error: write report.py <run or sweep folder>, for instance outputs/2026-01-31/12-00-00")
         return 1

@@ -6,10 +6,10 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
-from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
+from llmmed import consoles
 from llmmed.autotune.failures import one_line
 from llmmed.autotune.verify import Verdict, forget, verify
 from llmmed.errors import UserError
@@ -18,7 +18,6 @@ from llmmed.kernels.catalog import get_implementation, get_op, implementation_na
 from llmmed.kernels.operator import INTERPRETED
 
 _DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
-_FILE_WIDTH = 140  # of lines in a file, which nobody folds
 _FAILED = ("wrong", "no_backward", "crashed", "failed_to_compile", "out_of_memory", "timed_out")
 
 
@@ -34,14 +33,12 @@ class Request:
 
 def main(arguments: Sequence[str]) -> int:
     """Verifies, prints, and returns the exit code: 1 if anything is wrong or the arguments are."""
-    console = Console(highlight=False)
-    if not console.is_terminal:
-        console.width = _FILE_WIDTH
+    console = consoles.output()
     device = torch.device("cuda" if torch.cuda.is_available() and not INTERPRETED else "cpu")
     try:
         request = parse(arguments, device)
     except UserError as error:
-        Console(stderr=True, highlight=False, soft_wrap=True).print(f"error: {error}", markup=False)
+        consoles.errors().print(f"error: {error}", markup=False)
         return 1
     table = Table(box=None, padding=(0, 1, 0, 0), pad_edge=False, header_style="bold")
     for header in ("op", "implementation", "dtype", "verdict", "relative\nerror", "error /\nallowed"):

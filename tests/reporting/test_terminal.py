@@ -14,6 +14,7 @@ from pathlib import Path
 import pytest
 from rich.console import Console
 
+from llmmed import consoles
 from llmmed.reporting.terminal import kernels_in_words, print_closing
 from tests.reporting.test_kernel_table import make_plan
 
@@ -88,3 +89,10 @@ def test_a_terminal_has_colour_unless_it_is_not_wanted_and_a_pipe_never(tmp_path
     for output in (coloured, plain, piped.stdout):  # header, table, progress, summary
         for words in ("parameters", "verdict", "Chosen: ", "tok/s", "nats a token", "tokens/s"):
             assert words in output, words
+
+
+def test_in_a_file_lines_are_long_unless_their_width_is_said(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("COLUMNS", raising=False)
+    assert consoles.output().width == 140
+    monkeypatch.setenv("COLUMNS", "90")
+    assert consoles.output().width == 90
