@@ -23,6 +23,7 @@ from rich.table import Table
 from llmmed import consoles
 from llmmed.autotune.compiled_ahead import compile_ahead
 from llmmed.autotune.confirm import Failed
+from llmmed.autotune.hardware import describe_hardware
 from llmmed.autotune.plan import KernelPlan, Mode
 from llmmed.autotune.regret import Neighbour, Regret, choice_of, measure_regret, neighbours
 from llmmed.autotune.step_clock import StepClock
@@ -51,12 +52,16 @@ def main(arguments: list[str]) -> int:
         workload = record_workload(config)
         if given is not None and given.workload_fingerprint != workload.fingerprint():
             raise UserError(f"plan={own['plan']}: the plan of a step that makes other calls than this one")
+        if given is not None and given.mode != resolve_compile(config):
+            raise UserError(f"plan={own['plan']}: it is for train.compile={given.mode}, not {resolve_compile(config)}")
     except (UserError, ValueError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 1
     prepare_backend(config)
     torch._dynamo.config.recompile_limit = torch._dynamo.config.accumulated_recompile_limit = 1024
     started = time.perf_counter()
+    if given is not None and given.hardware != describe_hardware(config.device):
+        console.print(f"plan={own['plan']} is from {given.hardware.device}, or from other versions")
     plan = given or tune(config, workload, mode=resolve_compile(config), report=lambda p: None)
 
     def told(neighbour: Neighbour) -> None:
@@ -79,9 +84,8 @@ def main(arguments: list[str]) -> int:
         print(f"error: {failure}", file=sys.stderr)
         return 1
     if own["out"]:
-        write_json(
-            Path(own["out"]), regret.to_json() | {"hardware": plan.hardware.model_dump(), "model": config.model.name}
-        )
+        hardware = describe_hardware(config.device).model_dump()
+        write_json(Path(own["out"]), regret.to_json() | {"hardware": hardware, "model": config.model.name})
     _print(regret, config.model.name, console)
     return int(regret.share > _LIMIT)
 

@@ -22,14 +22,14 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from llmmed.autotune.confirm import Choice
 from llmmed.autotune.plan import Mode
 from llmmed.autotune.step_plan import shallow
-from llmmed.compose import accumulation_steps
 from llmmed.config import Config
 from llmmed.kernels.catalog import default_choice, load_kernels
 from llmmed.model import Transformer
 from llmmed.optim import build_optimizers
 from llmmed.optim.adamw import CopiedAdamW
 from llmmed.optim.fusing import fused_by
-from llmmed.training.micro_step import LaunchedMicroStep, keep_copies
+from llmmed.training.copies import keep_copies
+from llmmed.training.micro_step import LaunchedMicroStep
 
 PARTS = 3
 """Embedding, block, loss."""
@@ -46,7 +46,7 @@ def compile_ahead(config: Config, choice: Choice, mode: Mode, parts: Collection[
     If `UPDATE` is among the parts, also AdamW over copies, where the run takes it."""
     one = shallow(config, 1)
     if UPDATE in parts:
-        _compile_update(one, mode)
+        _compile_update(config, mode)
     if not set(parts) & set(range(PARTS)):
         return
     kernels = load_kernels({**default_choice(), **choice})
@@ -55,7 +55,7 @@ def compile_ahead(config: Config, choice: Choice, mode: Mode, parts: Collection[
         shape = (config.train.micro_batch_size, config.train.seq_len + 1)
         batch = torch.zeros(shape, dtype=torch.int64, device=config.device)
         model.compile_parts(backend)
-        keep_copies(model, mode, accumulates=accumulation_steps(config.train) > 1)
+        keep_copies(model, config, mode)
         step = LaunchedMicroStep(model, model.leaves)
         step.run(batch, torch.ones((), device=config.device), first=True)
 
@@ -64,8 +64,8 @@ def _compile_update(config: Config, mode: Mode) -> None:
     """One layer has parameters of all shapes that there are."""
     everything = range(sys.maxsize)
     with FakeTensorMode(allow_non_fake_inputs=True), _running_nothing(everything) as backend:
-        model = Transformer.for_training(config, load_kernels(default_choice()), config.device)
-        keep_copies(model, mode, accumulates=accumulation_steps(config.train) > 1)
+        model = Transformer.for_training(shallow(config, 1), load_kernels(default_choice()), config.device)
+        keep_copies(model, config, mode)
         for leaf in model.leaves:
             leaf.grad = torch.empty_like(leaf)
         with fused_by(backend):

@@ -82,10 +82,10 @@ class Arena(Protocol):
         """Times the champion against itself with one op flipped. Raises `Failed`."""
         ...
 
-    def whole(self, choice: Choice, other: Choice, mode: Mode | None = None, *, sign_is_enough: bool = False) -> Match:
+    def whole(self, choice: Choice, other: Choice, mode: Mode | None = None, *, loss_is_enough: bool = False) -> Match:
         """Two plans, the whole model; the second in another mode than the first if one is given. Raises `Failed`.
 
-        Where the sign is enough, which it is between modes, it ends once that is sure.
+        Where a loss is enough, it ends once the second is slower for sure; between modes, once either is.
         """
         ...
 

@@ -109,7 +109,7 @@ def measure_regret(
         if time_is_up():
             break
         try:
-            match = arena.whole(chosen, choice_of(each, plan), sign_is_enough=True)
+            match = arena.whole(chosen, choice_of(each, plan), loss_is_enough=True)
             neighbour = replace(
                 each, gain_ms=match.gain_ms, gain_ms_low=match.gain_ms_low, gain_ms_high=match.gain_ms_high
             )

@@ -13,6 +13,7 @@ import math
 import time
 from collections.abc import Callable, Mapping, Sequence
 from statistics import median
+from typing import Literal
 
 import torch
 from torch import Tensor
@@ -29,7 +30,7 @@ from llmmed.kernels.base import Kernels
 from llmmed.kernels.catalog import DEFAULT, default_choice, load_kernels
 from llmmed.kernels.tunable import Launches
 from llmmed.model import Transformer, compute_dtype, parameter_count
-from llmmed.training.micro_step import keep_copies
+from llmmed.training.copies import keep_copies
 
 DEPTHS = (1, 2)
 _FITS = 0.9  # of the GPU's memory: with more, or with a slower micro-batch, the whole model is not tried
@@ -47,6 +48,9 @@ _DIFFERENCE = {torch.float32: 2e-3, torch.bfloat16: 0.06, torch.float16: 0.03}
 # Times that (of float16 for TF32's products, which keep as many digits): a default that differs by more from itself is
 # no measure for others.
 _WORST_DEFAULT = 4
+
+_Enough = Literal["difference", "sign", "loss"]
+"""What ends a duel before its time is up: knowing the difference, or which is faster, or that the second is not."""
 
 _Plan = tuple[tuple[str, str], ...]  # op and implementation, sorted: a choice that can be a key
 
@@ -124,7 +128,7 @@ class StepClock:
         growth = self._calls[self.layers][op] / self._calls[self.trial_depth][op]
         scale = growth * accumulation_steps(self._config.train)
         try:
-            pairs = self._pairs(standing.run, subject.run, sign_is_enough=True)
+            pairs = self._pairs(standing.run, subject.run, enough="sign")
             gains = [scale * (a - b) for a, b in pairs]
         except Exception as error:
             raise Failed(_failure(error)) from error
@@ -133,15 +137,16 @@ class StepClock:
             saved = growth * (standing.memory_mib - subject.memory_mib)
         return Duel(*difference_interval(gains), saved)
 
-    def whole(self, choice: Choice, other: Choice, mode: Mode | None = None, *, sign_is_enough: bool = False) -> Match:
+    def whole(self, choice: Choice, other: Choice, mode: Mode | None = None, *, loss_is_enough: bool = False) -> Match:
         """Two plans in the whole model, the second in another mode if one is given. Raises `Failed`."""
         self._keep(choice, other)
+        enough: _Enough = "sign" if mode is not None else "loss" if loss_is_enough else "difference"
         pairs: list[list[tuple[float, float]]] = []
         memory: list[tuple[float | None, float | None]] = []
         for depth in dict.fromkeys(self.depths):
             first, second = self._subject(choice, depth), self._subject(other, depth, mode)
             try:
-                pairs.append(self._pairs(first.run, second.run, sign_is_enough=sign_is_enough or mode is not None))
+                pairs.append(self._pairs(first.run, second.run, enough=enough))
             except Exception as error:
                 raise Failed(_failure(error)) from error
             memory.append((first.memory_mib, second.memory_mib))
@@ -214,7 +219,7 @@ class StepClock:
         return count * middle, count * (middle - spread), count * (middle + spread)
 
     def _pairs(
-        self, first: Callable[[], object], second: Callable[[], object], *, sign_is_enough: bool = False
+        self, first: Callable[[], object], second: Callable[[], object], *, enough: _Enough = "difference"
     ) -> list[tuple[float, float]]:
         """Times in ms, taken in turns and in changing order, so that a drift of the clock rate meets both."""
         kind = self.device.type
@@ -229,7 +234,7 @@ class StepClock:
             most = least  # there is no difference to find, and their time is known well enough
         pairs: list[tuple[float, float]] = []
         while len(pairs) < least or (
-            len(pairs) < most and ((len(pairs) - least) % _LOOK_EVERY or not _known(pairs, sign_is_enough))
+            len(pairs) < most and ((len(pairs) - least) % _LOOK_EVERY or not _known(pairs, enough))
         ):
             if len(pairs) % 2:
                 after = self._sample(second, number)
@@ -269,7 +274,7 @@ class StepClock:
             # Compiled and replayed plans share what is compiled, so that another mode can be asked about in seconds:
             # that one would cast weights where the other keeps copies is less than what lies between the two.
             copies_as: Mode = "eager" if mode == "eager" else self._mode
-            keep_copies(model, copies_as, accumulates=accumulation_steps(self._config.train) > 1)
+            keep_copies(model, self._config, copies_as)
             timed = depth in self.depths  # else it is checked, and no more
             return Subject(model, self._batches[0], self._scale, mode, pool, takes_memory=timed)
         except Exception as error:  # whatever a plan raises rejects that plan alone
@@ -309,7 +314,7 @@ class StepClock:
     def _optimizer_duel(self, champion: Choice, challenger: Choice) -> Duel:
         try:
             _, *steps = self._steps(self._subject(champion), [champion, challenger])
-            pairs = self._pairs(*steps, sign_is_enough=True)
+            pairs = self._pairs(*steps, enough="sign")
             return Duel(*difference_interval([a - b for a, b in pairs]), 0.0 if self._on_gpu else None)
         except Exception as error:
             raise Failed(_failure(error)) from error
@@ -369,9 +374,10 @@ def _sum_of(a: tuple[float, float, float], b: tuple[float, float, float]) -> tup
     return a[0] + b[0], a[0] + b[0] - low, a[0] + b[0] + high
 
 
-def _known(pairs: list[tuple[float, float]], sign_is_enough: bool) -> bool:
+def _known(pairs: list[tuple[float, float]], enough: _Enough) -> bool:
     middle, low, high = difference_interval([a - b for a, b in pairs])
-    if sign_is_enough and abs(middle) > _CLEAR * (high - low) / 2:
+    is_clear = abs(middle) > _CLEAR * (high - low) / 2
+    if is_clear and (enough == "sign" or (enough == "loss" and middle < 0)):
         return True
     return high - low <= 2 * _PRECISE * median(a for a, _ in pairs)
 

@@ -10,12 +10,12 @@ import torch
 from torch import Tensor, nn
 
 from llmmed.autotune.plan import Mode
-from llmmed.compose import accumulation_steps
 from llmmed.config import Config
 from llmmed.kernels.base import Kernels
 from llmmed.model import Transformer
 from llmmed.optim import build_optimizers
-from llmmed.training.micro_step import GraphedMicroStep, LaunchedMicroStep, keep_copies
+from llmmed.training.copies import keep_copies
+from llmmed.training.micro_step import GraphedMicroStep, LaunchedMicroStep
 
 WARM_UP = 3
 
@@ -100,7 +100,7 @@ def shallow(config: Config, depth: int) -> Config:
 def optimizer_update(config: Config, kernels: Kernels, mode: Mode) -> Callable[[], None]:
     """The optimizer's step of the whole model under a plan, on random gradients."""
     model = Transformer.for_training(config, kernels, config.device)
-    keep_copies(model, mode, accumulates=accumulation_steps(config.train) > 1)
+    keep_copies(model, config, mode)
     for leaf in model.leaves:
         leaf.grad = torch.randn_like(leaf)
     optimizers = build_optimizers(model, config.optimizer)

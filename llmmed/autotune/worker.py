@@ -336,10 +336,10 @@ class _Announcing(StepClock):
         finally:
             self.slowest = max(self.slowest, time.perf_counter() - started)
 
-    def whole(self, choice: Choice, other: Choice, mode: Mode | None = None, *, sign_is_enough: bool = False) -> Match:
+    def whole(self, choice: Choice, other: Choice, mode: Mode | None = None, *, loss_is_enough: bool = False) -> Match:
         name = mode or ("" if choice == other else LAST_MATCH)
         self._journal.write(Begun(stage="step", name=name))
-        return super().whole(choice, other, mode, sign_is_enough=sign_is_enough)
+        return super().whole(choice, other, mode, loss_is_enough=loss_is_enough)
 
 
 def _can_be_searched(op: str, name: str) -> bool:

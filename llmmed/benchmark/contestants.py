@@ -29,7 +29,6 @@ from llmmed.autotune.tuner import tune
 from llmmed.autotune.workload import record_workload
 from llmmed.benchmark import plain_llama
 from llmmed.benchmark.profiled_groups import annotated, in_range
-from llmmed.compose import accumulation_steps
 from llmmed.config import Config
 from llmmed.kernels.base import Kernels, Unavailable
 from llmmed.kernels.catalog import default_choice, load_kernels
@@ -152,8 +151,7 @@ class _Ours:
         self.plan: KernelPlan | None = plan
         self._mode = plan.mode
         self._model = Transformer.for_training(config, load_kernels(plan.choice, plan.launches), config.device)
-        accumulates = accumulation_steps(config.train) > 1
-        self._stepper = Stepper(self._model, build_micro_step(self._model, self._mode, accumulates=accumulates), config)
+        self._stepper = Stepper(self._model, build_micro_step(self._model, config, self._mode), config)
 
     def step(self, index: int, micro_batches: list[Tensor]) -> tuple[Tensor, Tensor]:
         return self._stepper.run(index, micro_batches, len(micro_batches))

@@ -74,7 +74,7 @@ class Transformer(nn.Module):
         self.register_buffer("cos", cos.to(device), persistent=False)
         self.register_buffer("sin", sin.to(device), persistent=False)
         self._embed, self._loss = _embed, _loss
-        self.register_load_state_dict_post_hook(lambda *_: self._refresh_copies())
+        self.register_load_state_dict_post_hook(lambda model, _: model._refresh_copies())
         self.initialize(seed)
 
     @classmethod

@@ -58,7 +58,8 @@ class CopiedAdamW(torch.optim.Optimizer):
 
     A copy's gradient is taken as it is, in 16 bits, and the copy is written with its parameter: a parameter costs 28
     bytes of traffic a step, where casting its gradient, PyTorch's fused update, which also writes the gradients that it
-    has unscaled, and casting the parameter again cost 44. What is computed is the same but for the order of roundings.
+    has unscaled, and casting the parameter again cost 44. What is computed is the same but for the order of roundings,
+    where every parameter has a gradient in every step: steps are counted once for all.
 
     Args:
         params: float32, on one device.
@@ -85,6 +86,10 @@ class CopiedAdamW(torch.optim.Optimizer):
         for group in self.param_groups:
             for parameter in group["params"]:
                 self.state[parameter] = {"step": self._count, **_moments(parameter)}
+
+    def load_state_dict(self, state_dict: Any) -> None:
+        """Not supported, since parameters share the count of steps. Copy into the tensors of `state` instead."""
+        raise NotImplementedError("CopiedAdamW: copy into the tensors of `state` instead")
 
     @torch.no_grad()
     def step(self, closure: Callable[[], Any] | None = None) -> None:  # type: ignore[override]
@@ -121,7 +126,8 @@ def _scalars(
     """
     count.add_((found_inf == 0).float())
     # 1 - beta^t, where that subtraction would cancel in float32.
-    correction1, correction2 = (-torch.expm1(count * math.log(beta)) for beta in (beta1, beta2))
+    logarithms = (math.log(beta) if beta else -math.inf for beta in (beta1, beta2))
+    correction1, correction2 = (-torch.expm1(count * logarithm) for logarithm in logarithms)
     root = correction2.sqrt()
     return 1 / scale, 1 - lr * weight_decay, lr * root / correction1, eps * root
 

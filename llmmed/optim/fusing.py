@@ -19,7 +19,12 @@ _backend: str | Callable[..., Any] = "inductor"
 
 def fused(function: F, where: Tensor) -> F:
     """The same function, compiled if this tensor is on a GPU."""
-    return cast("F", _compiled(function, _backend)) if where.device.type == "cuda" else function
+    return cast("F", compiled(function)) if where.device.type == "cuda" else function
+
+
+def compiled(function: Callable[..., object]) -> Callable[..., object]:
+    """The same function, compiled: the same each time, unless another backend is asked for."""
+    return _by_inductor(function) if _backend == "inductor" else _by(_backend, function)
 
 
 @contextlib.contextmanager
@@ -34,6 +39,10 @@ def fused_by(backend: Callable[..., Any]) -> Iterator[None]:
 
 
 @functools.cache
-def _compiled(function: Callable[..., object], backend: str | Callable[..., Any]) -> Callable[..., object]:
+def _by_inductor(function: Callable[..., object]) -> Callable[..., object]:
+    return _by("inductor", function)
+
+
+def _by(backend: str | Callable[..., Any], function: Callable[..., object]) -> Callable[..., object]:
     torch._dynamo.config.recompile_limit = max(_MOST_SHAPES, torch._dynamo.config.recompile_limit)
     return torch.compile(function, fullgraph=True, dynamic=False, backend=backend)

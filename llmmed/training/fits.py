@@ -39,8 +39,7 @@ def fits(config: Config) -> bool:
     count = min(2, accumulation_steps(config.train))
     try:
         model = Transformer.for_training(config, load_kernels(default_choice()), device)
-        micro_step = build_micro_step(model, resolve_compile(config), accumulates=count > 1)
-        stepper = Stepper(model, micro_step, config)
+        stepper = Stepper(model, build_micro_step(model, config, resolve_compile(config)), config)
         shape = (config.train.micro_batch_size, config.train.seq_len + 1)
         for step in range(2):
             batches = [torch.randint(config.model.vocab_size, shape, device=device) for _ in range(count)]

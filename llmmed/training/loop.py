@@ -140,7 +140,7 @@ class _Run:
         self.device = next(model.parameters()).device
         self.launched = launched if self.device.type == "cuda" else None
         self.count = accumulation_steps(config.train)
-        self.stepper = Stepper(model, build_micro_step(model, mode, accumulates=self.count > 1), config)
+        self.stepper = Stepper(model, build_micro_step(model, config, mode), config)
         self.evaluator = Evaluator(model, dataset, config.train)
         self.sampler: Sampler | None = None
         self.batches = Batches(

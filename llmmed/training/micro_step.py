@@ -9,7 +9,10 @@ import torch
 from torch import Tensor
 
 from llmmed.autotune.plan import Mode
+from llmmed.compose import accumulation_steps
+from llmmed.config import Config
 from llmmed.model import Transformer
+from llmmed.training.copies import keep_copies
 
 Loss = Callable[[Tensor, Tensor, Tensor], Tensor]
 """`(tokens, targets, scale) -> scale * mean loss`: the model."""
@@ -26,25 +29,14 @@ class MicroStep(Protocol):
         ...
 
 
-def build_micro_step(model: Transformer, mode: Mode, *, accumulates: bool) -> MicroStep:
-    """The micro-step of a run: `mode` says whether the model is compiled, which happens in place, and replayed;
-    `accumulates` whether a step has several."""
+def build_micro_step(model: Transformer, config: Config, mode: Mode) -> MicroStep:
+    """The micro-step of a run. `mode` says whether the model is compiled, which happens in place, and replayed."""
     if mode != "eager":
         model.compile_parts()
-    keep_copies(model, mode, accumulates=accumulates)
+    keep_copies(model, config, mode)
     if mode == "graphs":
-        return GraphedMicroStep(model, model.leaves, accumulates=accumulates)
+        return GraphedMicroStep(model, model.leaves, accumulates=accumulation_steps(config.train) > 1)
     return LaunchedMicroStep(model, model.leaves)
-
-
-def keep_copies(model: Transformer, mode: Mode, *, accumulates: bool) -> None:
-    """Lets the model keep copies of its weights in 16 bits, where it computes in these.
-
-    Not where gradients of several micro-batches are added up, which asks for float32, and only where CUDA graphs leave
-    the host time: an update over copies is issued in 5 to 8 ms, PyTorch's own in 1.5 to 3.
-    """
-    if mode == "graphs" and not accumulates:
-        model.keep_copies()
 
 
 class LaunchedMicroStep:

@@ -17,14 +17,15 @@ from torch._inductor.runtime import benchmarking
 
 from llmmed.autotune.compiled_ahead import UPDATE, compile_ahead
 from llmmed.autotune.step_clock import StepClock
-from llmmed.autotune.step_plan import optimizer_update
 from llmmed.config import Config
 from llmmed.kernels.ahead_of_time import TARGETS
 from llmmed.kernels.catalog import default_choice, load_kernels
 from llmmed.kernels.operator import INTERPRETED, absent_gpu
 from llmmed.model import Transformer
 from llmmed.optim import fusing
-from llmmed.optim.fusing import _compiled
+from llmmed.training.copies import keep_copies
+from llmmed.training.micro_step import LaunchedMicroStep
+from llmmed.training.step import Stepper
 
 CHOICE = {**default_choice(), "linear_cross_entropy": "triton", "swiglu": "triton"}
 
@@ -61,10 +62,8 @@ def test_what_is_compiled_ahead_is_what_the_step_compiles(
     tiny: Config, keys: list[str], monkeypatch: pytest.MonkeyPatch, precision: Literal["fp32", "bf16"]
 ) -> None:
     config = replace(tiny, train=replace(tiny.train, compile="compiled", precision=precision))
-    for module in ("compiled_ahead", "step_clock"):  # as with graphs, which a CPU does not have
-        monkeypatch.setattr(
-            f"llmmed.autotune.{module}.keep_copies", lambda model, mode, accumulates: model.keep_copies()
-        )
+    # As with graphs, which a CPU does not have.
+    monkeypatch.setattr("llmmed.training.copies.wanted", lambda config, mode: mode == "compiled")
 
     def refused(graph: torch.fx.GraphModule, inputs: Any, **options: Any) -> Callable[..., Any]:
         """As where a product's shape is odd; but nothing may be tried out beside those who take times."""
@@ -97,13 +96,17 @@ def test_the_update_is_compiled_ahead_as_the_optimizer_compiles_it(
     """For two layers, of which it has seen one."""
     config = replace(tiny, train=replace(tiny.train, precision=precision))
     assert config.model.n_layers > 1
-    monkeypatch.setattr("llmmed.optim.adamw.fused", lambda function, where: _compiled(function, fusing._backend))
+    monkeypatch.setattr("llmmed.training.copies.wanted", lambda config, mode: mode == "graphs")
+    monkeypatch.setattr("llmmed.optim.adamw.fused", lambda function, where: fusing.compiled(function))
     monkeypatch.setattr(compile_fx, "compile_fx_inner", without_kernels)
     compile_ahead(config, default_choice(), "graphs", [UPDATE])
     ahead = list(keys)
     keys.clear()
     torch._dynamo.reset()
-    optimizer_update(config, load_kernels(default_choice()), "graphs")()
+    model = Transformer.for_training(config, load_kernels(default_choice()), "cpu")
+    keep_copies(model, config, "graphs")
+    tokens = torch.zeros((config.train.micro_batch_size, config.train.seq_len + 1), dtype=torch.int64)
+    Stepper(model, LaunchedMicroStep(model, model.leaves), config).run(0, [tokens], 1)
     assert len(set(ahead)) == (0 if precision == "fp32" else 6)  # what all have in common; four projections, a table
     assert sorted(keys) == sorted(ahead)
 

@@ -28,6 +28,7 @@ class Known:
     mode_mib: float = 0.0  # that another mode takes
     as_a_whole: bool = True  # whether a plan that is not the default's runs as a whole
     whole_modes: list[Mode | None] = field(default_factory=list)
+    losses_enough: list[bool] = field(default_factory=list)
     trial_depth: int = 2
     depths: tuple[int, int] = (1, 2)
 
@@ -55,8 +56,9 @@ class Known:
             gain, gain - self.noise, gain + self.noise, self.shown * (self.mib(champion) - self.mib(challenger))
         )
 
-    def whole(self, choice: Choice, other: Choice, mode: Mode | None = None, *, sign_is_enough: bool = False) -> Match:
+    def whole(self, choice: Choice, other: Choice, mode: Mode | None = None, *, loss_is_enough: bool = False) -> Match:
         self.whole_modes.append(mode)
+        self.losses_enough.append(loss_is_enough)
         if not self.as_a_whole and other != BASE:
             raise Failed("out of memory in the step")
         if mode is not None and mode not in self.modes:

@@ -70,6 +70,7 @@ def test_the_best_neighbour_is_found() -> None:
     assert regret.share == pytest.approx((1.5 - arena.noise) / 9.5)
     assert regret.left_out == 0
     assert regret.to_json()["share"] == regret.share
+    assert arena.losses_enough == [False, *[True] * len(told)]  # what the chosen plan takes is wanted in full
 
 
 def test_noise_is_no_regret_and_time_ends_it() -> None:

@@ -203,15 +203,18 @@ def test_a_plan_beside_itself_takes_the_least_rounds(clock: StepClock, monkeypat
 def test_rounds_end_once_the_sign_is_clear_where_that_is_enough(
     clock: StepClock, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def rounds(gain: float, **how: bool) -> int:
+    def rounds(gain: float, **how: Any) -> int:
         chance, took = random.Random(0), {"slow": 20.0 + gain, "fast": 20.0}
         monkeypatch.setattr(clock, "_sample", lambda run, number: took[run()] + chance.uniform(0.0, 4.0))
         return len(clock._pairs(lambda: "slow", lambda: "fast", **how))
 
     most = rounds(0.0)
-    assert rounds(0.0, sign_is_enough=True) == most
-    assert rounds(5.0, sign_is_enough=True) == rounds(-5.0, sign_is_enough=True) == 9
-    assert min(rounds(5.0), most) > 9
+    for enough in ("sign", "loss"):
+        assert rounds(0.0, enough=enough) == most
+    assert rounds(5.0, enough="sign") == rounds(-5.0, enough="sign") == 9
+    assert rounds(-5.0, enough="loss") == 9
+    assert rounds(5.0, enough="loss") == rounds(5.0) > 9  # by how much it gains is what is asked for
+    assert most > 9
 
 
 def test_memory_is_measured_where_times_are_taken(clock: StepClock, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from copy import deepcopy
 from dataclasses import replace
 from typing import Any
 
@@ -258,6 +259,9 @@ def test_copies_follow_what_is_loaded_and_are_no_part_of_the_state(tiny: ModelCo
     copying.initialize(3)
     assert torch.equal(build(tiny, kernels, torch.bfloat16, seed=3)(tokens), copying(tokens))
     assert [copy.data_ptr() for copy in copying.copies.values()] == addresses  # where CUDA graphs know them
+    another = deepcopy(copying)
+    another.load_state_dict(plain.state_dict())
+    assert torch.equal(plain(tokens), another(tokens))
 
 
 def test_in_float32_there_is_nothing_to_copy(tiny: ModelConfig, kernels: Kernels) -> None:

@@ -52,10 +52,12 @@ def give_gradients(leaves: list[Tensor], seed: int, scale: float, dtype: torch.d
 
 @pytest.mark.parametrize("device", ["cpu", CUDA])
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-def test_over_copies_it_takes_the_steps_of_torch(device: str, dtype: torch.dtype) -> None:
+@pytest.mark.parametrize("betas", ["0.9,0.95", "0,0.999", "0.9,0"])
+def test_over_copies_it_takes_the_steps_of_torch(device: str, dtype: torch.dtype, betas: str) -> None:
     ours, copies = with_copies(device, dtype)
     theirs = [nn.Parameter(p.detach().double()) for p in ours]
-    config = compose(["optimizer.lr=0.01", "optimizer.weight_decay=0.1", "data=synthetic"]).optimizer
+    given = ["optimizer.lr=0.01", "optimizer.weight_decay=0.1", f"optimizer.betas=[{betas}]", "data=synthetic"]
+    config = compose(given).optimizer
     built = build_adamw(ours, config, copies)
     groups = decay_groups(theirs, 0.1)
     plain = torch.optim.AdamW(groups, lr=0.01, betas=config.betas, eps=config.eps)
@@ -110,3 +112,10 @@ def test_one_without_a_gradient_is_left_alone() -> None:
     parameters[1].grad = torch.ones_like(parameters[1])  # its copy is what counts
     optimizer.step()
     assert [torch.equal(p, old) for p, old in zip(parameters, before, strict=True)] == [False, True, True, True]
+
+
+def test_its_state_is_copied_into_and_not_replaced() -> None:
+    parameters, copies = with_copies("cpu", torch.bfloat16)
+    first, _ = build_adamw(parameters, compose(["data=synthetic"]).optimizer, copies)
+    with pytest.raises(NotImplementedError, match="copy into the tensors"):
+        first.load_state_dict(first.state_dict())

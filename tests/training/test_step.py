@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import pytest
 import torch
 from torch import Tensor
 
 from llmmed.config import Config
 from llmmed.model import Transformer
+from llmmed.training import checkpoint
 from llmmed.training.micro_step import LaunchedMicroStep
 from llmmed.training.step import Stepper
 from tests.training.tiny import build, tiny_config
@@ -99,7 +102,9 @@ def test_the_scale_does_not_change_the_update() -> None:
 
 @pytest.mark.parametrize("optimizer", ["adamw", "muon"])
 @pytest.mark.parametrize("precision", ["bf16", "fp16"])
-def test_copies_train_as_casts_do_and_either_goes_on_where_the_other_was(optimizer: str, precision: str) -> None:
+def test_copies_train_as_casts_do_and_either_goes_on_where_the_other_was(
+    tmp_path: Path, optimizer: str, precision: str
+) -> None:
     config = tiny_config(
         f"train.precision={precision}", f"optimizer={optimizer}", "optimizer.warmup_steps=0", "optimizer.lr=0.01"
     )
@@ -109,12 +114,14 @@ def test_copies_train_as_casts_do_and_either_goes_on_where_the_other_was(optimiz
     first, second = (Stepper(model, LaunchedMicroStep(model, model.leaves), config) for model in (casting, copying))
     for step in range(4):
         if step == 2:  # both go on with what the other one has written
-            states = [{n: t.clone() for n, t in each.tensors().items()} for each in (first, second)]
-            weights = [{n: t.clone() for n, t in model.state_dict().items()} for model in (casting, copying)]
-            assert states[0].keys() == states[1].keys()
-            for stepper, model, other in ((first, casting, 1), (second, copying, 0)):
-                model.load_state_dict(weights[other])
-                stepper.restore(states[other], scaled=True)
+            for stepper, model in ((first, casting), (second, copying)):
+                checkpoint.save(tmp_path / str(id(model)), step, model.state_dict(), stepper.tensors(), {}, keep=1)
+            for stepper, model, other in ((first, casting, copying), (second, copying, casting)):
+                (folder,) = (tmp_path / str(id(other))).iterdir()
+                found = checkpoint.load(folder)
+                assert found.optimizer.keys() == stepper.tensors().keys()
+                model.load_state_dict(found.model)
+                stepper.restore(found.optimizer, scaled=True)
         losses, norms = zip(*(each.run(step, [TOKENS], 1) for each in (first, second)), strict=True)
         torch.testing.assert_close(*losses, rtol=2e-3, atol=0)
         torch.testing.assert_close(*norms, rtol=2e-2, atol=0)
