@@ -62,9 +62,14 @@ def test_it_learns_a_certain_pattern(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("optimizer", ["adamw", "muon"])
-def test_resuming_is_bit_identical(tmp_path: Path, optimizer: str) -> None:
-    config = tiny_config("train.checkpoint_every=6", f"optimizer={optimizer}")
+@pytest.mark.parametrize("copies", [False, True])
+def test_resuming_is_bit_identical(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, optimizer: str, copies: bool
+) -> None:
+    monkeypatch.setattr("llmmed.training.copies.wanted", lambda config, mode: copies)  # as with CUDA graphs
+    config = tiny_config("train.checkpoint_every=6", f"optimizer={optimizer}", "train.precision=bf16")
     whole, _ = run(config, tmp_path / "whole")
+    assert bool(whole.copies) is copies
     part = tmp_path / "part"
     run(config, part)
     # As if killed after step 8: the checkpoint of step 12 was never written, metrics of steps 7 and 8 were.
