@@ -10,7 +10,6 @@ from __future__ import annotations
 import contextlib
 import copy
 import itertools
-import sys
 from collections.abc import Callable, Collection, Iterator, Sequence
 from typing import Any, NoReturn
 from unittest import mock
@@ -33,8 +32,6 @@ from llmmed.training.micro_step import LaunchedMicroStep
 
 PARTS = 3
 """Embedding, block, loss."""
-UPDATE = PARTS
-"""What the optimizer compiles for itself, which is the same under every plan."""
 
 
 class _Compiled(Exception):
@@ -42,13 +39,8 @@ class _Compiled(Exception):
 
 
 def compile_ahead(config: Config, choice: Choice, mode: Mode, parts: Collection[int] = range(PARTS)) -> None:
-    """Compiles what the model calls under a plan: embedding, one block, loss, or some of them, forward and backward.
-    If `UPDATE` is among the parts, also AdamW over copies, where the run takes it."""
+    """Compiles what the model calls under a plan: embedding, one block, loss, or some of them, forward and backward."""
     one = shallow(config, 1)
-    if UPDATE in parts:
-        _compile_update(config, mode)
-    if not set(parts) & set(range(PARTS)):
-        return
     kernels = load_kernels({**default_choice(), **choice})
     with FakeTensorMode(allow_non_fake_inputs=True), _running_nothing(parts) as backend:
         model = Transformer.for_training(one, kernels, config.device)
@@ -60,10 +52,12 @@ def compile_ahead(config: Config, choice: Choice, mode: Mode, parts: Collection[
         step.run(batch, torch.ones((), device=config.device), first=True)
 
 
-def _compile_update(config: Config, mode: Mode) -> None:
-    """One layer has parameters of all shapes that there are."""
-    everything = range(sys.maxsize)
-    with FakeTensorMode(allow_non_fake_inputs=True), _running_nothing(everything) as backend:
+def compile_update_ahead(config: Config, mode: Mode) -> None:
+    """Compiles AdamW over copies, where the run takes it: the same under every plan.
+
+    One layer has parameters of all shapes that there are.
+    """
+    with FakeTensorMode(allow_non_fake_inputs=True), _running_nothing() as backend:
         model = Transformer.for_training(shallow(config, 1), load_kernels(default_choice()), config.device)
         keep_copies(model, config, mode)
         for leaf in model.leaves:
@@ -75,8 +69,8 @@ def _compile_update(config: Config, mode: Mode) -> None:
 
 
 @contextlib.contextmanager
-def _running_nothing(parts: Collection[int]) -> Iterator[Callable[..., Any]]:
-    """A backend that compiles as Inductor does, of the graphs that it meets those that are wanted; none is run."""
+def _running_nothing(parts: Collection[int] | None = None) -> Iterator[Callable[..., Any]]:
+    """A backend that compiles as Inductor does: of the graphs that it meets all, or some by number; none is run."""
     from torch._inductor import compile_fx
     from torch._inductor.output_code import CompiledFxGraph
     from torch._inductor.runtime import benchmarking
@@ -96,7 +90,7 @@ def _running_nothing(parts: Collection[int]) -> Iterator[Callable[..., Any]]:
         return list(graphs[id(self)][1](*inputs))
 
     def backend(graph: torch.fx.GraphModule, inputs: list[Tensor]) -> Callable[..., Any]:
-        if next(met) not in parts:
+        if parts is not None and next(met) not in parts:
             return graph
         _name_real_types(graph, inputs)
         compiled: Any = compile_fx.compile_fx(graph, inputs, inner_compile=compile_it)

@@ -9,12 +9,12 @@ from __future__ import annotations
 import contextlib
 import os
 import time
-from collections.abc import Collection, Iterator
+from collections.abc import Callable, Collection, Iterator
 
 import torch
 
 from llmmed.autotune.board import STEP, Board
-from llmmed.autotune.compiled_ahead import PARTS, compile_ahead
+from llmmed.autotune.compiled_ahead import PARTS, compile_ahead, compile_update_ahead
 from llmmed.autotune.confirm import Choice, shortlist
 from llmmed.autotune.failures import one_line
 from llmmed.autotune.journal import Job, JournalReader, Judged, StepDone, Timed, Tried
@@ -48,11 +48,13 @@ class StepAhead:
     def compile_default(self) -> bool:
         """Compiles a part of the default plan, or the update that it shares with all. Returns whether there was one
         that no other process does."""
-        names = [f"the default plan, part {part + 1} of {PARTS}" for part in range(PARTS)] + ["the optimizer's update"]
-        for part, name in enumerate(names):
+        for part in range(PARTS):
             if self._board.claim(f"{STEP}-default-{part}"):
-                self._compile(self._default, name, [part])
+                self._compile(self._default, f"the default plan, part {part + 1} of {PARTS}", [part])
                 return True
+        if self._board.claim(f"{STEP}-update"):
+            self._do(lambda: compile_update_ahead(self._config, self._mode), "the optimizer's update")
+            return True
         return False
 
     def compile_flips(self) -> None:
@@ -64,7 +66,7 @@ class StepAhead:
             if self.compile_default():
                 continue
             # What the flips share with the default plan is compiled once.
-            wanted = self._wanted() if len(self._board.finished(STEP)) > PARTS else ()
+            wanted = self._wanted() if len(self._board.finished(STEP)) > PARTS else ()  # and the update
             plan = next((each for each in wanted if self._board.claim(_name(each))), None)
             if plan is None:
                 time.sleep(_POLL_SECONDS)
@@ -103,10 +105,13 @@ class StepAhead:
         return False
 
     def _compile(self, plan: Choice, what: str, parts: Collection[int]) -> None:
+        self._do(lambda: compile_ahead(self._config, plan, self._mode, parts), what)
+
+    def _do(self, compile_it: Callable[[], None], what: str) -> None:
         began, failure = time.perf_counter(), ""
         try:
             with _little_memory(self._device):
-                compile_ahead(self._config, plan, self._mode, parts)
+                compile_it()
         except Exception as error:  # noqa: BLE001 - what does not compile is told where it is tried
             failure = f": {one_line(error)}"
         text = f"{time.perf_counter() - began:6.1f} {what}{failure}"

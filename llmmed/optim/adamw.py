@@ -12,11 +12,9 @@ from torch import Tensor, nn
 from llmmed.config import OptimizerConfig
 from llmmed.optim.fusing import fused
 
-NO_COPIES: Mapping[nn.Parameter, Tensor] = {}
-
 
 def build_adamw(
-    parameters: Iterable[nn.Parameter], config: OptimizerConfig, copies: Mapping[nn.Parameter, Tensor] = NO_COPIES
+    parameters: Iterable[nn.Parameter], config: OptimizerConfig, copies: Mapping[nn.Parameter, Tensor] | None = None
 ) -> list[torch.optim.Optimizer]:
     """AdamW over these parameters: PyTorch's, fused, and where there are copies of matrices, `CopiedAdamW` over all
     matrices. Norm weights are not decayed: they are scales, and zero is no natural value for them.
@@ -29,7 +27,7 @@ def build_adamw(
     lr = torch.tensor(config.lr, dtype=torch.float32, device=given[0].device)
     groups = decay_groups(given, config.weight_decay)
     found: list[torch.optim.Optimizer] = []
-    if any(parameter in copies for parameter in given):
+    if copies and any(parameter in copies for parameter in given):
         matrices = groups.pop(0)
         found.append(
             CopiedAdamW(
@@ -39,8 +37,7 @@ def build_adamw(
         )  # fmt: skip
     plain = torch.optim.AdamW(groups, lr=lr, betas=config.betas, eps=config.eps, fused=True)
     for parameter in (p for group in groups for p in group["params"]):
-        step = torch.zeros((), dtype=torch.float32, device=parameter.device)
-        plain.state[parameter] = {"step": step, **_moments(parameter)}
+        plain.state[parameter] = _state(parameter)
     return [*found, plain]
 
 
@@ -59,7 +56,7 @@ class CopiedAdamW(torch.optim.Optimizer):
     A copy's gradient is taken as it is, in 16 bits, and the copy is written with its parameter: a parameter costs 28
     bytes of traffic a step, where casting its gradient, PyTorch's fused update, which also writes the gradients that it
     has unscaled, and casting the parameter again cost 44. What is computed is the same but for the order of roundings,
-    where every parameter has a gradient in every step: steps are counted once for all.
+    where all parameters have been updated as often: one count of steps corrects the moments of all.
 
     Args:
         params: float32, on one device.
@@ -82,14 +79,9 @@ class CopiedAdamW(torch.optim.Optimizer):
         in_order = sorted(params, key=lambda parameter: tuple(parameter.shape))
         super().__init__(in_order, {"lr": lr, "betas": betas, "eps": eps, "weight_decay": weight_decay})
         self._copies = dict(copies)
-        self._count = torch.zeros((), dtype=torch.float32, device=lr.device)  # of steps: one for all parameters
         for group in self.param_groups:
             for parameter in group["params"]:
-                self.state[parameter] = {"step": self._count, **_moments(parameter)}
-
-    def load_state_dict(self, state_dict: Any) -> None:
-        """Not supported, since parameters share the count of steps. Copy into the tensors of `state` instead."""
-        raise NotImplementedError("CopiedAdamW: copy into the tensors of `state` instead")
+                self.state[parameter] = _state(parameter)
 
     @torch.no_grad()
     def step(self, closure: Callable[[], Any] | None = None) -> None:  # type: ignore[override]
@@ -100,31 +92,36 @@ class CopiedAdamW(torch.optim.Optimizer):
             lr, (beta1, beta2) = group["lr"], group["betas"]
             scale = torch.ones_like(lr) if self.grad_scale is None else self.grad_scale
             found_inf = torch.zeros_like(lr) if self.found_inf is None else self.found_inf
-            scalars = fused(_scalars, lr)(
-                self._count, lr, scale, found_inf, beta1, beta2, group["eps"], group["weight_decay"]
-            )
+            given = [(p, leaf.grad) for p in group["params"] if (leaf := self._copies.get(p, p)).grad is not None]
+            if not given:
+                continue
+            steps = [self.state[parameter]["step"] for parameter, _ in given]
+            torch._foreach_add_(steps, 1.0)
+            torch._foreach_sub_(steps, [found_inf] * len(steps))
+            scalars = fused(_scalars, lr)(steps[0], lr, scale, beta1, beta2, group["eps"], group["weight_decay"])
             update = fused(_update, lr)
-            for parameter in group["params"]:
-                copy = self._copies.get(parameter)
-                gradient = parameter.grad if copy is None else copy.grad
-                if gradient is not None:
-                    state, copy = self.state[parameter], None if copy is None else copy.detach()
-                    moments = state["exp_avg"], state["exp_avg_sq"]
-                    update(parameter.detach(), gradient, *moments, copy, *scalars, found_inf, beta1, beta2)
+            for parameter, gradient in given:
+                state, copy = self.state[parameter], self._copies.get(parameter)
+                update(
+                    parameter.detach(), gradient, state["exp_avg"], state["exp_avg_sq"],
+                    None if copy is None else copy.detach(), *scalars, found_inf, beta1, beta2,
+                )  # fmt: skip
 
 
-def _moments(parameter: nn.Parameter) -> dict[str, Tensor]:
-    return {"exp_avg": torch.zeros_like(parameter), "exp_avg_sq": torch.zeros_like(parameter)}
+def _state(parameter: nn.Parameter) -> dict[str, Tensor]:
+    return {
+        "step": torch.zeros((), dtype=torch.float32, device=parameter.device),
+        "exp_avg": torch.zeros_like(parameter),
+        "exp_avg_sq": torch.zeros_like(parameter),
+    }
 
 
 def _scalars(
-    count: Tensor, lr: Tensor, scale: Tensor, found_inf: Tensor, beta1: float, beta2: float, eps: float,
-    weight_decay: float,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
-    """Counts the step, unless it is skipped, and returns what all elements have in common: the factor of a gradient,
-    what is left of a parameter, and the update as `size * exp_avg / (sqrt(exp_avg_sq) + floor)`.
+    count: Tensor, lr: Tensor, scale: Tensor, beta1: float, beta2: float, eps: float, weight_decay: float
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """What all elements have in common in step `count`: the factor of a gradient, what is left of a parameter, and the
+    update as `size * exp_avg / (sqrt(exp_avg_sq) + floor)`.
     """
-    count.add_((found_inf == 0).float())
     # 1 - beta^t, where that subtraction would cancel in float32.
     logarithms = (math.log(beta) if beta else -math.inf for beta in (beta1, beta2))
     correction1, correction2 = (-torch.expm1(count * logarithm) for logarithm in logarithms)

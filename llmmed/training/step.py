@@ -68,14 +68,10 @@ class Stepper:
         return norm
 
     def tensors(self) -> dict[str, Tensor]:
-        """All of its state, by stable names; `restore` takes it back. No two share memory."""
+        """All of its state, by stable names; `restore` takes it back."""
         names = {id(p): i for i, p in enumerate(self._parameters)}
         states = [item for optimizer in self.optimizers for item in optimizer.state.items()]
-        found = {
-            f"{names[id(p)]:04d}.{key}": value if value.ndim else value.clone()  # one count of steps may be everyone's
-            for p, state in states
-            for key, value in state.items()
-        }
+        found = {f"{names[id(p)]:04d}.{key}": value for p, state in states for key, value in state.items()}
         return {**found, **{name: getattr(self, name) for name in _OWN}}
 
     def restore(self, tensors: dict[str, Tensor], *, scaled: bool) -> None:

@@ -15,7 +15,7 @@ from torch._inductor.fx_passes import pad_mm
 from torch._inductor.output_code import CompiledFxGraph
 from torch._inductor.runtime import benchmarking
 
-from llmmed.autotune.compiled_ahead import UPDATE, compile_ahead
+from llmmed.autotune.compiled_ahead import compile_ahead, compile_update_ahead
 from llmmed.autotune.step_clock import StepClock
 from llmmed.config import Config
 from llmmed.kernels.ahead_of_time import TARGETS
@@ -99,7 +99,7 @@ def test_the_update_is_compiled_ahead_as_the_optimizer_compiles_it(
     monkeypatch.setattr("llmmed.training.copies.wanted", lambda config, mode: mode == "graphs")
     monkeypatch.setattr("llmmed.optim.adamw.fused", lambda function, where: fusing.compiled(function))
     monkeypatch.setattr(compile_fx, "compile_fx_inner", without_kernels)
-    compile_ahead(config, default_choice(), "graphs", [UPDATE])
+    compile_update_ahead(config, "graphs")
     ahead = list(keys)
     keys.clear()
     torch._dynamo.reset()

@@ -56,11 +56,14 @@ def compiled(
     def compile_it(config: Config, plan: Choice, mode: str, parts: Collection[int]) -> None:
         assert plan["attention"] == "triton"
         assert len(parts) == (3 if flips(plan) else 1)
+        assert updates == [job.mode] * bool(flips(plan))  # once, before the flips
         plans.append(flips(plan))
         if flips(plan) or len(plans) == 3:
             arrive()
 
+    updates: list[str] = []
     monkeypatch.setattr(step_ahead, "compile_ahead", compile_it)
+    monkeypatch.setattr(step_ahead, "compile_update_ahead", lambda config, mode: updates.append(mode))
     monkeypatch.setattr(step_ahead.time, "sleep", arrive)
     monkeypatch.setattr(step_ahead.os, "nice", lambda by: 0)
     step = StepAhead(job, board)
