@@ -108,6 +108,8 @@ def test_one_without_a_gradient_is_left_alone() -> None:
     lr = torch.tensor(0.1)
     optimizer = CopiedAdamW(parameters[:3], copies, lr=lr, betas=(0.9, 0.95), eps=1e-8, weight_decay=0.1)
     before = [p.detach().clone() for p in parameters]
+    optimizer.step()  # none has one
+    assert all(torch.equal(p, old) for p, old in zip(parameters, before, strict=True))
     copies[parameters[0]].grad = torch.ones_like(copies[parameters[0]])
     parameters[1].grad = torch.ones_like(parameters[1])  # its copy is what counts
     optimizer.step()
