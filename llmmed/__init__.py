@@ -21,6 +21,7 @@ if TYPE_CHECKING:
         benchmark_rotary,
         benchmark_rotary_attention,
         benchmark_swiglu,
+        benchmark_swiglu_mlp,
         manual_kernel_benchmark,
     )
 
@@ -36,6 +37,7 @@ __all__ = [
     "benchmark_rotary",
     "benchmark_rotary_attention",
     "benchmark_swiglu",
+    "benchmark_swiglu_mlp",
     "manual_kernel_benchmark",
 ]
 

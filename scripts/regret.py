@@ -14,6 +14,7 @@ import contextlib
 import multiprocessing
 import sys
 import time
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import torch
@@ -22,7 +23,7 @@ from rich.table import Table
 
 from llmmed import consoles
 from llmmed.autotune.compiled_ahead import compile_ahead
-from llmmed.autotune.confirm import Failed
+from llmmed.autotune.confirm import Choice, Failed
 from llmmed.autotune.hardware import describe_hardware
 from llmmed.autotune.plan import KernelPlan, Mode
 from llmmed.autotune.regret import Neighbour, Regret, choice_of, measure_regret, neighbours
@@ -33,6 +34,7 @@ from llmmed.compose import compose
 from llmmed.config import Config
 from llmmed.errors import UserError
 from llmmed.files import write_json
+from llmmed.kernels.catalog import DEFAULT
 from llmmed.machine import cores
 from llmmed.training import prepare_backend, resolve_compile
 
@@ -69,20 +71,20 @@ def main(arguments: list[str]) -> int:
         console.print(f"[dim]{time.perf_counter() - started:5.0f} s  {neighbour.name}: {result}[/]")
 
     near = neighbours(plan, pairs=own["pairs"] == "true")
-    if config.device == "cuda" and plan.mode != "eager":
-        _compile_ahead(config, [plan.choice, *(choice_of(each, plan) for each in near)], plan.mode)
-        console.print(f"[dim]{time.perf_counter() - started:5.0f} s  compiled {len(near) + 1} plans[/]")
-    try:
-        regret = measure_regret(
-            StepClock(config, plan.mode, plan.launches),
-            plan,
-            near,
-            told=told,
-            time_is_up=lambda: time.perf_counter() - started > seconds,
-        )
-    except Failed as failure:
-        print(f"error: {failure}", file=sys.stderr)
-        return 1
+    clock = StepClock(config, plan.mode, plan.launches)
+    with _compiling(config, clock, plan, near) as ready:
+        try:
+            regret = measure_regret(
+                clock,
+                plan,
+                near,
+                told=told,
+                time_is_up=lambda: time.perf_counter() - started > seconds,
+                ready=ready,
+            )
+        except Failed as failure:
+            print(f"error: {failure}", file=sys.stderr)
+            return 1
     if own["out"]:
         hardware = describe_hardware(config.device).model_dump()
         write_json(Path(own["out"]), regret.to_json() | {"hardware": hardware, "model": config.model.name})
@@ -90,14 +92,28 @@ def main(arguments: list[str]) -> int:
     return int(regret.share > _LIMIT)
 
 
-def _compile_ahead(config: Config, choices: list[dict[str, str]], mode: Mode) -> None:
-    """Compiles all plans, several at a time: in the one process that times them they would take half of the time."""
-    processes = max(1, min(12, cores() // 2, len(choices)))
+@contextlib.contextmanager
+def _compiling(
+    config: Config, clock: StepClock, plan: KernelPlan, near: list[Neighbour]
+) -> Iterator[Callable[[Choice], None]]:
+    """Compiles all plans, several at a time, in the order in which they are timed: in the process that times them it
+    would take half of the time. Gives what waits for a plan."""
+    if config.device != "cuda" or plan.mode == "eager":
+        yield lambda choice: None
+        return
+    wanted: list[Choice] = [dict.fromkeys(plan.ops, DEFAULT), plan.choice]
+    wanted += [c for each in near if each.flips.keys() <= clock.called(c := choice_of(each, plan))]
+    processes = max(1, min(24, cores() * 3 // 4, len(wanted)))
     with multiprocessing.get_context("spawn").Pool(processes) as pool:
-        pool.starmap(_compile, [(config, choice, mode) for choice in choices], chunksize=1)
+        under_way = [(each, pool.apply_async(_compile, (config, each, plan.mode))) for each in wanted]
+
+        def wait(choice: Choice) -> None:
+            next(job for each, job in under_way if each == choice).wait()
+
+        yield wait
 
 
-def _compile(config: Config, choice: dict[str, str], mode: Mode) -> None:
+def _compile(config: Config, choice: Choice, mode: Mode) -> None:
     with contextlib.suppress(Exception):  # what does not compile is told where it is timed
         prepare_backend(config)
         torch._dynamo.config.recompile_limit = torch._dynamo.config.accumulated_recompile_limit = 1024

@@ -87,6 +87,7 @@ def measure_regret(
     *,
     told: Callable[[Neighbour], None],
     time_is_up: Callable[[], bool],
+    ready: Callable[[Choice], None] = lambda choice: None,
 ) -> Regret:
     """Holds the chosen plan against its neighbours, one by one.
 
@@ -96,12 +97,16 @@ def measure_regret(
         unmeasured: From `neighbours`. Those whose step does not call what they flip are passed over.
         told: Hears of each at once.
         time_is_up: Asked before each.
+        ready: Called with a plan before it is timed; may wait, say for a compiler.
 
     Raises:
         Failed: not even the default or the chosen plan runs.
     """
     chosen: Choice = plan.choice
-    arena.set_default(dict.fromkeys(plan.ops, DEFAULT))
+    default = dict.fromkeys(plan.ops, DEFAULT)
+    ready(default)
+    arena.set_default(default)
+    ready(chosen)
     chosen_ms = arena.whole(chosen, chosen).first.ms
     wanted = [each for each in unmeasured if each.flips.keys() <= arena.called(choice_of(each, plan))]
     found: list[Neighbour] = []
@@ -109,6 +114,7 @@ def measure_regret(
         if time_is_up():
             break
         try:
+            ready(choice_of(each, plan))
             match = arena.whole(chosen, choice_of(each, plan), loss_is_enough=True)
             neighbour = replace(
                 each, gain_ms=match.gain_ms, gain_ms_low=match.gain_ms_low, gain_ms_high=match.gain_ms_high

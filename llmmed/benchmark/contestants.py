@@ -175,6 +175,7 @@ _PARTS = {
     "rotary": "rotary",
     "rotary_attention": "attention",  # but for the rotary that it calls
     "swiglu": "swiglu",
+    "swiglu_mlp": "swiglu",  # but for cuBLAS's products in it
     "attention": "attention",
     "linear_cross_entropy": "loss",
 }

@@ -74,6 +74,17 @@ def benchmark_swiglu(batch_size: int = 32, seq_len: int = 512, d_ff: int = 2048)
     return _compare(Call.of("swiglu", gate=_states(batch_size, seq_len, 2 * d_ff), up=None))
 
 
+def benchmark_swiglu_mlp(batch_size: int = 8, seq_len: int = 512, d_model: int = 768, d_ff: int = 2048) -> Comparison:
+    """SwiGLU feed-forward network, products included, over [batch_size, seq_len, d_model]."""
+
+    def weight(rows: int, cols: int) -> TensorSpec:
+        return tensor_spec(rows, cols, dtype=_dtype(), requires_grad=True)
+
+    x = _states(batch_size, seq_len, d_model)
+    weights = {"gate_up_weight": weight(2 * d_ff, d_model), "down_weight": weight(d_model, d_ff)}
+    return _compare(Call.of("swiglu_mlp", x=x, **weights))
+
+
 def benchmark_attention(batch_size: int = 8, seq_len: int = 512, n_heads: int = 12, d_head: int = 64) -> Comparison:
     """Causal attention over queries, keys and values, each [batch_size, seq_len, n_heads, d_head]."""
     states = _states(batch_size, seq_len, n_heads, d_head)
@@ -126,6 +137,7 @@ BENCHMARKS: dict[str, Callable[..., Comparison]] = {
     "rotary": benchmark_rotary,
     "rotary_attention": benchmark_rotary_attention,
     "swiglu": benchmark_swiglu,
+    "swiglu_mlp": benchmark_swiglu_mlp,
 }
 
 

@@ -116,6 +116,22 @@ def capability(device: torch.device) -> int:
     return gpu_of(device).capability
 
 
+def describable(*tensors: Tensor) -> bool:
+    """Whether the hardware copies tiles of these contiguous tensors (TMA): since sm_90, of rows of whole 16 bytes that
+    begin at such an address.
+
+    Not float32, which no tensor core waits for; in the interpreter it stands for all dtypes.
+    """
+    fast = INTERPRETED or all(t.element_size() == 2 for t in tensors)
+    whole = all(t.shape[-1] * t.element_size() % 16 == 0 and t.data_ptr() % 16 == 0 for t in tensors)
+    return fast and whole and capability(tensors[0].device) >= 90
+
+
+def input_precision(dtype: torch.dtype) -> str:
+    """Of `tl.dot`, as PyTorch's own products have it."""
+    return "tf32" if dtype == torch.float32 and torch.backends.cuda.matmul.allow_tf32 else "ieee"
+
+
 @contextlib.contextmanager
 def absent_gpu(gpu: Gpu) -> Iterator[None]:
     """Lets Triton implementations load without a GPU and plan their launches on meta tensors for this one."""

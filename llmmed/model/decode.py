@@ -48,8 +48,7 @@ class Decoder:
             q, k = kernels.rotary(q, k, cos, sin)
             update = F.linear(self._attend(index, q, k, v).flatten(2), layer.output_projection.to(dtype))
             normed, residual = kernels.add_rms_norm(update, residual, layer.mlp_norm, eps)
-            gate_up = F.linear(normed, layer.gate_up_projection.to(dtype))
-            update = F.linear(kernels.swiglu(gate_up), layer.down_projection.to(dtype))
+            update = kernels.swiglu_mlp(normed, layer.gate_up_projection.to(dtype), layer.down_projection.to(dtype))
             normed, residual = kernels.add_rms_norm(update, residual, next_norm, eps)
         self.seen = end
         return F.linear(normed[:, -1], model.head.to(dtype)).float()

@@ -265,8 +265,8 @@ class Block(nn.Module):
         return F.linear(attended.flatten(2), self._weight("output_projection", x.dtype))
 
     def _feed_forward(self, x: Tensor, kernels: Kernels) -> Tensor:
-        gate_up = F.linear(x, self._weight("gate_up_projection", x.dtype))  # [batch, seq, 2 d_ff]
-        return F.linear(kernels.swiglu(gate_up), self._weight("down_projection", x.dtype))
+        gate_up, down = (self._weight(name, x.dtype) for name in ("gate_up_projection", "down_projection"))
+        return kernels.swiglu_mlp(x, gate_up, down)  # type: ignore[no-any-return]
 
     def _weight(self, name: str, dtype: torch.dtype) -> Tensor:
         copy: Tensor | None = getattr(self, name + _COPY)

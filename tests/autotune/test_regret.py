@@ -6,6 +6,7 @@ from collections.abc import Mapping
 
 import pytest
 
+from llmmed.autotune.confirm import Choice
 from llmmed.autotune.hardware import describe_hardware
 from llmmed.autotune.plan import Candidate, KernelPlan, OpPlan
 from llmmed.autotune.regret import Neighbour, choice_of, measure_regret, neighbours
@@ -63,7 +64,12 @@ def test_the_best_neighbour_is_found() -> None:
     together = (("rotary", "triton"), ("swiglu", "triton"))
     arena = Known({(("rotary", "triton"),): -0.5, (("swiglu", "triton"),): +0.2, together: -1.7})
     chosen, told = plan(rotary="triton"), list[Neighbour]()
-    regret = measure_regret(arena, chosen, neighbours(chosen, pairs=True), told=told.append, time_is_up=lambda: False)
+    waited_for: list[Choice] = []
+    regret = measure_regret(
+        arena, chosen, neighbours(chosen, pairs=True), told=told.append, time_is_up=lambda: False,
+        ready=waited_for.append,
+    )  # fmt: skip
+    assert waited_for == [dict.fromkeys(chosen.ops, "pytorch"), chosen.choice, *(choice_of(n, chosen) for n in told)]
     assert regret.chosen_ms == pytest.approx(9.5)
     best = max(told, key=lambda n: n.gain_ms or 0.0)
     assert choice_of(best, chosen) == {"add_rms_norm": "pytorch", **dict(together)}

@@ -90,12 +90,12 @@ def test_another_result_in_the_step_is_a_failure(clock: StepClock, monkeypatch: 
 
     def wrong(choice: Any, launches: Any) -> Kernels:
         functions = dict(right.functions)
-        functions["swiglu"] = lambda gate_up: 1.1 * right.functions["swiglu"](gate_up)
+        functions["swiglu_mlp"] = lambda x, *weights: 1.1 * right.functions["swiglu_mlp"](x, *weights)
         return Kernels(functions, dict(choice))
 
     monkeypatch.setattr("llmmed.autotune.step_clock.load_kernels", wrong)
     with pytest.raises(Failed, match=r"in the step the gradient of .* differs by .* from PyTorch's"):
-        clock.duel(base, "swiglu", "compiled")
+        clock.duel(base, "swiglu_mlp", "compiled")
 
 
 def test_a_plan_that_raises_while_it_is_timed_as_a_whole_has_failed(

@@ -47,6 +47,7 @@ SPILL_CEILINGS = {
     "attention_triton_bwd_kv_kernel": 380,
     "rotary_attention_triton_bwd_kv_kernel": 176,
     "linear_cross_entropy_triton_fwd_kernel": 32,
+    "swiglu_mlp_triton_bwd_kernel": 80,
 }
 
 

@@ -130,6 +130,10 @@ def call_of_rows(op: str, dtype: torch.dtype, rows: int, row: tuple[int, ...], c
         return Call.of(op, x=states(), residual=states(), weight=parameter(*row), eps=1e-6)
     if op == "swiglu":
         return Call.of(op, gate=states(), up=states())
+    if op == "swiglu_mlp":
+        weights = tensor_spec(2 * classes, *row, dtype=dtype, requires_grad=True)
+        down = tensor_spec(*row, classes, dtype=dtype, requires_grad=True)
+        return Call.of(op, x=states(), gate_up_weight=weights, down_weight=down)
     if op == "rotary":
         table = tensor_spec(row[0], row[2] // 2, dtype=torch.float32)
         return Call.of(op, q=states(), k=states(), cos=table, sin=table)

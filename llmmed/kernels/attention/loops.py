@@ -9,7 +9,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from llmmed.kernels.operator import shared_bytes
+from llmmed.kernels.operator import input_precision, shared_bytes
 from llmmed.kernels.tunable import Tunable
 
 MOST_SEQUENCES = 65535  # CUDA's limit for the second axis of a grid
@@ -192,7 +192,7 @@ def kernel_constants(q: Tensor, k: Tensor, launch: Launch) -> dict[str, Any]:
         "SCALE": head_dim**-0.5 * _LOG2_E,
         "EVEN": seq % launch.rows == 0 and seq % launch.cols == 0,
         # The same rule as PyTorch's own products, so that neither side of a comparison is more exact by decree.
-        "PRECISION": "tf32" if q.dtype == torch.float32 and torch.backends.cuda.matmul.allow_tf32 else "ieee",
+        "PRECISION": input_precision(q.dtype),
         "num_warps": launch.num_warps,
         "num_stages": launch.num_stages,
     }

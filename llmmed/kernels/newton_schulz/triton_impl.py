@@ -18,9 +18,9 @@ from triton.tools.tensor_descriptor import TensorDescriptor
 from llmmed.kernels.base import Implementation
 from llmmed.kernels.newton_schulz.reference import COEFFICIENTS, EPSILON, STEPS
 from llmmed.kernels.operator import (
-    INTERPRETED,
     TRITON_DEVICES,
-    capability,
+    describable,
+    input_precision,
     require_triton,
     shared_bytes,
     through_dispatcher,
@@ -184,22 +184,8 @@ _PRODUCT = Tunable("newton_schulz_triton_fwd_kernel", _launch, _alternatives)
 _LAST = Tunable("newton_schulz_triton_fwd_dense_kernel", _dense_launch, _dense_alternatives)
 
 
-def _describable(*tensors: Tensor) -> bool:
-    """Whether the hardware copies tiles of these contiguous tensors (TMA): since sm_90, of rows of whole 16 bytes.
-
-    Not float32, which no tensor core waits for; in the interpreter it stands for all dtypes.
-    """
-    fast = INTERPRETED or all(t.element_size() == 2 for t in tensors)
-    whole = all(t.shape[-1] * t.element_size() % 16 == 0 for t in tensors)
-    return fast and whole and capability(tensors[0].device) >= 90
-
-
 def _descriptor(tensor: Tensor, *block: int) -> TensorDescriptor:
     return TensorDescriptor(tensor, list(tensor.shape), list(tensor.stride()), [1, *block])
-
-
-def _precision(dtype: torch.dtype) -> str:
-    return "tf32" if dtype == torch.float32 and torch.backends.cuda.matmul.allow_tf32 else "ieee"
 
 
 def _symmetric_product(
@@ -208,7 +194,7 @@ def _symmetric_product(
     """alpha left right^T + beta add + diagonal I where that is symmetric: [n, size, size]. Contiguous tensors."""
     n, size, inner = left.shape
     out = torch.empty((n, size, size), dtype=left.dtype, device=left.device)
-    described = _describable(left, right, out)
+    described = describable(left, right, out)
     block, block_k, num_warps, num_stages = _PRODUCT(
         left.device, size=size, inner=inner, itemsize=left.element_size(), descriptors=int(described)
     )
@@ -217,7 +203,7 @@ def _symmetric_product(
     descriptors = [_descriptor(tensor, block, width) if described else None for tensor, width in tiles]
     newton_schulz_triton_fwd_kernel[(side * (side + 1) // 2, n)](
         *descriptors, left, right, add, out, size, inner, alpha, beta, diagonal,
-        DESCRIPTORS=described, ADD=add is not None, BLOCK=block, BLOCK_K=block_k, PRECISION=_precision(left.dtype),
+        DESCRIPTORS=described, ADD=add is not None, BLOCK=block, BLOCK_K=block_k, PRECISION=input_precision(left.dtype),
         num_warps=num_warps, num_stages=num_stages,
     )  # fmt: skip
     return out
@@ -225,7 +211,7 @@ def _symmetric_product(
 
 def _last_product(P: Tensor, X: Tensor, dtype: torch.dtype) -> Tensor:
     """P X / SCALE in `dtype`."""
-    if not _describable(P, X):
+    if not describable(P, X):
         return torch.bmm(P, X).to(dtype).mul_(1 / SCALE)
     n, size, inner = X.shape
     out = torch.empty((n, size, inner), dtype=dtype, device=X.device)
@@ -234,7 +220,7 @@ def _last_product(P: Tensor, X: Tensor, dtype: torch.dtype) -> Tensor:
     )
     newton_schulz_triton_fwd_dense_kernel[(triton.cdiv(size, block_m) * triton.cdiv(inner, block_n), n)](
         _descriptor(P, block_m, block_k), _descriptor(X, block_k, block_n), out, size, inner, 1 / SCALE,
-        BLOCK_M=block_m, BLOCK_N=block_n, BLOCK_K=block_k, GROUP=8, PRECISION=_precision(X.dtype),
+        BLOCK_M=block_m, BLOCK_N=block_n, BLOCK_K=block_k, GROUP=8, PRECISION=input_precision(X.dtype),
         num_warps=num_warps, num_stages=num_stages,
     )  # fmt: skip
     return out

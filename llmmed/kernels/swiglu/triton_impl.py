@@ -112,7 +112,8 @@ def _gradients(gate: Tensor, up: Tensor | None) -> list[Tensor]:
     return [torch.empty(x.shape, dtype=x.dtype, device=x.device) for x in (gate, up) if x is not None]
 
 
-def _forward(gate: Tensor, up: Tensor | None) -> tuple[Tensor]:
+def activate(gate: Tensor, up: Tensor | None = None) -> Tensor:
+    """`swiglu` without gradients, launched as forward is."""
     y = _output(gate, up)
     gate_rows, up_rows = _halves(gate, up)
     n_rows, width = gate_rows.shape
@@ -122,7 +123,11 @@ def _forward(gate: Tensor, up: Tensor | None) -> tuple[Tensor]:
             gate_rows, up_rows, y, gate_rows.stride(0), up_rows.stride(0), n_rows,
             N=width, BLOCK_M=launch.block_m, BLOCK_N=launch.block_n, num_warps=launch.num_warps,
         )  # fmt: skip
-    return (y,)
+    return y
+
+
+def _forward(gate: Tensor, up: Tensor | None) -> tuple[Tensor]:
+    return (activate(gate, up),)
 
 
 def _fake_forward(gate: Tensor, up: Tensor | None) -> tuple[Tensor]:

@@ -1,0 +1,68 @@
+"""Bugs planted into the Triton `swiglu_mlp`: name -> (text that occurs once, what stands there instead)."""
+
+BUGS = {
+    "sigmoid for silu": ("hidden = wide * tl.sigmoid(wide) * up", "hidden = tl.sigmoid(wide) * up"),
+    "gate and up exchanged": ("    gate, up = tl.split(", "    up, gate = tl.split("),
+    "gate and up exchanged in forward alone": (
+        "hidden = wide * tl.sigmoid(wide) * up.to(tl.float32)",
+        "hidden = up.to(tl.float32) * tl.sigmoid(up.to(tl.float32)) * wide",
+    ),
+    "halves not taken apart": ("(BLOCK_M, 2, BLOCK_N)), (0, 2, 1))", "(BLOCK_M, BLOCK_N, 2)), (0, 1, 2))"),
+    "2 % scale": ("hidden = wide * tl.sigmoid(wide) * up", "hidden = 1.02 * wide * tl.sigmoid(wide) * up"),
+    "gate stored without its last column": (
+        "tl.store(to, gate, mask=mask)",
+        "tl.store(to, gate, mask=mask & (cols < d_ff - col - 1))",
+    ),
+    "up stored over the gate": ("tl.store(to + d_ff, up, mask=mask)", "tl.store(to, up, mask=mask)"),
+    "what comes out of the activation with the rows of both halves": (
+        "hidden_ptr + row.to(tl.int64) * d_ff + col + rows * d_ff + cols",
+        "hidden_ptr + row.to(tl.int64) * d_ff + col + rows * (d_ff - d_ff % 2) + cols",
+    ),
+    "last step of the sum left out": (
+        "for start in range(0, width, BLOCK_K):\n        x = ",
+        "for start in range(0, width - BLOCK_K * (width > BLOCK_K), BLOCK_K):\n        x = ",
+    ),
+    "last step of the sum left out in backward": (
+        "for start in range(0, width, BLOCK_K):\n        dy = ",
+        "for start in range(0, width - BLOCK_K * (width > BLOCK_K), BLOCK_K):\n        dy = ",
+    ),
+    "up's weight a unit early, by pointers": ("(half * d_ff + unit)", "(half * (d_ff - 1) + unit)"),
+    "weights by pointers past the last unit": ("mask=(unit < d_ff)[:, None] &", "mask=(unit < d_ff - 1)[:, None] &"),
+    "rows of tiles in a group too many": (
+        "height = tl.minimum(tl.cdiv(n_rows, BLOCK_M) - group * GROUP, GROUP)",
+        "height = GROUP",
+    ),
+    "columns of tiles counted as rows": ("in_group // height * BLOCK_N", "in_group % height * BLOCK_N"),
+    "last row of tiles stale": (
+        "return (triton.cdiv(n_rows, launch.block_m) *",
+        "return (max(1, n_rows // launch.block_m) *",
+    ),
+    "derivative of the sigmoid left out": ("(sigmoid + silu * (1.0 - sigmoid))", "sigmoid"),
+    "derivative with the wrong sign": ("(sigmoid + silu * (1.0 - sigmoid))", "(sigmoid - silu * (1.0 - sigmoid))"),
+    "gate's gradient without up": ("dgate = dhidden * up * ", "dgate = dhidden * "),
+    "up's gradient from the sigmoid": ("dup = dhidden * silu", "dup = dhidden * sigmoid"),
+    "up's gradient over the gate's, by descriptors": (
+        "dgate_up_desc.store([row, 1, col]",
+        "dgate_up_desc.store([row, 0, col]",
+    ),
+    "up's gradient not written, by pointers": ("tl.store(to + d_ff, dup, mask=mask)", "pass"),
+    "gate read for up in backward by descriptors": (
+        "up = gate_up_desc.load([row, 1, col])",
+        "up = gate_up_desc.load([row, 0, col])",
+    ),
+    "gate read for up in backward by pointers": ("tl.load(halves + d_ff, mask", "tl.load(halves, mask"),
+    "input's gradient of the gate alone": (
+        "(dgate_up @ gate_up_weight)",
+        "(dgate_up[:, : hidden.shape[1]] @ gate_up_weight[: hidden.shape[1]])",
+    ),
+    "weight's gradient 2 % too large": ("dgate_up.mT @ as_rows(x)", "(1.02 * dgate_up.mT) @ as_rows(x)"),
+    "weight's gradient without the last row": ("dy_rows.mT @ hidden", "dy_rows[:-1].mT @ hidden[:-1]"),
+    "input taken for contiguous": (
+        "_activate(as_rows(x).contiguous(),",
+        "_activate(x.as_strided(as_rows(x).shape, (x.shape[-1], 1)),",
+    ),
+    "arriving gradient overwritten": (
+        "dgate_up = _activation_gradient(dy_rows,",
+        "dgate_up = _activation_gradient(dy_rows.mul_(2),",
+    ),
+}
