@@ -17,7 +17,7 @@ from tests.training.tiny import pattern, tiny_config
 pytestmark = pytest.mark.gpu
 
 PARTS = dict.fromkeys(("rms_norm", "rotary", "attention", "linear_cross_entropy"), "triton")
-TRITON = {**PARTS, "rotary_attention": "triton"}  # one kernel in the place of two parts
+TRITON = {**PARTS, "rotary_attention": "triton", "swiglu_mlp": "triton"}  # in the place of what they are made of
 
 
 def weights(folder: Path, mode: str, precision: str, accumulated: int, kernels: dict[str, str]) -> list[torch.Tensor]:
