@@ -81,7 +81,8 @@ def test_over_copies_it_takes_the_steps_of_torch(device: str, dtype: torch.dtype
             expected = plain.state[next(o for m, o in zip(ours, theirs, strict=True) if m is parameter)]
             assert list(state) == list(expected)
             for key, value in state.items():
-                torch.testing.assert_close(value.double().cpu(), expected[key].double().cpu(), rtol=2e-6, atol=1e-7)
+                # Without momentum PyTorch's fused update still adds the old gradient and takes it away again.
+                torch.testing.assert_close(value.double().cpu(), expected[key].double().cpu(), rtol=2e-6, atol=5e-7)
 
 
 @pytest.mark.parametrize("device", ["cpu", CUDA])
