@@ -35,7 +35,8 @@ from llmmed.training.copies import keep_copies
 DEPTHS = (1, 2)
 _FITS = 0.9  # of the GPU's memory: with more, or with a slower micro-batch, the whole model is not tried
 _SLOWEST_MS = 500.0
-_SECONDS = {"cuda": 5.0, "cpu": 2.0}  # of timed steps in one duel, at most, unless the least rounds take longer
+_SECONDS = {"cuda": 5.0, "cpu": 2.0}  # of timed steps in one duel, at most, unless so few rounds take longer:
+_FEW_ROUNDS = {"cuda": 40, "cpu": 9}
 _SETTLING_SECONDS = {"cuda": 0.5, "cpu": 0.0}  # before: a GPU that has idled runs faster than it can go on
 _SAMPLE_SECONDS = {"cuda": 0.008, "cpu": 0.02}  # of each timed stretch; a single step if that takes longer
 _ROUNDS = {"cuda": (15, 60), "cpu": (9, 60)}
@@ -229,7 +230,7 @@ class StepClock:
             first()
             second()
         least, most = _ROUNDS[kind]
-        most = max(least, min(most, int(_SECONDS[kind] / (2 * number * once))))
+        most = min(most, max(_FEW_ROUNDS[kind], int(_SECONDS[kind] / (2 * number * once))))
         if first == second:
             most = least  # there is no difference to find, and their time is known well enough
         pairs: list[tuple[float, float]] = []

@@ -31,6 +31,7 @@ from llmmed.kernels.swiglu.triton_impl import activate
 from llmmed.kernels.tunable import Tunable
 
 _GROUP = 8  # rows of tiles that run beside each other
+_MOST_ELEMENTS = 2**31 - 1  # of an operand that cuBLAS sums over the rows of
 
 
 @triton.jit
@@ -243,6 +244,17 @@ def _activation_gradient(dy: Tensor, weight: Tensor, gate_up: Tensor) -> Tensor:
     return dgate_up
 
 
+def _summed_over_rows(left: Tensor, right: Tensor) -> Tensor:
+    """left^T right, in pieces where an operand has more elements than cuBLAS counts: it loses what lies beyond 2^31."""
+    rows = _MOST_ELEMENTS // max(left.shape[1], right.shape[1])
+    if left.shape[0] <= rows:
+        return left.mT @ right
+    total = torch.zeros((left.shape[1], right.shape[1]), dtype=torch.float32, device=left.device)
+    for one, other in zip(left.split(rows), right.split(rows), strict=True):
+        total += one.mT @ other
+    return total.to(left.dtype)
+
+
 def _forward(x: Tensor, gate_up_weight: Tensor, down_weight: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     gate_up, hidden = _activate(as_rows(x).contiguous(), gate_up_weight.contiguous())
     return (hidden @ down_weight.mT).view(x.shape), gate_up, hidden
@@ -258,7 +270,8 @@ def _backward(
 ) -> tuple[Tensor, Tensor, Tensor]:
     dy_rows = as_rows(dy).contiguous()
     dgate_up = _activation_gradient(dy_rows, down_weight.contiguous(), gate_up)
-    return (dgate_up @ gate_up_weight).view(x.shape), dgate_up.mT @ as_rows(x), dy_rows.mT @ hidden
+    dx = (dgate_up @ gate_up_weight).view(x.shape)
+    return dx, _summed_over_rows(dgate_up, as_rows(x)), _summed_over_rows(dy_rows, hidden)
 
 
 def _fake_backward(
