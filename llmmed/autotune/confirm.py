@@ -6,6 +6,7 @@ and not the device is waited for. Nothing here knows a clock: `Arena` is what me
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Literal, Protocol
@@ -17,6 +18,7 @@ from llmmed.kernels.catalog import DEFAULT, default_choice, get_implementation, 
 Choice = Mapping[str, str]
 Objective = Literal["time", "memory"]
 
+_NOTHING = 0.002  # of the step: what an op takes less than, no trial of another implementation would show
 _HOPELESS = 1.15  # alone, times what it would replace: beyond, the step is not asked
 _REVISITED = 0.01  # of the step: a flip that matters less is looked at again once the plan around it has changed
 _NOT_AS_A_WHOLE = "the plan that was left does not run as a whole"
@@ -26,11 +28,15 @@ _MUCH_MEMORY = 0.05  # of the step's: what saves more is taken also where the ti
 
 @dataclass(frozen=True)
 class Flip:
-    """An implementation to try for an op, and what it saves alone, in ms of a micro-batch (negative: it costs)."""
+    """An implementation to try for an op, and what it saves alone, in ms of a micro-batch (negative: it costs).
+
+    `standing_ms` is what that takes alone which it would replace, all calls of the default plan's micro-batch.
+    """
 
     op: str
     name: str
     alone_ms: float
+    standing_ms: float = math.inf
 
 
 @dataclass(frozen=True)
@@ -72,6 +78,11 @@ class Arena(Protocol):
 
     def set_default(self, choice: Choice) -> None:
         """Takes the plan that all others must agree with. Raises `Failed` if it cannot run in this mode."""
+        ...
+
+    def times_called(self, choice: Choice, op: str) -> float:
+        """How often a step under a plan makes the calls of an op that PyTorch's micro-batch makes: the number of
+        micro-batches, and less where a fused op has taken some of the calls."""
         ...
 
     def called(self, choice: Choice) -> set[str]:
@@ -123,7 +134,8 @@ def shortlist(base: Choice, candidates: Mapping[str, Mapping[str, Candidate]], *
             if name == base[op] or candidate.status != "verified" or candidate.total_ms is None:
                 continue
             if everything or standing is None or candidate.total_ms <= _HOPELESS * standing:
-                flips.append(Flip(op, name, (standing or candidate.total_ms) - candidate.total_ms))
+                saved = (standing or candidate.total_ms) - candidate.total_ms
+                flips.append(Flip(op, name, saved, standing or math.inf))
 
     def saved_by_parts(op: str) -> float:
         parts = with_uses(get_implementation(op, DEFAULT).uses, {**default_choice(), **base})
@@ -270,7 +282,7 @@ def contest(
             continue
         if time_is_up():
             return state.champion, state.trials, False
-        state.attempt(flip.op, flip.name)
+        state.attempt(flip.op, flip.name, flip.standing_ms)
     for op, name in state.to_revisit(base):
         if not time_for_second_looks():
             break
@@ -301,16 +313,30 @@ class _State:
         if self._peak is not None and trial.memory_gain_mib is not None:
             self._peak -= trial.memory_gain_mib
 
-    def attempt(self, op: str, name: str) -> None:
+    def attempt(self, op: str, name: str, standing_ms: float = math.inf) -> None:
+        """Tries a flip. `standing_ms`, where it is known, is as in `Flip`."""
         against = self.champion[op]
         if op not in self._arena.called(self.champion):
             trial = StepTrial(op=op, name=name, against=against, status="rejected", reason=not_called(op))
+        elif reason := self._too_little(op, against, standing_ms):
+            trial = StepTrial(op=op, name=name, against=against, status="rejected", reason=reason)
         else:
             trial = self._fight(op, name, against)
         self.trials.append(trial)
         if trial.status == "accepted":
             self.take(trial)
         self._told(trial)
+
+    def _too_little(self, op: str, against: str, standing_ms: float) -> str:
+        """Why a step could gain nothing that shows; empty if it could. Where memory is scarce, it is tried anyway."""
+        budget = self._terms.budget_mib
+        too_large = budget is not None and self._peak is not None and self._peak > budget
+        if too_large or self._terms.objective == "memory" or not math.isfinite(standing_ms):
+            return ""
+        at_stake = standing_ms * self._arena.times_called(self.champion, op)
+        if at_stake >= _NOTHING * self._terms.step_ms:
+            return ""
+        return f"all of {against} takes {at_stake:.2g} ms of a step, too little to show"
 
     def spared(self) -> list[tuple[str, str]]:
         """Flips that were not tried because the champion of then did not call their op, and which that of now does."""

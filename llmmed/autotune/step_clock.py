@@ -23,7 +23,7 @@ from llmmed.autotune.failures import classify
 from llmmed.autotune.intervals import Interval, difference_interval, median_interval
 from llmmed.autotune.plan import Mode, StepTimes
 from llmmed.autotune.step_plan import WARM_UP, Subject, at_depth, deepened, optimizer_update, release, shallow
-from llmmed.autotune.workload import called_ops, record_micro_batch
+from llmmed.autotune.workload import call_counts, called_ops
 from llmmed.compose import accumulation_steps
 from llmmed.config import Config
 from llmmed.kernels.base import Kernels
@@ -81,15 +81,26 @@ class StepClock:
         shape = (2, config.train.micro_batch_size, config.train.seq_len + 1)
         self._batches = torch.randint(config.model.vocab_size, shape, generator=generator, device=self.device)
         self._scale = torch.ones((), device=self.device)
-        self._in_model = set(record_micro_batch(config).by_op())
         self._kept: dict[tuple[_Plan, int, Mode], Subject] = {}
         self._truth: dict[str, Tensor] = {}
         self._allowed: dict[str, float] = {}
-        self._calls = {depth: self._count_calls(depth) for depth in (self._check_depth, self.layers)}
+        self._calls = {depth: call_counts(shallow(config, depth), {}) for depth in (self._check_depth, self.layers)}
+        self._in_model = self._calls[self.layers]
+        self._counted: dict[_Plan, dict[str, int]] = {}  # of the plan that was asked about last
 
     def called(self, choice: Choice) -> set[str]:
         """The ops that a step under this plan calls."""
         return called_ops(shallow(self._config, 1), choice)
+
+    def times_called(self, choice: Choice, op: str) -> float:
+        """How often a step under this plan makes the calls of an op that PyTorch's micro-batch makes; 1 for an op of
+        the optimizer."""
+        if op not in self._in_model:
+            return 1.0
+        if _plan(choice) not in self._counted:
+            self._counted = {_plan(choice): call_counts(self._config, choice)}
+        made = self._counted[_plan(choice)].get(op, 0)
+        return accumulation_steps(self._config.train) * made / self._in_model[op]
 
     def set_default(self, choice: Choice) -> None:
         """Takes the gradients that every plan has to agree with: this plan's, launched one by one. Then finds out
@@ -168,11 +179,6 @@ class StepClock:
         gradients = parameter_count(self._config.model) * 4 / 2**30  # of the second plan
         most = torch.cuda.get_device_properties(self.device).total_memory / 2**30
         return peak + gradients < _FITS * most and near + self._reach * (far - near) < _SLOWEST_MS
-
-    def _count_calls(self, depth: int) -> dict[str, int]:
-        """How often a micro-batch calls each op at some depth."""
-        recorded = record_micro_batch(shallow(self._config, depth)).by_op()
-        return {op: sum(calls.values()) for op, calls in recorded.items()}
 
     def _times(
         self, choice: Choice, samples: list[list[float]], memory: list[float | None], update: float
@@ -326,7 +332,7 @@ class StepClock:
         """What the optimizer's update adds to a step under two plans, and what the second saves with its interval, in
         ms. Zero where it calls no ops of the table; what is the same under every plan is left out."""
         nothing = (0.0, 0.0, 0.0)
-        ops = (self.called(choice) | self.called(other)) - self._in_model
+        ops = (self.called(choice) | self.called(other)) - self._in_model.keys()
         if not ops:
             return (0.0, 0.0), nothing
         try:

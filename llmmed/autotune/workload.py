@@ -20,7 +20,7 @@ from torch import Tensor
 from llmmed.config import Config
 from llmmed.files import sha256_of
 from llmmed.kernels.base import Call, Kernels, TensorSpec
-from llmmed.kernels.catalog import default_choice, get_op, load_kernels, with_uses
+from llmmed.kernels.catalog import default_choice, get_implementation, get_op, load_kernels
 from llmmed.model.transformer import Transformer
 from llmmed.optim import build_muon
 
@@ -59,19 +59,30 @@ def record_workload(config: Config) -> Workload:
     return record_calls(lambda recording: _step(config, recording), load_kernels(default_choice()))
 
 
-def record_micro_batch(config: Config) -> Workload:
-    """What one micro-batch alone calls: `record_workload` without the optimizer."""
-    return record_calls(lambda recording: _micro_batch(config, recording), load_kernels(default_choice()))
-
-
 def called_ops(config: Config, choice: Mapping[str, str]) -> set[str]:
     """The ops that the run's step calls under a plan: what the model and the optimizer call, and what those use.
 
     Runs none of the plan's implementations. An op that `choice` leaves out has its default.
     """
+    return set(_called(config, choice, _step))
+
+
+def call_counts(config: Config, choice: Mapping[str, str]) -> dict[str, int]:
+    """How often one micro-batch calls each op under a plan, as `called_ops` has it; the optimizer's ops are not among
+    them."""
+    return {op: sum(calls.values()) for op, calls in _called(config, choice, _micro_batch).items()}
+
+
+def _called(
+    config: Config, choice: Mapping[str, str], function: Callable[[Config, Kernels], object]
+) -> dict[str, dict[Call, int]]:
+    plan = {**default_choice(), **choice}
+
+    def calls_others(op: str) -> bool:
+        return bool(get_implementation(op, plan[op]).uses)
+
     table = load_kernels(default_choice())
-    made = record_calls(lambda recording: _step(config, recording), table, with_parts=False)
-    return with_uses(made.by_op(), {**default_choice(), **choice})
+    return record_calls(lambda recording: function(config, recording), table, parts_of=calls_others).by_op()
 
 
 def _step(config: Config, kernels: Kernels) -> None:
@@ -89,7 +100,9 @@ def _micro_batch(config: Config, kernels: Kernels) -> Transformer:
     return model
 
 
-def record_calls(function: Callable[[Kernels], object], kernels: Kernels, *, with_parts: bool = True) -> Workload:
+def record_calls(
+    function: Callable[[Kernels], object], kernels: Kernels, *, parts_of: Callable[[str], bool] = lambda op: True
+) -> Workload:
     """Runs `function` with a table that computes what `kernels` computes and records every call.
 
     What is recorded is each call as it is made: activations that backward recomputes count again.
@@ -97,28 +110,35 @@ def record_calls(function: Callable[[Kernels], object], kernels: Kernels, *, wit
     Args:
         function: Takes the recording table.
         kernels: What computes.
-        with_parts: Whether the ops that an op calls itself are recorded beside it.
+        parts_of: Whether the ops that an op calls itself are recorded beside it.
     """
     counts: Counter[Call] = Counter()
     functions: dict[str, Callable[..., Any]] = {}
     recording = Kernels(functions, kernels.chosen)
     for op, implementation in kernels.functions.items():
-        if with_parts and isinstance(implementation, functools.partial) and "kernels" in implementation.keywords:
-            implementation = functools.partial(implementation, kernels=recording)
-        functions[op] = _recorder(op, implementation, counts)
+        functions[op] = _recorder(op, implementation, recording, parts_of, counts)
     recording.__post_init__()
     function(recording)
     return Workload(dict(counts))
 
 
-def _recorder(op: str, implementation: Callable[..., Any], counts: Counter[Call]) -> Callable[..., Any]:
+def _recorder(
+    op: str,
+    implementation: Callable[..., Any],
+    recording: Kernels,
+    parts_of: Callable[[str], bool],
+    counts: Counter[Call],
+) -> Callable[..., Any]:
     signature = inspect.signature(get_op(op).reference)
+    calls_others = isinstance(implementation, functools.partial) and "kernels" in implementation.keywords
 
     def record(*args: Any, **kwargs: Any) -> Any:
         bound = signature.bind(*args, **kwargs)
         bound.apply_defaults()
         arguments = bound.arguments.items()
         counts[Call.of(op, **{n: TensorSpec.of(v) if isinstance(v, Tensor) else v for n, v in arguments})] += 1
+        if calls_others and parts_of(op):
+            return implementation(*args, **{**kwargs, "kernels": recording})
         return implementation(*args, **kwargs)
 
     return record

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
 import pytest
 
-from llmmed.autotune.confirm import Choice, Duel, Failed, Match, Terms, confirm, contest, shortlist
+from llmmed.autotune.confirm import Choice, Duel, Failed, Flip, Match, Terms, confirm, contest, shortlist
 from llmmed.autotune.plan import Candidate, Mode, StepEvidence, StepTimes, StepTrial
 
 BASE = {"rms_norm": "pytorch", "add_rms_norm": "pytorch", "rotary": "pytorch", "swiglu": "pytorch"}
@@ -29,6 +30,7 @@ class Known:
     as_a_whole: bool = True  # whether a plan that is not the default's runs as a whole
     whole_modes: list[Mode | None] = field(default_factory=list)
     losses_enough: list[bool] = field(default_factory=list)
+    times: Mapping[str, float] = field(default_factory=dict)  # that a step makes the calls of an op
     trial_depth: int = 2
     depths: tuple[int, int] = (1, 2)
 
@@ -45,6 +47,9 @@ class Known:
 
     def called(self, choice: Choice) -> set[str]:
         return {"add_rms_norm", "rotary", "swiglu"} | ({"rms_norm"} if choice["add_rms_norm"] == "pytorch" else set())
+
+    def times_called(self, choice: Choice, op: str) -> float:
+        return self.times.get(op, 1.0)
 
     def duel(self, champion: Choice, op: str, name: str) -> Duel:
         self.asked.append((op, name))
@@ -391,3 +396,35 @@ def test_that_nothing_was_tried_is_said() -> None:
 def test_a_default_that_cannot_run_is_said() -> None:
     with pytest.raises(Failed, match="out of memory"):
         decide(Known(fails=(("default", "fails"),)), ("rotary", "triton"))
+
+
+@pytest.mark.parametrize(
+    ("standing_ms", "times", "tried"),
+    [(0.019, 1.0, False), (0.021, 1.0, True), (0.019, 4.0, True), (2.0, 0.009, False), (math.inf, 0.009, True)],
+)
+def test_what_takes_next_to_nothing_of_the_step_is_not_tried(standing_ms: float, times: float, tried: bool) -> None:
+    """The step takes 10 ms."""
+    arena = Known({(("rotary", "triton"),): -0.5}, times={"rotary": times})
+    _, trials, finished = contest(
+        BASE, [Flip("rotary", "triton", 0.01, standing_ms)], arena, Terms("time", 10.0), before=(),
+        told=lambda trial: None, time_is_up=lambda: False,
+    )  # fmt: skip
+    assert finished
+    assert bool(arena.asked) == tried
+    if not tried:
+        assert (trials[0].status, trials[0].gain_ms) == ("rejected", None)
+        assert "all of pytorch takes 0.01" in trials[0].reason
+        assert "ms of a step, too little to show" in trials[0].reason
+
+
+@pytest.mark.parametrize(("terms", "tried"), [
+    (Terms("memory", 10.0, 1000.0), True), (Terms("time", 10.0, 1000.0, 900.0), True),
+    (Terms("time", 10.0, 1000.0, 1100.0), False),
+])  # fmt: skip
+def test_where_memory_is_scarce_it_is_tried_all_the_same(terms: Terms, tried: bool) -> None:
+    arena = Known()
+    contest(
+        BASE, [Flip("rotary", "triton", 0.0, 0.001)], arena, terms, before=(), told=lambda trial: None,
+        time_is_up=lambda: False,
+    )  # fmt: skip
+    assert bool(arena.asked) == tried

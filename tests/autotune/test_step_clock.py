@@ -43,6 +43,21 @@ def test_the_line_is_about_a_whole_step(clock: StepClock, tiny: Config) -> None:
     assert twice._at_full_depth([[5.0] * 9, [7.0] * 9])[0] == pytest.approx(4 * 7.0)
 
 
+def test_it_knows_how_often_a_step_calls_an_op(clock: StepClock) -> None:
+    base = default_choice()
+    norms = 2 * clock.layers + 1  # but for the first, each comes with an addition
+    for plan, times in ((base, 1.0), ({**base, "add_rms_norm": "triton"}, 1 / norms), (base, 1.0)):
+        assert clock.times_called(plan, "rms_norm") == pytest.approx(times)
+        assert clock.times_called(plan, "newton_schulz") == 1.0  # once a step, however many micro-batches
+    assert clock.times_called({**base, "swiglu_mlp": "triton"}, "swiglu") == 0.0
+
+
+def test_with_more_micro_batches_a_step_calls_more_often(tiny: Config) -> None:
+    tokens = 4 * tiny.train.global_batch_tokens
+    clock = StepClock(replace(tiny, train=replace(tiny.train, global_batch_tokens=tokens)), "eager")
+    assert clock.times_called(default_choice(), "swiglu") == 4.0
+
+
 def test_a_plan_against_itself_gains_nothing(clock: StepClock, monkeypatch: pytest.MonkeyPatch) -> None:
     base, chance, time_it = default_choice(), random.Random(0), clock._sample
     clock.set_default(base)

@@ -13,7 +13,13 @@ import torch
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
-from llmmed.autotune.workload import Workload, called_ops, record_calls, record_workload
+from llmmed.autotune.workload import (
+    Workload,
+    call_counts,
+    called_ops,
+    record_calls,
+    record_workload,
+)
 from llmmed.compose import compose
 from llmmed.config import Config
 from llmmed.kernels.base import Call, Kernels, TensorSpec, tensor_spec
@@ -191,6 +197,17 @@ def test_a_fused_implementation_leaves_its_parts_uncalled(config: Config) -> Non
     fused = called_ops(config, {"linear_cross_entropy": "triton"})
     assert fused == called_ops(config, {}) - {"cross_entropy"}
     assert called_ops(config, {"linear_cross_entropy": "compiled"}) == called_ops(config, {})
+
+
+def test_calls_are_counted_as_a_plan_makes_them(config: Config) -> None:
+    default = call_counts(config, {})
+    assert default == {op: sum(calls.values()) for op, calls in record_workload(config).by_op().items()}
+    assert default["rms_norm"] == 2 * LAYERS + 1
+    fused = call_counts(config, {"add_rms_norm": "triton"})
+    assert fused == default | {"rms_norm": 1}
+    assert call_counts(config, {"add_rms_norm": "compiled"}) == default
+    no_parts = call_counts(config, {"rotary_attention": "triton", "swiglu_mlp": "triton"})
+    assert no_parts == {op: n for op, n in default.items() if op not in ("rotary", "attention", "swiglu")}
 
 
 def test_the_default_plan_calls_what_is_recorded(config: Config) -> None:
