@@ -2,7 +2,7 @@
 
 The tuner flips greedily and with few trials. This tries what it left out, the chosen plan against each neighbour in
 the same minutes, and so says what greed costs. It takes minutes and chooses nothing. Neighbours are plans that differ
-from the chosen one in one op, and those one or two flips away from PyTorch's.
+from the chosen one in one op, or in a fused op and one of its parts, and those one or two flips away from PyTorch's.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from typing import Any
 
 from llmmed.autotune.confirm import Arena, Choice, Failed
 from llmmed.autotune.plan import KernelPlan
-from llmmed.kernels.catalog import DEFAULT
+from llmmed.kernels.catalog import DEFAULT, get_implementation
 
 
 @dataclass(frozen=True)
@@ -56,8 +56,9 @@ class Regret:
 
 
 def neighbours(plan: KernelPlan, *, pairs: bool) -> list[Neighbour]:
-    """Of verified implementations, not measured yet: the flips away from the chosen plan, and those away from
-    PyTorch's, none, one, and if asked two. None is the chosen plan, and none comes twice."""
+    """Of verified implementations, not measured yet: the flips away from the chosen plan, a fused op for one of its
+    parts among them, and those away from PyTorch's, none, one, and if asked two. None is the chosen plan, and none
+    comes twice."""
     verified = [
         (op, name)
         for op, found in plan.ops.items()
@@ -65,6 +66,13 @@ def neighbours(plan: KernelPlan, *, pairs: bool) -> list[Neighbour]:
         if candidate.status == "verified"
     ]
     near = [Neighbour({op: name}, from_chosen=True) for op, name in verified if name != plan.choice[op]]
+    near += [
+        Neighbour({fused: DEFAULT, op: name}, from_chosen=True)
+        for fused, chosen in plan.choice.items()
+        if chosen != DEFAULT
+        for op, name in verified
+        if op in get_implementation(fused, DEFAULT).uses and name != DEFAULT
+    ]
     single = [{op: name} for op, name in verified if name != DEFAULT]
     double = [a | b for a, b in itertools.combinations(single, 2) if not a.keys() & b.keys()] if pairs else []
     found: dict[tuple[tuple[str, str], ...], Neighbour] = {}

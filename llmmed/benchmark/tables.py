@@ -11,6 +11,7 @@ from rich.table import Table
 from rich.text import Text
 
 from llmmed.benchmark.results import OpRow, OpsResult, Origin, StepResult, StepRow
+from llmmed.kernels.catalog import COMPILED, DEFAULT
 from llmmed.reporting.numbers import ABSENT, Column, digits, number, words
 
 _GOOD, _IDLE = "green", "dim"
@@ -74,8 +75,10 @@ def by_speed(rows: Sequence[StepRow]) -> list[StepRow]:
 def note(result: OpsResult | StepResult) -> str:
     """What the columns mean, and what must be known to compare the rows."""
     if isinstance(result, StepResult):
-        ran = {row.contestant.partition("_")[0] for row in result.rows if row.tokens_per_second}
-        return _STEP_NOTE + (_HUGGING_FACE_NOTE if "hf" in ran else "")
+        ran = [row for row in result.rows if row.tokens_per_second]
+        hugging_face = any(row.contestant.startswith("hf_") for row in ran)
+        fused = any((row.kernels or {}).get("swiglu_mlp", DEFAULT) not in (DEFAULT, COMPILED) for row in ran)
+        return _STEP_NOTE + (_HUGGING_FACE_NOTE if hugging_face else "") + (_FUSED_MLP_NOTE if fused else "")
     timed = [row for row in result.rows if row.total_ms is not None]
     copied = sorted({row.op for row in timed if row.implementation == "liger" and row.op in _COPIED_FOR_LIGER})
     told = _OPS_NOTE if any(row.on_gpu for row in timed) else _OPS_NOTE_CPU
@@ -106,6 +109,10 @@ _STEP_NOTE = (
 _HUGGING_FACE_NOTE = (
     " Hugging Face's model gets no mask, since batches are never padded; its residual stream, norms and rotary "
     "positions stay in float32 under autocast."
+)
+_FUSED_MLP_NOTE = (
+    " Where swiglu_mlp has kernels of its own, the device's time in swiglu holds the two products that are part of "
+    "them."
 )
 
 

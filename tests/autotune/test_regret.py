@@ -13,17 +13,17 @@ from llmmed.autotune.regret import Neighbour, choice_of, measure_regret, neighbo
 from tests.autotune.test_confirm import Known
 
 
-def plan(**chosen: str) -> KernelPlan:
+def plan(ops: tuple[str, ...] = ("add_rms_norm", "rotary", "swiglu"), **chosen: str) -> KernelPlan:
     verified, wrong = Candidate(status="verified", total_ms=1.0), Candidate(status="wrong", reason="wrong: 2 %")
-    ops = {
+    plans = {
         op: OpPlan(
             chosen=chosen.get(op, "pytorch"), reason="", calls=[], source_sha256="",
             candidates={"pytorch": verified, "triton": verified, "liger": wrong},
         )
-        for op in ("add_rms_norm", "rotary", "swiglu")
+        for op in ops
     }  # fmt: skip
     return KernelPlan(
-        policy="auto", mode="graphs", ops=ops, hardware=describe_hardware("cpu"), workload_fingerprint="x",
+        policy="auto", mode="graphs", ops=plans, hardware=describe_hardware("cpu"), workload_fingerprint="x",
         cached=False, tuning_seconds=1.0,
     )  # fmt: skip
 
@@ -42,6 +42,14 @@ def test_neighbours_are_verified_and_a_flip_from_the_chosen_or_two_from_the_defa
     assert all(choices.count(each) == 1 for each in choices)
     assert not any("liger" in each.flips.values() for each in found)
     assert choices[0] == {"add_rms_norm": "triton", "rotary": "triton", "swiglu": "triton"}
+
+
+def test_a_fused_op_that_was_chosen_is_held_against_its_parts() -> None:
+    found = neighbours(plan(("rotary", "swiglu", "swiglu_mlp"), swiglu_mlp="triton"), pairs=False)
+    names = [each.name for each in found]
+    assert "the chosen, but swiglu_mlp pytorch, swiglu triton" in names
+    assert not any("swiglu_mlp pytorch, rotary" in name for name in names)
+    assert all(len(each.flips) <= 1 for each in neighbours(plan(("swiglu", "swiglu_mlp")), pairs=False))
 
 
 def test_what_flips_an_op_that_is_not_called_is_passed_over() -> None:
