@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import contextlib
 import multiprocessing
+import os
 import sys
 import time
 from collections.abc import Callable, Iterator
@@ -26,7 +27,9 @@ from llmmed.autotune.compiled_ahead import compile_ahead
 from llmmed.autotune.confirm import Choice, Failed
 from llmmed.autotune.hardware import describe_hardware
 from llmmed.autotune.plan import KernelPlan, Mode
+from llmmed.autotune.process_settings import take_one_core
 from llmmed.autotune.regret import Neighbour, Regret, choice_of, measure_regret, neighbours
+from llmmed.autotune.step_ahead import little_memory, most_processes
 from llmmed.autotune.step_clock import StepClock
 from llmmed.autotune.tuner import tune
 from llmmed.autotune.workload import record_workload
@@ -39,6 +42,8 @@ from llmmed.machine import cores
 from llmmed.training import prepare_backend, resolve_compile
 
 _LIMIT = 0.01
+_COMPILING_SECONDS = 120.0  # of one plan
+_NICER = 4  # than the process that times
 _OWN = {"pairs": "true", "seconds": "600", "plan": "", "out": ""}
 
 
@@ -97,26 +102,37 @@ def _compiling(
     config: Config, clock: StepClock, plan: KernelPlan, near: list[Neighbour]
 ) -> Iterator[Callable[[Choice], None]]:
     """Compiles all plans, several at a time, in the order in which they are timed: in the process that times them it
-    would take half of the time. Gives what waits for a plan."""
+    would take half of the time. Gives what waits for a plan, at once where the step could wait for the host."""
     if config.device != "cuda" or plan.mode == "eager":
         yield lambda choice: None
         return
     wanted: list[Choice] = [dict.fromkeys(plan.ops, DEFAULT), plan.choice]
     wanted += [c for each in near if each.flips.keys() <= clock.called(c := choice_of(each, plan))]
-    processes = max(1, min(24, cores() * 3 // 4, len(wanted)))
-    with multiprocessing.get_context("spawn").Pool(processes) as pool:
+    processes = max(1, min(most_processes(clock.device), cores() // 2, len(wanted)))
+    with multiprocessing.get_context("spawn").Pool(processes, _begin_compiling) as pool:
         under_way = [(each, pool.apply_async(_compile, (config, each, plan.mode))) for each in wanted]
 
         def wait(choice: Choice) -> None:
-            next(job for each, job in under_way if each == choice).wait()
+            # Not for ever: the job of a process that was killed is lost, and the plan is compiled where it is timed.
+            for each, job in under_way:
+                if each == choice:
+                    job.wait(_COMPILING_SECONDS)
 
+        if plan.mode != "graphs":
+            for each in wanted:
+                wait(each)
         yield wait
 
 
+def _begin_compiling() -> None:
+    os.nice(_NICER)
+    take_one_core()
+    torch._dynamo.config.recompile_limit = torch._dynamo.config.accumulated_recompile_limit = 1024
+
+
 def _compile(config: Config, choice: Choice, mode: Mode) -> None:
-    with contextlib.suppress(Exception):  # what does not compile is told where it is timed
-        prepare_backend(config)
-        torch._dynamo.config.recompile_limit = torch._dynamo.config.accumulated_recompile_limit = 1024
+    with contextlib.suppress(Exception), little_memory(torch.device(config.device)):
+        prepare_backend(config)  # what does not compile is told where it is timed
         compile_ahead(config, choice, mode)
 
 

@@ -18,6 +18,7 @@ from llmmed.kernels.catalog import DEFAULT, default_choice, get_implementation, 
 Choice = Mapping[str, str]
 Objective = Literal["time", "memory"]
 
+_TOO_LITTLE = "too little to show"
 _NOTHING = 0.002  # of the step: what an op takes less than, no trial of another implementation would show
 _HOPELESS = 1.15  # alone, times what it would replace: beyond, the step is not asked
 _REVISITED = 0.01  # of the step: a flip that matters less is looked at again once the plan around it has changed
@@ -81,8 +82,8 @@ class Arena(Protocol):
         ...
 
     def times_called(self, choice: Choice, op: str) -> float:
-        """How often a step under a plan makes the calls of an op that PyTorch's micro-batch makes: the number of
-        micro-batches, and less where a fused op has taken some of the calls."""
+        """How often a step under a plan, which calls the op, makes the calls of it that PyTorch's micro-batch makes:
+        the number of micro-batches, and less where a fused op has taken some of the calls."""
         ...
 
     def called(self, choice: Choice) -> set[str]:
@@ -272,7 +273,8 @@ def contest(
     Returns:
         The plan that was left, all trials, and whether they came to their end.
     """
-    state = _State(dict(base), arena, terms, list(before), told)
+    standing = {(flip.op, flip.name): flip.standing_ms for flip in flips}
+    state = _State(dict(base), arena, terms, list(before), told, standing)
     for trial in before:
         if trial.status == "accepted":
             state.take(trial)
@@ -282,7 +284,7 @@ def contest(
             continue
         if time_is_up():
             return state.champion, state.trials, False
-        state.attempt(flip.op, flip.name, flip.standing_ms)
+        state.attempt(flip.op, flip.name)
     for op, name in state.to_revisit(base):
         if not time_for_second_looks():
             break
@@ -303,9 +305,10 @@ class _State:
         terms: Terms,
         trials: list[StepTrial],
         told: Callable[[StepTrial], None],
+        standing: Mapping[tuple[str, str], float],
     ) -> None:
         self.champion, self.trials = champion, trials
-        self._arena, self._terms, self._told = arena, terms, told
+        self._arena, self._terms, self._told, self._standing = arena, terms, told, standing
         self._peak = terms.peak_mib
 
     def take(self, trial: StepTrial) -> None:
@@ -313,12 +316,11 @@ class _State:
         if self._peak is not None and trial.memory_gain_mib is not None:
             self._peak -= trial.memory_gain_mib
 
-    def attempt(self, op: str, name: str, standing_ms: float = math.inf) -> None:
-        """Tries a flip. `standing_ms`, where it is known, is as in `Flip`."""
+    def attempt(self, op: str, name: str) -> None:
         against = self.champion[op]
         if op not in self._arena.called(self.champion):
             trial = StepTrial(op=op, name=name, against=against, status="rejected", reason=not_called(op))
-        elif reason := self._too_little(op, against, standing_ms):
+        elif reason := self._too_little(op, name):
             trial = StepTrial(op=op, name=name, against=against, status="rejected", reason=reason)
         else:
             trial = self._fight(op, name, against)
@@ -327,22 +329,29 @@ class _State:
             self.take(trial)
         self._told(trial)
 
-    def _too_little(self, op: str, against: str, standing_ms: float) -> str:
+    def _too_little(self, op: str, name: str) -> str:
         """Why a step could gain nothing that shows; empty if it could. Where memory is scarce, it is tried anyway."""
-        budget = self._terms.budget_mib
+        standing_ms, budget = self._standing.get((op, name), math.inf), self._terms.budget_mib
         too_large = budget is not None and self._peak is not None and self._peak > budget
         if too_large or self._terms.objective == "memory" or not math.isfinite(standing_ms):
             return ""
         at_stake = standing_ms * self._arena.times_called(self.champion, op)
         if at_stake >= _NOTHING * self._terms.step_ms:
             return ""
-        return f"all of {against} takes {at_stake:.2g} ms of a step, too little to show"
+        return f"all of it takes {at_stake:.2g} ms of a step, {_TOO_LITTLE}"
 
     def spared(self) -> list[tuple[str, str]]:
-        """Flips that were not tried because the champion of then did not call their op, and which that of now does."""
+        """Flips that were not tried because the champion of then did not call their op, or hardly, and which that of
+        now does."""
         called = self._arena.called(self.champion)
         last = {(trial.op, trial.name): trial.reason for trial in self.trials}
-        return [(op, name) for (op, name), reason in last.items() if reason == not_called(op) and op in called]
+        return [
+            (op, name)
+            for (op, name), reason in last.items()
+            if (reason == not_called(op) or reason.endswith(_TOO_LITTLE))
+            and op in called
+            and not self._too_little(op, name)
+        ]
 
     def _fight(self, op: str, name: str, against: str) -> StepTrial:
         try:

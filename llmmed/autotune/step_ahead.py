@@ -59,7 +59,7 @@ class StepAhead:
 
     def compile_flips(self) -> None:
         """Goes on until the step has answered. Only as many processes take part as the GPU's memory allows."""
-        if not any(self._board.claim(f"{STEP}{n}") for n in range(_processes(self._device))):
+        if not any(self._board.claim(f"{STEP}{n}") for n in range(most_processes(self._device))):
             return
         os.nice(_NICER)
         while not self._step_has_answered():
@@ -110,7 +110,7 @@ class StepAhead:
     def _do(self, compile_it: Callable[[], None], what: str) -> None:
         began, failure = time.perf_counter(), ""
         try:
-            with _little_memory(self._device):
+            with little_memory(self._device):
                 compile_it()
         except Exception as error:  # noqa: BLE001 - what does not compile is told where it is tried
             failure = f": {one_line(error)}"
@@ -122,8 +122,8 @@ def _name(plan: Choice) -> str:
     return f"{STEP}-{sha256_of(map(str, sorted(plan.items())))[:16]}"
 
 
-def _processes(device: torch.device) -> int:
-    """How many may take part: each holds a GPU's context."""
+def most_processes(device: torch.device) -> int:
+    """How many may compile while others use the GPU: each holds a context of it."""
     if device.type != "cuda":
         return _MOST_PROCESSES
     share, each = _CONTEXTS
@@ -132,7 +132,7 @@ def _processes(device: torch.device) -> int:
 
 
 @contextlib.contextmanager
-def _little_memory(device: torch.device) -> Iterator[None]:
+def little_memory(device: torch.device) -> Iterator[None]:
     """Where this process may allocate next to nothing."""
     if device.type != "cuda":
         yield

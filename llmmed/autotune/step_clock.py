@@ -35,8 +35,8 @@ from llmmed.training.copies import keep_copies
 DEPTHS = (1, 2)
 _FITS = 0.9  # of the GPU's memory: with more, or with a slower micro-batch, the whole model is not tried
 _SLOWEST_MS = 500.0
-_SECONDS = {"cuda": 5.0, "cpu": 2.0}  # of timed steps in one duel, at most, unless so few rounds take longer:
-_FEW_ROUNDS = {"cuda": 40, "cpu": 9}
+_SECONDS = {"cuda": 5.0, "cpu": 2.0}  # of timed steps in one duel, at most
+_FEW_ROUNDS, _FEW_ROUNDS_SECONDS = 40, 15.0  # but of slow steps on a GPU so many, if these do not take longer still
 _SETTLING_SECONDS = {"cuda": 0.5, "cpu": 0.0}  # before: a GPU that has idled runs faster than it can go on
 _SAMPLE_SECONDS = {"cuda": 0.008, "cpu": 0.02}  # of each timed stretch; a single step if that takes longer
 _ROUNDS = {"cuda": (15, 60), "cpu": (9, 60)}
@@ -93,13 +93,13 @@ class StepClock:
         return called_ops(shallow(self._config, 1), choice)
 
     def times_called(self, choice: Choice, op: str) -> float:
-        """How often a step under this plan makes the calls of an op that PyTorch's micro-batch makes; 1 for an op of
-        the optimizer."""
+        """How often a step under this plan, which calls the op, makes the calls of it that PyTorch's micro-batch makes;
+        1 for an op of the optimizer."""
         if op not in self._in_model:
             return 1.0
         if _plan(choice) not in self._counted:
             self._counted = {_plan(choice): call_counts(self._config, choice)}
-        made = self._counted[_plan(choice)].get(op, 0)
+        made = self._counted[_plan(choice)].get(op, self._in_model[op])
         return accumulation_steps(self._config.train) * made / self._in_model[op]
 
     def set_default(self, choice: Choice) -> None:
@@ -236,7 +236,10 @@ class StepClock:
             first()
             second()
         least, most = _ROUNDS[kind]
-        most = min(most, max(_FEW_ROUNDS[kind], int(_SECONDS[kind] / (2 * number * once))))
+        allowed = int(_SECONDS[kind] / (2 * number * once))
+        if kind == "cuda":
+            allowed = max(allowed, min(_FEW_ROUNDS, int(_FEW_ROUNDS_SECONDS / (2 * number * once))))
+        most = max(least, min(most, allowed))
         if first == second:
             most = least  # there is no difference to find, and their time is known well enough
         pairs: list[tuple[float, float]] = []

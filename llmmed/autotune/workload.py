@@ -10,7 +10,7 @@ import functools
 import inspect
 import json
 from collections import Counter
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -20,7 +20,7 @@ from torch import Tensor
 from llmmed.config import Config
 from llmmed.files import sha256_of
 from llmmed.kernels.base import Call, Kernels, TensorSpec
-from llmmed.kernels.catalog import default_choice, get_implementation, get_op, load_kernels
+from llmmed.kernels.catalog import default_choice, get_implementation, get_op, load_kernels, with_uses
 from llmmed.model.transformer import Transformer
 from llmmed.optim import build_muon
 
@@ -64,12 +64,12 @@ def called_ops(config: Config, choice: Mapping[str, str]) -> set[str]:
 
     Runs none of the plan's implementations. An op that `choice` leaves out has its default.
     """
-    return set(_called(config, choice, _step))
+    return with_uses(_called(config, choice, _step), {**default_choice(), **choice})
 
 
 def call_counts(config: Config, choice: Mapping[str, str]) -> dict[str, int]:
-    """How often one micro-batch calls each op under a plan, as `called_ops` has it; the optimizer's ops are not among
-    them."""
+    """How often one micro-batch calls each op under a plan; the optimizer's ops are not among them, nor those that an
+    implementation uses where PyTorch's does not."""
     return {op: sum(calls.values()) for op, calls in _called(config, choice, _micro_batch).items()}
 
 
@@ -77,12 +77,12 @@ def _called(
     config: Config, choice: Mapping[str, str], function: Callable[[Config, Kernels], object]
 ) -> dict[str, dict[Call, int]]:
     plan = {**default_choice(), **choice}
-
-    def calls_others(op: str) -> bool:
-        return bool(get_implementation(op, plan[op]).uses)
-
     table = load_kernels(default_choice())
-    return record_calls(lambda recording: function(config, recording), table, parts_of=calls_others).by_op()
+
+    def parts_of(op: str) -> Collection[str]:
+        return get_implementation(op, plan[op]).uses
+
+    return record_calls(lambda recording: function(config, recording), table, parts_of=parts_of).by_op()
 
 
 def _step(config: Config, kernels: Kernels) -> None:
@@ -101,7 +101,10 @@ def _micro_batch(config: Config, kernels: Kernels) -> Transformer:
 
 
 def record_calls(
-    function: Callable[[Kernels], object], kernels: Kernels, *, parts_of: Callable[[str], bool] = lambda op: True
+    function: Callable[[Kernels], object],
+    kernels: Kernels,
+    *,
+    parts_of: Callable[[str], Collection[str]] | None = None,
 ) -> Workload:
     """Runs `function` with a table that computes what `kernels` computes and records every call.
 
@@ -110,24 +113,28 @@ def record_calls(
     Args:
         function: Takes the recording table.
         kernels: What computes.
-        parts_of: Whether the ops that an op calls itself are recorded beside it.
+        parts_of: Which of the ops that an op calls itself are recorded beside it; None for all.
     """
     counts: Counter[Call] = Counter()
     functions: dict[str, Callable[..., Any]] = {}
     recording = Kernels(functions, kernels.chosen)
+
+    def inside(op: str) -> Kernels:
+        """What an op is given to call."""
+        if parts_of is None:
+            return recording
+        parts = parts_of(op)
+        return Kernels({name: (functions if name in parts else kernels.functions)[name] for name in functions})
+
     for op, implementation in kernels.functions.items():
-        functions[op] = _recorder(op, implementation, recording, parts_of, counts)
+        functions[op] = _recorder(op, implementation, inside, counts)
     recording.__post_init__()
     function(recording)
     return Workload(dict(counts))
 
 
 def _recorder(
-    op: str,
-    implementation: Callable[..., Any],
-    recording: Kernels,
-    parts_of: Callable[[str], bool],
-    counts: Counter[Call],
+    op: str, implementation: Callable[..., Any], inside: Callable[[str], Kernels], counts: Counter[Call]
 ) -> Callable[..., Any]:
     signature = inspect.signature(get_op(op).reference)
     calls_others = isinstance(implementation, functools.partial) and "kernels" in implementation.keywords
@@ -137,8 +144,8 @@ def _recorder(
         bound.apply_defaults()
         arguments = bound.arguments.items()
         counts[Call.of(op, **{n: TensorSpec.of(v) if isinstance(v, Tensor) else v for n, v in arguments})] += 1
-        if calls_others and parts_of(op):
-            return implementation(*args, **{**kwargs, "kernels": recording})
+        if calls_others:
+            kwargs = {**kwargs, "kernels": inside(op)}
         return implementation(*args, **kwargs)
 
     return record

@@ -111,8 +111,7 @@ _HUGGING_FACE_NOTE = (
     "positions stay in float32 under autocast."
 )
 _FUSED_MLP_NOTE = (
-    " Where swiglu_mlp has kernels of its own, the device's time in swiglu holds the two products that are part of "
-    "them."
+    " Where swiglu_mlp has kernels of its own, the device's time in swiglu holds the products that are part of them."
 )
 
 

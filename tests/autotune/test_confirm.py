@@ -413,7 +413,7 @@ def test_what_takes_next_to_nothing_of_the_step_is_not_tried(standing_ms: float,
     assert bool(arena.asked) == tried
     if not tried:
         assert (trials[0].status, trials[0].gain_ms) == ("rejected", None)
-        assert "all of pytorch takes 0.01" in trials[0].reason
+        assert "all of it takes 0.01" in trials[0].reason
         assert "ms of a step, too little to show" in trials[0].reason
 
 
@@ -428,3 +428,25 @@ def test_where_memory_is_scarce_it_is_tried_all_the_same(terms: Terms, tried: bo
         time_is_up=lambda: False,
     )  # fmt: skip
     assert bool(arena.asked) == tried
+
+
+def test_what_took_next_to_nothing_is_tried_where_the_plan_calls_it_again() -> None:
+    """The fused op is taken for its gain with another, and given back; its part, which it had spared, is then tried."""
+
+    class Arena(Known):
+        def times_called(self, choice: Choice, op: str) -> float:
+            return 0.01 if choice["add_rms_norm"] == "triton" else 1.0
+
+        def called(self, choice: Choice) -> set[str]:
+            return {"add_rms_norm", "rotary", "swiglu", "rms_norm"}
+
+    fused, other, part = (("add_rms_norm", "triton"),), (("swiglu", "triton"),), (("rms_norm", "triton"),)
+    arena = Arena({fused: -0.05, other: -1.0, fused + other: 0.15, part: -0.3})
+    flips = [Flip("add_rms_norm", "triton", 0.2, 2.0), Flip("rms_norm", "triton", 0.1, 1.0),
+             Flip("swiglu", "triton", 0.1, 2.0)]  # fmt: skip
+    left, trials, _ = contest(
+        BASE, flips, arena, Terms("time", 10.0), before=(), told=lambda trial: None, time_is_up=lambda: False
+    )
+    reasons = [trial.reason for trial in trials if trial.op == "rms_norm"]
+    assert "too little to show" in reasons[0]
+    assert left == {**BASE, "swiglu": "triton", "rms_norm": "triton"}

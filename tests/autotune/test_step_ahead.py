@@ -146,6 +146,6 @@ def test_memory_is_limited_while_it_compiles_and_whatever_becomes_of_it(monkeypa
     monkeypatch.setattr(torch.cuda, "set_per_process_memory_fraction", limit)
     for device, index in (("cuda", None), ("cuda:1", 1)):
         limits.clear()
-        with pytest.raises(ValueError, match="does not compile"), step_ahead._little_memory(torch.device(device)):
+        with pytest.raises(ValueError, match="does not compile"), step_ahead.little_memory(torch.device(device)):
             raise ValueError("does not compile")
         assert limits == [(step_ahead._MEMORY, index), (1.0, index)]

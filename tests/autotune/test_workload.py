@@ -210,6 +210,17 @@ def test_calls_are_counted_as_a_plan_makes_them(config: Config) -> None:
     assert no_parts == {op: n for op, n in default.items() if op not in ("rotary", "attention", "swiglu")}
 
 
+def test_a_plan_calls_what_its_implementations_use_and_no_other_parts(
+    config: Config, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A package's `rotary_attention` may do the rotation itself, and a norm beside."""
+    module = importlib.import_module("llmmed.kernels.rotary_attention.triton_impl")
+    monkeypatch.setattr(module, "IMPL", replace(module.IMPL, uses=("attention", "newton_schulz")))
+    plan = {"rotary_attention": "triton"}
+    assert called_ops(config, plan) == called_ops(config, {}) - {"rotary"} | {"newton_schulz"}
+    assert call_counts(config, plan) == {op: n for op, n in call_counts(config, {}).items() if op != "rotary"}
+
+
 def test_the_default_plan_calls_what_is_recorded(config: Config) -> None:
     muon = replace(config, optimizer=replace(config.optimizer, name="muon", momentum=0.95))
     for each in (config, muon):

@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from llmmed.autotune.verify import verify
+from llmmed.kernels.ahead_of_time import TARGETS
 from llmmed.kernels.catalog import get_implementation, get_op
 from llmmed.kernels.operator import Gpu, absent_gpu
 from llmmed.kernels.swiglu_mlp import triton_impl
@@ -29,11 +30,19 @@ def test_without_the_forward_kernel_it_is_right_too(monkeypatch: pytest.MonkeyPa
     assert verdict.status == "verified", verdict
 
 
+@pytest.mark.parametrize("descriptors", [0, 1])
+@pytest.mark.parametrize("gpu", TARGETS.values(), ids=TARGETS)
 @pytest.mark.parametrize(("width", "fused"), [(384, 1), (1024, 1), (1032, 0), (2048, 0)])
-def test_a_long_sum_is_left_to_cublas(width: int, fused: int) -> None:
-    with absent_gpu(Gpu(132, 50 * 2**20, 232448, 90)):
-        launch = triton_impl._forward_launch(torch.device("meta"), width, 4096, 2, 1)
-    assert launch.fused == fused
+def test_a_long_sum_is_left_to_cublas_unless_a_search_says_otherwise(
+    width: int, fused: int, gpu: Gpu, descriptors: int
+) -> None:
+    shape = {"width": width, "d_ff": 4096, "itemsize": 2, "descriptors": descriptors}
+    meta = torch.device("meta")
+    with absent_gpu(gpu):
+        launch = triton_impl._forward_launch(meta, **shape)
+        (other,) = triton_impl._forward_alternatives(meta, **shape)
+    assert (launch.fused, other.fused) == (fused, 1 - fused)
+    assert launch[:-1] == other[:-1]
 
 
 @pytest.mark.parametrize(("x", "gate_up", "down"), [((4, 8), (32, 9), (8, 16)), ((4, 8), (30, 8), (8, 16)),

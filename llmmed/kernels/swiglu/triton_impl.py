@@ -68,7 +68,7 @@ class Launch(NamedTuple):
     num_warps: int
 
 
-def _launch(device: torch.device, width: int, itemsize: int) -> Launch:
+def default_launch(device: torch.device, width: int, itemsize: int) -> Launch:
     """Blocks of columns shrink as long as that masks fewer of them."""
     block_n = min(1024, triton.next_power_of_2(width))
     while block_n > 256 and -width % (block_n // 2) < -width % block_n:
@@ -78,7 +78,7 @@ def _launch(device: torch.device, width: int, itemsize: int) -> Launch:
 
 def _alternatives(device: torch.device, width: int, itemsize: int) -> Iterator[Launch]:
     """Half and twice the elements a thread, in tiles of as many columns."""
-    block_m, block_n, num_warps = _launch(device, width, itemsize)
+    block_m, block_n, num_warps = default_launch(device, width, itemsize)
     yield Launch(block_m, block_n, 2 * num_warps)
     yield Launch(2 * block_m, block_n, 2 * num_warps)
     yield Launch(2 * block_m, block_n, num_warps)
@@ -90,8 +90,8 @@ def _programs(launch: Launch, n_rows: int, width: int) -> int:
     return programs
 
 
-_FORWARD = Tunable("swiglu_triton_fwd_kernel", _launch, _alternatives)
-_BACKWARD = Tunable("swiglu_triton_bwd_kernel", _launch, _alternatives)
+_FORWARD = Tunable("swiglu_triton_fwd_kernel", default_launch, _alternatives)
+_BACKWARD = Tunable("swiglu_triton_bwd_kernel", default_launch, _alternatives)
 
 
 def _halves(gate: Tensor, up: Tensor | None) -> tuple[Tensor, Tensor]:
@@ -112,13 +112,13 @@ def _gradients(gate: Tensor, up: Tensor | None) -> list[Tensor]:
     return [torch.empty(x.shape, dtype=x.dtype, device=x.device) for x in (gate, up) if x is not None]
 
 
-def activate(gate: Tensor, up: Tensor | None = None) -> Tensor:
-    """`swiglu` without gradients, launched as forward is."""
+def activate(gate: Tensor, up: Tensor | None = None, launched_by: Callable[..., Launch] = default_launch) -> Tensor:
+    """`swiglu` without gradients."""
     y = _output(gate, up)
     gate_rows, up_rows = _halves(gate, up)
     n_rows, width = gate_rows.shape
     if n_rows:
-        launch = _FORWARD(gate.device, width=width, itemsize=gate.element_size())
+        launch = launched_by(gate.device, width=width, itemsize=gate.element_size())
         swiglu_triton_fwd_kernel[(_programs(launch, n_rows, width),)](
             gate_rows, up_rows, y, gate_rows.stride(0), up_rows.stride(0), n_rows,
             N=width, BLOCK_M=launch.block_m, BLOCK_N=launch.block_n, num_warps=launch.num_warps,
@@ -127,7 +127,7 @@ def activate(gate: Tensor, up: Tensor | None = None) -> Tensor:
 
 
 def _forward(gate: Tensor, up: Tensor | None) -> tuple[Tensor]:
-    return (activate(gate, up),)
+    return (activate(gate, up, _FORWARD),)
 
 
 def _fake_forward(gate: Tensor, up: Tensor | None) -> tuple[Tensor]:

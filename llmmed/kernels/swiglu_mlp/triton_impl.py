@@ -147,8 +147,10 @@ def _forward_launch(device: torch.device, width: int, d_ff: int, itemsize: int, 
     less there is to hide, and the more does a better product count."""
     if itemsize == 4:
         return Launch(32, 32, 32, 4, 2, 0)
-    launch = Launch(128, 64, 64, 4, 3, 0, fused=int(width <= 1024))
-    return launch if descriptors and _two_fit(device, launch, 2 * launch.block_n) else _SMALL_TILE
+    launch = Launch(128, 64, 64, 4, 3, 0)
+    if not descriptors or not _two_fit(device, launch, 2 * launch.block_n):
+        launch = _SMALL_TILE
+    return launch._replace(fused=int(width <= 1024))
 
 
 def _backward_launch(device: torch.device, width: int, d_ff: int, itemsize: int, descriptors: int) -> Launch:
@@ -167,7 +169,7 @@ def _two_fit(device: torch.device, launch: Launch, cols: int) -> bool:
 def _forward_alternatives(
     device: torch.device, width: int, d_ff: int, itemsize: int, descriptors: int
 ) -> Iterator[Launch]:
-    if itemsize == 2 and descriptors:
+    if itemsize == 2:
         default = _forward_launch(device, width, d_ff, itemsize, descriptors)
         yield default._replace(fused=1 - default.fused)
 

@@ -14,7 +14,7 @@ BUGS = {
         "tl.store(to, gate, mask=mask & (cols < d_ff - col - 1))",
     ),
     "up stored over the gate": ("tl.store(to + d_ff, up, mask=mask)", "tl.store(to, up, mask=mask)"),
-    "what comes out of the activation with the rows of both halves": (
+    "rows of what comes out of the activation one too close where they are odd": (
         "hidden_ptr + row.to(tl.int64) * d_ff + col + rows * d_ff + cols",
         "hidden_ptr + row.to(tl.int64) * d_ff + col + rows * (d_ff - d_ff % 2) + cols",
     ),
