@@ -19,7 +19,6 @@ Choice = Mapping[str, str]
 Objective = Literal["time", "memory"]
 
 _TOO_LITTLE = "too little to show"
-_NOTHING = 0.002  # of the step: what an op takes less than, no trial of another implementation would show
 _HOPELESS = 1.15  # alone, times what it would replace: beyond, the step is not asked
 _REVISITED = 0.01  # of the step: a flip that matters less is looked at again once the plan around it has changed
 _NOT_AS_A_WHOLE = "the plan that was left does not run as a whole"
@@ -72,10 +71,12 @@ class Arena(Protocol):
     """Where plans meet.
 
     `trial_depth` is the number of layers that a duel has, `depths` those that the whole model's time is drawn from.
+    `resolution` is the share of a step that a duel can tell from nothing.
     """
 
     trial_depth: int
     depths: tuple[int, int]
+    resolution: float
 
     def set_default(self, choice: Choice) -> None:
         """Takes the plan that all others must agree with. Raises `Failed` if it cannot run in this mode."""
@@ -336,7 +337,7 @@ class _State:
         if too_large or self._terms.objective == "memory" or not math.isfinite(standing_ms):
             return ""
         at_stake = standing_ms * self._arena.times_called(self.champion, op)
-        if at_stake >= _NOTHING * self._terms.step_ms:
+        if at_stake >= self._arena.resolution * self._terms.step_ms:
             return ""
         return f"all of it takes {at_stake:.2g} ms of a step, {_TOO_LITTLE}"
 

@@ -39,9 +39,10 @@ _SECONDS = {"cuda": 5.0, "cpu": 2.0}  # of timed steps in one duel, at most
 _FEW_ROUNDS, _FEW_ROUNDS_SECONDS = 40, 15.0  # but of slow steps on a GPU so many, if these do not take longer still
 _SETTLING_SECONDS = {"cuda": 0.5, "cpu": 0.0}  # before: a GPU that has idled runs faster than it can go on
 _SAMPLE_SECONDS = {"cuda": 0.008, "cpu": 0.02}  # of each timed stretch; a single step if that takes longer
-_ROUNDS = {"cuda": (15, 60), "cpu": (9, 60)}
+_ROUNDS = {"cuda": (15, 60), "cpu": (6, 60)}  # fewer than six tell no difference with 95 %
 _LOOK_EVERY = 3  # rounds: at what is known; each look is a chance to stop at a wrong moment
 _PRECISE = 0.002  # of the step: with the difference known to this, more rounds would decide nothing
+_RESOLUTION = {"cuda": _PRECISE, "cpu": 0.02}  # of the step: what takes less than this is not looked for
 _CLEAR = 1.5  # times half of its interval: a difference so large has a sign that more rounds would not change
 # Two right plans round differently; this much of a gradient's norm is no error, nor four times what the default's own
 # two ways of running it differ by. The gate has judged the ops before: here it is stale or foreign memory that shows.
@@ -70,6 +71,7 @@ class StepClock:
     ) -> None:
         self._config, self._mode, self._launches = config, mode, launches
         self.device = torch.device(config.device)
+        self.resolution = _RESOLUTION[self.device.type]
         self.layers = config.model.n_layers
         self._check_depth = self.trial_depth = min(DEPTHS[1], self.layers)
         self.depths = (min(DEPTHS[0], self.layers), self.trial_depth)

@@ -33,6 +33,7 @@ class Known:
     times: Mapping[str, float] = field(default_factory=dict)  # that a step makes the calls of an op
     trial_depth: int = 2
     depths: tuple[int, int] = (1, 2)
+    resolution: float = 0.002
 
     def ms(self, choice: Choice) -> float:
         found = [value for parts, value in self.costs.items() if all(choice[op] == name for op, name in parts)]

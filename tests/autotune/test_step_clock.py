@@ -13,11 +13,13 @@ import pytest
 import torch
 
 from llmmed.autotune.confirm import Failed
-from llmmed.autotune.step_clock import StepClock, _sum_of
+from llmmed.autotune.step_clock import _ROUNDS, StepClock, _sum_of
 from llmmed.config import Config
 from llmmed.kernels.base import Kernels
 from llmmed.kernels.catalog import default_choice, load_kernels
 from llmmed.model import Transformer
+
+LEAST, _ = _ROUNDS["cpu"]
 
 
 @pytest.fixture
@@ -199,8 +201,8 @@ def test_rounds_end_once_the_difference_is_known(clock: StepClock, monkeypatch: 
         monkeypatch.setattr(clock, "_sample", lambda run, number: 20.0 + chance.uniform(0.0, noise))
         return len(clock._pairs(lambda: None, lambda: None))
 
-    assert rounds(0.0) == 9
-    assert 9 < rounds(0.2) < rounds(4.0)
+    assert rounds(0.0) == LEAST
+    assert LEAST < rounds(0.2) < rounds(4.0)
 
 
 def test_a_plan_beside_itself_takes_the_least_rounds(clock: StepClock, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -210,8 +212,8 @@ def test_a_plan_beside_itself_takes_the_least_rounds(clock: StepClock, monkeypat
 
     chance, plan = random.Random(0), Plan()
     monkeypatch.setattr(clock, "_sample", lambda run, number: 20.0 + chance.uniform(0.0, 4.0))
-    assert len(clock._pairs(plan.run, plan.run)) == 9
-    assert len(clock._pairs(plan.run, Plan().run)) > 9
+    assert len(clock._pairs(plan.run, plan.run)) == LEAST
+    assert len(clock._pairs(plan.run, Plan().run)) > LEAST
 
 
 def test_rounds_end_once_the_sign_is_clear_where_that_is_enough(
@@ -225,10 +227,10 @@ def test_rounds_end_once_the_sign_is_clear_where_that_is_enough(
     most = rounds(0.0)
     for enough in ("sign", "loss"):
         assert rounds(0.0, enough=enough) == most
-    assert rounds(5.0, enough="sign") == rounds(-5.0, enough="sign") == 9
-    assert rounds(-5.0, enough="loss") == 9
-    assert rounds(5.0, enough="loss") == rounds(5.0) > 9  # by how much it gains is what is asked for
-    assert most > 9
+    assert rounds(10.0, enough="sign") == rounds(-10.0, enough="sign") == LEAST
+    assert rounds(-10.0, enough="loss") == LEAST
+    assert rounds(10.0, enough="loss") == rounds(10.0) > LEAST  # by how much it gains is what is asked for
+    assert most > LEAST
 
 
 def test_memory_is_measured_where_times_are_taken(clock: StepClock, monkeypatch: pytest.MonkeyPatch) -> None:
