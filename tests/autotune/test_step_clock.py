@@ -233,6 +233,16 @@ def test_rounds_end_once_the_sign_is_clear_where_that_is_enough(
     assert most > LEAST
 
 
+@pytest.mark.parametrize(("step_ms", "rounds"), [(8.0, 60), (60.0, 41), (180.0, 40), (400.0, 18), (600.0, 15)])
+def test_slow_steps_of_a_gpu_have_rounds_as_far_as_seconds_allow(
+    clock: StepClock, monkeypatch: pytest.MonkeyPatch, step_ms: float, rounds: int
+) -> None:
+    chance = random.Random(0)
+    clock.device = torch.device("cuda")
+    monkeypatch.setattr(clock, "_sample", lambda run, number: step_ms * chance.uniform(0.98, 1.0))
+    assert len(clock._pairs(lambda: None, lambda: None)) == pytest.approx(rounds, abs=1)
+
+
 def test_memory_is_measured_where_times_are_taken(clock: StepClock, monkeypatch: pytest.MonkeyPatch) -> None:
     """A plan that is only checked, as those of two layers are once the whole model is tried, needs no pass for it."""
     measured: list[int] = []

@@ -52,9 +52,8 @@ SPILL_CEILINGS = {
 
 
 def targets(op: str) -> set[int]:
-    """All but sm_86, whose registers and shared memory are those of sm_89; for attention, whose loops and launches are
-    those of rotary_attention, an H100."""
-    return {90} if op == "attention" else set(TARGETS) - {86}
+    """All, but for attention, whose loops and launches are those of rotary_attention: an H100."""
+    return {90} if op == "attention" else set(TARGETS)
 
 
 @functools.cache
@@ -105,9 +104,9 @@ def shipped_launches() -> list[Launch]:
         # where there is less shared memory.
         launches += record_launches(op, name, base, targets=[target for target in targets(op) if target != 90])
         if op == "rotary_attention":
-            launches += record_launches(op, name, large, targets=[89])
+            launches += record_launches(op, name, large, targets=[86])
         if "rms_norm" in op:  # whose pipelines take twice the shared memory in float32
-            launches += record_launches(op, name, [base[0].with_compute_dtype(torch.float32)], targets=[89])
+            launches += record_launches(op, name, [base[0].with_compute_dtype(torch.float32)], targets=[86])
     return launches
 
 

@@ -124,27 +124,28 @@ def test_every_implementation_of_ours_can_be_tuned(op: str, name: str) -> None:
 @pytest.mark.interpreter
 @pytest.mark.parametrize(("op_name", "name"), TRITON)
 def test_every_alternative_is_right(op_name: str, name: str) -> None:
-    """At the op's last case, in float32, which is what the interpreter can do. Kernels vary together."""
+    """At the op's first and last case, in float32, which is what the interpreter can do. Kernels vary together."""
     whole, implementation = get_op(op_name), get_implementation(op_name, name)
     function = load_function(op_name, implementation)
-    case = list(whole.cases(torch.float32))[-1]
+    cases = list(whole.cases(torch.float32))
+    for case in dict.fromkeys((cases[0], cases[-1])):
 
-    def judge(launches: Launches, op: Op = whole) -> dict[Site, Values]:
-        implementation.take_launches(launches)
-        try:
-            with seen_launches() as seen:
-                verdict = verify(op, implementation, function, [], CPU, dtype=torch.float32, cases=[case])
-        finally:
-            implementation.take_launches({})
-        assert verdict.status == "verified", (launches, verdict)
-        return seen
+        def judge(launches: Launches, op: Op = whole, case: str = case) -> dict[Site, Values]:
+            implementation.take_launches(launches)
+            try:
+                with seen_launches() as seen:
+                    verdict = verify(op, implementation, function, [], CPU, dtype=torch.float32, cases=[case])
+            finally:
+                implementation.take_launches({})
+            assert verdict.status == "verified", (case, launches, verdict)
+            return seen
 
-    # To see where there is a choice, some values are enough.
-    options = alternatives(implementation, judge({}, replace(whole, regimes=whole.regimes[:1])))
-    assert options
-    for index in range(max(map(len, options.values()))):
-        launches = {site: found[index % len(found)] for site, found in options.items()}
-        assert launches.items() <= judge(launches).items()
+        # To see where there is a choice, some values are enough.
+        options = alternatives(implementation, judge({}, replace(whole, regimes=whole.regimes[:1])))
+        assert options
+        for index in range(max(map(len, options.values()))):
+            launches = {site: found[index % len(found)] for site, found in options.items()}
+            assert launches.items() <= judge(launches).items()
 
 
 def alternatives(implementation: Implementation, sites: Iterable[Site]) -> dict[Site, list[Values]]:

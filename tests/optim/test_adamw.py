@@ -80,9 +80,10 @@ def test_over_copies_it_takes_the_steps_of_torch(device: str, dtype: torch.dtype
         for parameter, state in optimizer.state.items():
             expected = plain.state[next(o for m, o in zip(ours, theirs, strict=True) if m is parameter)]
             assert list(state) == list(expected)
+            # Without momentum PyTorch's own fused update still adds the old gradient and takes it away again.
+            atol = 1e-7 if isinstance(optimizer, CopiedAdamW) or device == "cpu" else 5e-7
             for key, value in state.items():
-                # Without momentum PyTorch's fused update still adds the old gradient and takes it away again.
-                torch.testing.assert_close(value.double().cpu(), expected[key].double().cpu(), rtol=2e-6, atol=5e-7)
+                torch.testing.assert_close(value.double().cpu(), expected[key].double().cpu(), rtol=2e-6, atol=atol)
 
 
 @pytest.mark.parametrize("device", ["cpu", CUDA])
