@@ -412,6 +412,7 @@ def test_what_takes_next_to_nothing_of_the_step_is_not_tried(standing_ms: float,
     )  # fmt: skip
     assert finished
     assert bool(arena.asked) == tried
+    assert len(trials) == 1  # and told once
     if not tried:
         assert (trials[0].status, trials[0].gain_ms) == ("rejected", None)
         assert "all of it takes 0.01" in trials[0].reason
