@@ -225,9 +225,11 @@ def _compile(launch: Launch) -> CompiledKernel:
     import triton
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource
+    from triton.experimental.gluon._runtime import GluonASTSource
 
     function: JITFunction[Any] = getattr(importlib.import_module(launch.module), launch.kernel)
-    source = ASTSource(function, launch.signature, launch.constants, launch.attributes)
+    language = GluonASTSource if function.is_gluon() else ASTSource
+    source = language(function, launch.signature, launch.constants, launch.attributes)
     log = io.StringIO()
     with contextlib.redirect_stdout(log):
         compiled = triton.compile(source, target=GPUTarget("cuda", launch.target, 32), options=launch.options)

@@ -37,6 +37,7 @@ def mutant(op: str, bug: str, folder: Path, table: str = "BUGS") -> tuple[Implem
         changed = source.replace(before, after).replace('"llmmed::', f'"{prefix}::')
         for other in found:
             changed = changed.replace(f"from llmmed.kernels.{op}.{other} import", f"from {prefix}{other} import")
+            changed = changed.replace(f"from llmmed.kernels.{op} import {other}", f"import {prefix}{other} as {other}")
         _load_module(prefix + stem, changed, folder)
     implementation: Implementation = sys.modules[f"{prefix}triton_impl"].IMPL
     return implementation, load_function(op, implementation)
@@ -45,8 +46,8 @@ def mutant(op: str, bug: str, folder: Path, table: str = "BUGS") -> tuple[Implem
 def sources(op: str) -> dict[str, str]:
     """What an op's Triton implementation is made of, by module, in the order of their imports."""
     folder = op_folder(op)
-    stems = ("loops", "triton_impl") if (folder / "loops.py").exists() else ("triton_impl",)
-    return {stem: (folder / f"{stem}.py").read_text(encoding="utf-8") for stem in stems}
+    found = [folder / f"{stem}.py" for stem in ("loops", "hopper", "triton_impl")]
+    return {path.stem: path.read_text(encoding="utf-8") for path in found if path.exists()}
 
 
 def _load_module(name: str, source: str, folder: Path) -> None:

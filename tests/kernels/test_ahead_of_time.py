@@ -35,6 +35,7 @@ from llmmed.kernels.catalog import (
     get_op,
     implementation_names,
     load_function,
+    op_folder,
     op_names,
 )
 from llmmed.kernels.operator import INTERPRETED, absent_gpu
@@ -47,7 +48,6 @@ SPILL_CEILINGS = {
     "attention_triton_bwd_kv_kernel": 380,
     "rotary_attention_triton_bwd_kv_kernel": 176,
     "linear_cross_entropy_triton_fwd_kernel": 32,
-    "swiglu_mlp_triton_bwd_kernel": 80,
 }
 
 
@@ -144,12 +144,13 @@ def far_launches() -> list[Launch]:
 
 @pytest.mark.parametrize("op", sorted({op for op, _ in CANDIDATES}))
 def test_no_kernel_of_an_op_is_left_out(op: str) -> None:
-    module = importlib.import_module(f"llmmed.kernels.{op}.triton_impl")
-    defined = {name for name, value in vars(module).items()
+    paths = [path for stem in ("triton_impl", "hopper") if (path := op_folder(op) / f"{stem}.py").exists()]
+    modules = [importlib.import_module(f"llmmed.kernels.{op}.{path.stem}") for path in paths]
+    defined = {name for module in modules for name, value in vars(module).items()
                if name.endswith("_kernel") and getattr(value, "__module__", "") == module.__name__}  # fmt: skip
-    launches = record_launches(op, "triton", production_calls()[op], targets=[90])
+    launches = record_launches(op, "triton", production_calls()[op], targets=[86, 90])
     assert defined
-    assert {launch.kernel for launch in launches if launch.module == module.__name__} == defined
+    assert {launch.kernel for launch in launches} >= defined
 
 
 def test_attention_s_loops_scale_with_the_subtraction_and_mask_no_whole_block(
@@ -173,7 +174,7 @@ def test_attention_s_loops_scale_with_the_subtraction_and_mask_no_whole_block(
 
 def test_every_kernel_that_a_trace_is_searched_for_is_launched() -> None:
     for op, name in CANDIDATES:
-        launched = {launch.kernel for launch in record_launches(op, name, production_calls()[op], targets=[90])}
+        launched = {launch.kernel for launch in record_launches(op, name, production_calls()[op], targets=[86, 90])}
         expected = get_implementation(op, name).kernel_names
         assert all(any(part in kernel for kernel in launched) for part in expected), (op, name, launched)
 

@@ -2,15 +2,30 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from pathlib import Path
+
 import pytest
 import torch
+import torch.nn.functional as F
+from torch import Tensor
 
 from llmmed.autotune.verify import verify
 from llmmed.kernels.ahead_of_time import TARGETS
 from llmmed.kernels.catalog import get_implementation, get_op
 from llmmed.kernels.operator import Gpu, absent_gpu
-from llmmed.kernels.swiglu_mlp import triton_impl
-from llmmed.kernels.swiglu_mlp.triton_impl import _FORWARD, _summed_over_rows, swiglu_mlp
+from llmmed.kernels.swiglu_mlp import hopper, triton_impl
+from llmmed.kernels.swiglu_mlp.reference import swiglu_mlp as reference
+from llmmed.kernels.swiglu_mlp.triton_impl import (
+    _FORWARD,
+    APART,
+    SPECIALISED,
+    TILES,
+    _summed_over_rows,
+    swiglu_mlp,
+)
+from llmmed.kernels.tunable import seen_launches
+from tests.kernels.planted import bugs, mutant, sources
 
 
 @pytest.mark.parametrize("rows", [1, 7, 8, 9, 24, 25])
@@ -24,7 +39,7 @@ def test_a_sum_over_rows_in_pieces_is_the_whole_sum(rows: int, monkeypatch: pyte
 @pytest.mark.interpreter
 def test_without_the_forward_kernel_it_is_right_too(monkeypatch: pytest.MonkeyPatch) -> None:
     op, implementation = get_op("swiglu_mlp"), get_implementation("swiglu_mlp", "triton")
-    separate = triton_impl._forward_launch(torch.device("cpu"), 64, 64, 4, 1)._replace(fused=0)
+    separate = triton_impl._forward_launch(torch.device("cpu"), 64, 64, 4, 1)._replace(how=APART)
     monkeypatch.setattr(_FORWARD, "_default", lambda *_, **__: separate)
     verdict = verify(op, implementation, implementation.load(), [], torch.device("cpu"), dtype=torch.float32)
     assert verdict.status == "verified", verdict
@@ -32,17 +47,20 @@ def test_without_the_forward_kernel_it_is_right_too(monkeypatch: pytest.MonkeyPa
 
 @pytest.mark.parametrize("descriptors", [0, 1])
 @pytest.mark.parametrize("gpu", TARGETS.values(), ids=TARGETS)
-@pytest.mark.parametrize(("width", "fused"), [(384, 1), (1024, 1), (1032, 0), (2048, 0)])
-def test_a_long_sum_is_left_to_cublas_unless_a_search_says_otherwise(
-    width: int, fused: int, gpu: Gpu, descriptors: int
+@pytest.mark.parametrize(("d_ff", "width"), [(4096, 384), (4096, 1024), (4096, 1032), (4096, 2048), (4104, 384)])
+def test_hopper_has_kernels_of_its_own_and_elsewhere_cublas_a_long_sum(
+    d_ff: int, width: int, gpu: Gpu, descriptors: int
 ) -> None:
-    shape = {"width": width, "d_ff": 4096, "itemsize": 2, "descriptors": descriptors}
+    shape = {"width": width, "d_ff": d_ff, "itemsize": 2, "descriptors": descriptors}
     meta = torch.device("meta")
     with absent_gpu(gpu):
-        launch = triton_impl._forward_launch(meta, **shape)
-        (other,) = triton_impl._forward_alternatives(meta, **shape)
-    assert (launch.fused, other.fused) == (fused, 1 - fused)
-    assert launch[:-1] == other[:-1]
+        forward, backward = triton_impl._forward_launch(meta, **shape), triton_impl._backward_launch(meta, **shape)
+        others = {launch.how for launch in triton_impl._forward_alternatives(meta, **shape)}
+    if descriptors and gpu.capability == 90 and d_ff == 4096:
+        assert (forward.how, backward.how) == (SPECIALISED, SPECIALISED)
+    else:
+        assert (forward.how, backward.how) == (TILES if width <= 1024 else APART, TILES)
+    assert others == {TILES, APART}
 
 
 @pytest.mark.parametrize(("x", "gate_up", "down"), [((4, 8), (32, 9), (8, 16)), ((4, 8), (30, 8), (8, 16)),
@@ -52,3 +70,62 @@ def test_weights_that_do_not_fit_are_refused(
 ) -> None:
     with pytest.raises(ValueError, match=r"swiglu_mlp \(triton\): x is .* \[2 d_ff, d_model\]"):
         swiglu_mlp(torch.ones(x), torch.ones(gate_up), torch.ones(down))
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(torch.cuda.is_available() and torch.cuda.get_device_capability()[0] != 9, reason="needs Hopper")
+class TestOnHopper:
+    """Warps that wait for each other: each ring must go around more than twice, and end anywhere."""
+
+    @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+    @pytest.mark.parametrize("programs", [1, 2, 3, 7])
+    @pytest.mark.parametrize(("rows", "width", "d_ff"), [(1, 8, 128), (129, 64, 128), (300, 136, 384), (1100, 328, 640),
+                                                         (2048, 512, 256)])  # fmt: skip
+    def test_it_is_right_however_many_tiles_a_program_takes(
+        self, rows: int, width: int, d_ff: int, programs: int, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        monkeypatch.setattr(hopper, "programs", lambda x, d_ff: programs)
+        generator = torch.Generator("cuda").manual_seed(rows)
+        x, gate_up, down, dy = (
+            torch.randn(shape, generator=generator, device="cuda", dtype=dtype) * scale
+            for shape, scale in (((rows, width), 1.0), ((2 * d_ff, width), width**-0.5),
+                                 ((width, d_ff), (d_ff / 3) ** -0.5), ((rows, width), 1.0))
+        )  # fmt: skip
+        given = [x, gate_up, down]
+        torch.full((2**26,), float("nan"), device="cuda")  # what is not written is not finite
+        with seen_launches() as launches:
+            found = differentiated(swiglu_mlp, given, dy)
+        assert [values["how"] for values in launches.values()] == [SPECIALISED, SPECIALISED]
+        exact = differentiated(reference, [tensor.double() for tensor in given], dy.double())
+        rounding = differentiated(plain, given, dy)
+        for ours, theirs, right in zip(found, rounding, exact, strict=True):
+            assert error(ours, right) <= 1.5 * error(theirs, right) + 1e-4
+
+    @pytest.mark.parametrize("bug", bugs("swiglu_mlp", "HOPPER_BUGS"))
+    def test_a_planted_bug_is_rejected(self, bug: str, tmp_path: Path) -> None:
+        _, function = mutant("swiglu_mlp", bug, tmp_path, "HOPPER_BUGS")
+        op, implementation = get_op("swiglu_mlp"), get_implementation("swiglu_mlp", "triton")
+        verdict = verify(op, implementation, function, [], torch.device("cuda"), dtype=torch.bfloat16)
+        assert verdict.status == "wrong", verdict
+
+
+def plain(x: Tensor, gate_up_weight: Tensor, down_weight: Tensor) -> Tensor:
+    gate, up = F.linear(x, gate_up_weight).chunk(2, dim=-1)
+    return F.linear(F.silu(gate) * up, down_weight)
+
+
+def differentiated(function: Callable[..., Tensor], given: list[Tensor], dy: Tensor) -> list[Tensor]:
+    leaves = [tensor.detach().requires_grad_() for tensor in given]
+    y = function(*leaves)
+    return [y.detach(), *torch.autograd.grad(y, leaves, dy)]
+
+
+def error(found: Tensor, right: Tensor) -> float:
+    return float((found.double() - right).norm() / right.norm())
+
+
+@pytest.mark.parametrize("bug", bugs("swiglu_mlp", "HOPPER_BUGS"))
+def test_a_bug_can_be_planted_for_hopper(bug: str) -> None:
+    before, after = bugs("swiglu_mlp", "HOPPER_BUGS")[bug]
+    assert sum(source.count(before) for source in sources("swiglu_mlp").values()) == 1
+    assert before != after

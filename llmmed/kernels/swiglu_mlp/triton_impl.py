@@ -4,6 +4,8 @@ Forward, one kernel multiplies a tile of x with the same rows of both halves of 
 the activation makes of them; where cuBLAS's own product is ahead by more than that spares, product and activation
 follow one another. Backward, the gradient that arrives at the activation is a tile in registers, which never reaches
 memory. The products that are left, among them all that sum over rows, are cuBLAS's.
+
+Hopper has kernels of its own, in `hopper.py`; those here run everywhere.
 """
 
 # Annotations must be real objects: torch infers the operator's schema from them. So no `from __future__` here.
@@ -18,6 +20,7 @@ from triton.tools.tensor_descriptor import TensorDescriptor
 
 from llmmed.kernels.base import Implementation
 from llmmed.kernels.operator import (
+    INTERPRETED,
     TRITON_DEVICES,
     as_rows,
     capability,
@@ -28,6 +31,7 @@ from llmmed.kernels.operator import (
     shared_bytes,
 )
 from llmmed.kernels.swiglu.triton_impl import activate
+from llmmed.kernels.swiglu_mlp import hopper
 from llmmed.kernels.tunable import Tunable
 
 _GROUP = 8  # rows of tiles that run beside each other
@@ -127,38 +131,50 @@ def swiglu_mlp_triton_bwd_kernel(
         tl.store(to + d_ff, dup, mask=mask)
 
 
+TILES, SPECIALISED, APART = 0, 1, 2
+"""How: kernels whose programs load and multiply by turns, a tile each; those for Hopper, whose warps have tasks of
+their own; or, forward alone, cuBLAS's product and the activation after it."""
+
+
 class Launch(NamedTuple):
-    """A tile's sides (of hidden units for which both halves are computed, in the forward kernel), and its resources."""
+    """How to compute; for `TILES`, a tile's sides (of hidden units for which both halves are computed, in the forward
+    kernel), and its resources."""
 
     block_m: int
     block_n: int
     block_k: int
     num_warps: int
     num_stages: int
-    max_registers: int  # of a thread; 0 leaves it to the compiler
-    fused: int = 1  # 0: cuBLAS's product, then the activation; forward alone
+    how: int = TILES
 
 
-_SMALL_TILE = Launch(128, 64, 32, 8, 3, 0)  # for less shared memory, and for loads by pointers
+_SMALL_TILE = Launch(128, 64, 32, 8, 3)  # for less shared memory, and for loads by pointers
 
 
 def _forward_launch(device: torch.device, width: int, d_ff: int, itemsize: int, descriptors: int) -> Launch:
     """Two programs a multiprocessor where they fit: while one writes, the other multiplies. The longer the sum, the
     less there is to hide, and the more does a better product count."""
     if itemsize == 4:
-        return Launch(32, 32, 32, 4, 2, 0)
-    launch = Launch(128, 64, 64, 4, 3, 0)
+        return Launch(32, 32, 32, 4, 2)
+    launch = Launch(128, 64, 64, 4, 3)
     if not descriptors or not _two_fit(device, launch, 2 * launch.block_n):
         launch = _SMALL_TILE
-    return launch._replace(fused=int(width <= 1024))
+    if _specialises(device, d_ff, descriptors):
+        return launch._replace(how=SPECIALISED)
+    return launch._replace(how=TILES if width <= 1024 else APART)
 
 
 def _backward_launch(device: torch.device, width: int, d_ff: int, itemsize: int, descriptors: int) -> Launch:
-    """As forward; on Hopper with larger tiles, whose threads must make do with 128 registers for two to fit."""
     if itemsize == 4:
-        return Launch(32, 32, 32, 4, 2, 0)
-    launch = Launch(128, 128, 64, 8, 3, 128) if capability(device) == 90 else Launch(128, 64, 64, 4, 3, 0)
-    return launch if descriptors and _two_fit(device, launch, launch.block_n) else _SMALL_TILE
+        return Launch(32, 32, 32, 4, 2)
+    launch = Launch(64, 128, 64, 4, 3)
+    if not descriptors or not _two_fit(device, launch, launch.block_n):
+        launch = _SMALL_TILE
+    return launch._replace(how=SPECIALISED if _specialises(device, d_ff, descriptors) else TILES)
+
+
+def _specialises(device: torch.device, d_ff: int, descriptors: int) -> bool:
+    return bool(descriptors) and not INTERPRETED and capability(device) == 90 and d_ff % hopper.BLOCK == 0
 
 
 def _two_fit(device: torch.device, launch: Launch, cols: int) -> bool:
@@ -171,14 +187,15 @@ def _forward_alternatives(
 ) -> Iterator[Launch]:
     if itemsize == 2:
         default = _forward_launch(device, width, d_ff, itemsize, descriptors)
-        yield default._replace(fused=1 - default.fused)
+        yield from (default._replace(how=how) for how in (TILES, APART))
 
 
 def _backward_alternatives(
     device: torch.device, width: int, d_ff: int, itemsize: int, descriptors: int
 ) -> Iterator[Launch]:
     if itemsize == 2 and descriptors:
-        yield Launch(64, 128, 64, 4, 3, 0)
+        yield Launch(64, 128, 64, 4, 3)
+        yield Launch(128, 64, 64, 4, 3)
 
 
 _FORWARD = Tunable("swiglu_mlp_triton_fwd_kernel", _forward_launch, _forward_alternatives)
@@ -203,7 +220,6 @@ def _constants(launch: Launch, described: bool, dtype: torch.dtype) -> dict[str,
         "PRECISION": input_precision(dtype),
         "num_warps": launch.num_warps,
         "num_stages": launch.num_stages,
-        "maxnreg": launch.max_registers or None,
     }
 
 
@@ -212,13 +228,15 @@ def _activate(x: Tensor, weight: Tensor) -> tuple[Tensor, Tensor]:
     (n_rows, width), d_ff = x.shape, weight.shape[0] // 2
     described = describable(x, weight)
     launch = _FORWARD(x.device, width=width, d_ff=d_ff, itemsize=x.element_size(), descriptors=int(described))
-    if not launch.fused:
+    if launch.how == APART:
         gate_up = x @ weight.mT
         return gate_up, activate(gate_up)
     gate_up = torch.empty((n_rows, 2 * d_ff), dtype=x.dtype, device=x.device)
     hidden = torch.empty((n_rows, d_ff), dtype=x.dtype, device=x.device)
     m, n, k = launch.block_m, launch.block_n, launch.block_k
-    if n_rows:
+    if n_rows and launch.how == SPECIALISED:
+        hopper.activate(x, weight, gate_up, hidden)
+    elif n_rows:
         swiglu_mlp_triton_fwd_kernel[_grid(launch, n_rows, d_ff)](
             _descriptor(x, m, k) if described else None,
             _descriptor(weight.view(2, d_ff, width), 2, n, k) if described else None,
@@ -235,7 +253,9 @@ def _activation_gradient(dy: Tensor, weight: Tensor, gate_up: Tensor) -> Tensor:
     described = describable(dy, weight, halves)
     launch = _BACKWARD(dy.device, width=width, d_ff=d_ff, itemsize=dy.element_size(), descriptors=int(described))
     m, n, k = launch.block_m, launch.block_n, launch.block_k
-    if n_rows:
+    if n_rows and launch.how == SPECIALISED:
+        hopper.differentiate(dy, weight, gate_up, dgate_up)
+    elif n_rows:
         swiglu_mlp_triton_bwd_kernel[_grid(launch, n_rows, d_ff)](
             _descriptor(dy, m, k) if described else None,
             _descriptor(weight, k, n) if described else None,
@@ -314,6 +334,11 @@ IMPL = Implementation(
     "triton",
     load=_load,
     devices=TRITON_DEVICES,
-    kernel_names=("swiglu_mlp_triton_fwd_kernel", "swiglu_mlp_triton_bwd_kernel"),
+    kernel_names=(
+        "swiglu_mlp_triton_fwd_kernel",
+        "swiglu_mlp_triton_bwd_kernel",
+        "swiglu_mlp_hopper_fwd_kernel",
+        "swiglu_mlp_hopper_bwd_kernel",
+    ),
     tunable=(_FORWARD, _BACKWARD),
 )

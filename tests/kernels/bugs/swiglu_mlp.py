@@ -72,3 +72,38 @@ BUGS = {
         "dgate_up = _activation_gradient(dy_rows.mul_(2),",
     ),
 }
+
+# Planted into the kernels for Hopper, which no interpreter runs. None of them keeps a warp waiting for ever.
+HOPPER_BUGS = {
+    "sigmoid for silu": ("hidden = wide * _sigmoid(wide) * up", "hidden = _sigmoid(wide) * up"),
+    "sigmoid 2 % too large": ("inverse = 1.0 + gl.exp2(", "inverse = 0.98 + gl.exp2("),
+    "gate and up exchanged": ("gates, ups = acc", "ups, gates = acc"),
+    "halves of the gate exchanged": ("first_gate, second_gate = gates", "second_gate, first_gate = gates"),
+    "up's weight taken from the gate's": (
+        "tma.async_copy_global_to_shared(weight_desc, [d_ff + col, start]",
+        "tma.async_copy_global_to_shared(weight_desc, [col, start]",
+    ),
+    "up stored over the gate": ("_send(up, gate_up_desc, row, d_ff + at,", "_send(up, gate_up_desc, row, at,"),
+    "a second half of hidden units over the first": ("at = col + half * _P", "at = col"),
+    "both groups at the same rows of x": (
+        "slice(WHICH * _P, _P, dim=0), weight_tiles",
+        "slice(0, _P, dim=0), weight_tiles",
+    ),
+    "both groups store the same rows": ("        row += WHICH * _P\n", ""),
+    "lower rows of dy taken from the upper": ("dy.slice(_P, _P, dim=0)", "dy.slice(0, _P, dim=0)"),
+    "derivative of the sigmoid left out": ("(sigmoid * (1.0 + gate - silu))", "sigmoid"),
+    "derivative with the wrong sign": ("(1.0 + gate - silu)", "(1.0 - gate + silu)"),
+    "gate's gradient without up": ("dgate = arriving * up * ", "dgate = arriving * "),
+    "up's gradient from the sigmoid": ("dup = arriving * silu", "dup = arriving * sigmoid"),
+    "up's gradient over the gate's": ("[top, d_ff + left], up_buffer)", "[top, left], up_buffer)"),
+    "gate read for up": ("up = up_buffer.load(layout)", "up = gate_buffer.load(layout)"),
+    "quarters exchanged": (
+        "_differentiate(left, dgate_up_desc, gates, ups, read, row, col, d_ff, phase, 2, WHICH)",
+        "_differentiate(right, dgate_up_desc, gates, ups, read, row, col, d_ff, phase, 2, WHICH)",
+    ),
+    "rows of tiles in a group too many": (
+        "gl.minimum(gl.cdiv(n_rows, _M) - group * _GROUP_ROWS, _GROUP_ROWS)",
+        "_GROUP_ROWS",
+    ),
+    "columns of tiles counted as rows": ("in_group // height * _M", "in_group % height * _M"),
+}

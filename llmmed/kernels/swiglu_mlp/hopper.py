@@ -1,0 +1,318 @@
+"""The two kernels of `swiglu_mlp` for Hopper, in Gluon, where each warp has a task of its own.
+
+A program stays on its multiprocessor and takes one tile after the other. One warp asks for tiles of what is multiplied,
+as far ahead as shared memory holds; two groups of four warps multiply. Rings of buffers lie between them, each buffer
+with a barrier that says full and one that says empty; a barrier's phase is how often its ring has gone around.
+
+* Forward, both groups work at the same tile of 128 rows and 128 hidden units, gate and up, each at half of its rows.
+* Backward, each group has a tile of 128 x 128 of its own: while one multiplies, the other reads gate and up, which a
+  fourth warp has asked for in quarters of the tile, and writes both gradients over them, to be stored from there.
+
+Both need 16 bits, hidden units in whole blocks of 128, and rows that the hardware copies (`describable`).
+"""
+
+# Annotations are arguments' kinds, for the compiler. So no `from __future__` here.
+from typing import Any
+
+from torch import Tensor
+from triton.experimental import gluon
+from triton.experimental.gluon import language as gl
+from triton.experimental.gluon.language.nvidia.hopper import (
+    fence_async_shared,
+    mbarrier,
+    tma,
+    warpgroup_mma,
+    warpgroup_mma_wait,
+)
+from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
+
+from llmmed.kernels.operator import gpu_of
+
+BLOCK = 128  # rows of a tile, and its hidden units
+_DEPTH = 64  # of the sum, a step
+_PART = 64  # sides of what is stored at a time
+_GROUP = 8  # rows of tiles that run beside each other
+_FORWARD_STAGES, _BACKWARD_STAGES = 3, 5  # steps that shared memory holds
+_UNITS = 4  # parts of a result that one group of the forward kernel has on their way to memory
+
+_M: gl.constexpr = gl.constexpr(BLOCK)
+_K: gl.constexpr = gl.constexpr(_DEPTH)
+_P: gl.constexpr = gl.constexpr(_PART)
+_GROUP_ROWS: gl.constexpr = gl.constexpr(_GROUP)
+
+
+@gluon.jit
+def _tile_of(tile, n_rows, d_ff):
+    """Where a tile begins. Some rows of tiles at a time, column by column: what neighbouring programs read stays in
+    the L2 cache."""
+    tiles_n = d_ff // _M
+    group = tile // (_GROUP_ROWS * tiles_n)
+    height = gl.minimum(gl.cdiv(n_rows, _M) - group * _GROUP_ROWS, _GROUP_ROWS)
+    in_group = tile % (_GROUP_ROWS * tiles_n)
+    return (group * _GROUP_ROWS + in_group % height) * _M, in_group // height * _M
+
+
+@gluon.jit
+def _tiles(n_rows, d_ff):
+    return gl.cdiv(n_rows, _M) * (d_ff // _M)
+
+
+@gluon.jit
+def _sigmoid(x):
+    """By the hardware's approximate reciprocal, to one unit in the last place of float32."""
+    inverse = 1.0 + gl.exp2(x * -1.4426950408889634)
+    return gl.inline_asm_elementwise(
+        "rcp.approx.ftz.f32 $0, $1;", "=f,f", [inverse], dtype=gl.float32, is_pure=True, pack=1
+    )
+
+
+@gluon.jit
+def _barriers(count: gl.constexpr, arrivals: gl.constexpr):
+    bars = gl.allocate_shared_memory(gl.int64, [count, 1], mbarrier.MBarrierLayout())
+    for i in gl.static_range(count):
+        mbarrier.init(bars.index(i), count=arrivals)
+    return bars
+
+
+@gluon.jit
+def _fetch_forward(x_desc, weight_desc, x_tiles, weight_tiles, full, empty, n_rows, d_ff, width, STAGES: gl.constexpr):
+    step = 0
+    for tile in range(gl.program_id(0), _tiles(n_rows, d_ff), gl.num_programs(0)):
+        row, col = _tile_of(tile, n_rows, d_ff)
+        for start in range(0, width, _K):
+            slot = step % STAGES
+            mbarrier.wait(empty.index(slot), (step // STAGES & 1) ^ 1)
+            bar, weight = full.index(slot), weight_tiles.index(slot)
+            mbarrier.expect(bar, 3 * _M * _K * 2)
+            tma.async_copy_global_to_shared(x_desc, [row, start], bar, x_tiles.index(slot))
+            tma.async_copy_global_to_shared(weight_desc, [col, start], bar, weight.slice(0, _M, dim=0))
+            tma.async_copy_global_to_shared(weight_desc, [d_ff + col, start], bar, weight.slice(_M, _M, dim=0))
+            step += 1
+
+
+@gluon.jit
+def _send(part, desc, row, col, outgoing, unit, UNITS: gl.constexpr):
+    """Stores a part of a result, by way of the next of some buffers, once that is free."""
+    buffer = outgoing.index(unit % UNITS)
+    tma.store_wait(UNITS - 1)
+    buffer.store(part)
+    fence_async_shared()
+    tma.async_copy_shared_to_global(desc, [row, col], buffer)
+
+
+@gluon.jit
+def _activate_tiles(
+    gate_up_desc, hidden_desc, x_tiles, weight_tiles, outgoing, full, empty, n_rows, d_ff, width,
+    STAGES: gl.constexpr, UNITS: gl.constexpr, WHICH: gl.constexpr,
+):  # fmt: skip
+    layout: gl.constexpr = gl.NVMMADistributedLayout(version=[3, 0], warps_per_cta=[4, 1], instr_shape=[16, 2 * _M, 16])
+    dtype: gl.constexpr = hidden_desc.dtype
+    step = 0
+    unit = 0
+    for tile in range(gl.program_id(0), _tiles(n_rows, d_ff), gl.num_programs(0)):
+        row, col = _tile_of(tile, n_rows, d_ff)
+        row += WHICH * _P
+        acc = gl.zeros((_P, 2 * _M), gl.float32, layout)
+        for start in range(0, width, _K):
+            slot = step % STAGES
+            mbarrier.wait(full.index(slot), step // STAGES & 1)
+            x, weight = x_tiles.index(slot).slice(WHICH * _P, _P, dim=0), weight_tiles.index(slot).permute((1, 0))
+            acc = warpgroup_mma(x, weight, acc, is_async=True)
+            acc = warpgroup_mma_wait(1, deps=(acc,))  # the step before is done, and its buffer free
+            mbarrier.arrive(empty.index((step + STAGES - 1) % STAGES), pred=start > 0)
+            step += 1
+        acc = warpgroup_mma_wait(0, deps=(acc,))
+        mbarrier.arrive(empty.index((step + STAGES - 1) % STAGES))
+        # Columns that lie 64 or 128 apart are in the same thread: nothing moves.
+        gates, ups = acc.reshape((_P, 2, _M)).permute((0, 2, 1)).split()
+        first_gate, second_gate = gates.reshape((_P, 2, _P)).permute((0, 2, 1)).split()
+        first_up, second_up = ups.reshape((_P, 2, _P)).permute((0, 2, 1)).split()
+        for half in gl.static_range(2):
+            # Backward has them as they are stored, so that forward computes with the same values.
+            if half == 0:
+                gate, up = first_gate.to(dtype), first_up.to(dtype)
+            else:
+                gate, up = second_gate.to(dtype), second_up.to(dtype)
+            at = col + half * _P
+            _send(gate, gate_up_desc, row, at, outgoing, unit, UNITS)
+            _send(up, gate_up_desc, row, d_ff + at, outgoing, unit + 1, UNITS)
+            wide = gate.to(gl.float32)
+            hidden = wide * _sigmoid(wide) * up.to(gl.float32)
+            _send(hidden.to(dtype), hidden_desc, row, at, outgoing, unit + 2, UNITS)
+            unit += 3
+    tma.store_wait(0)
+
+
+@gluon.jit
+def swiglu_mlp_hopper_fwd_kernel(
+    x_desc, weight_desc, gate_up_desc, hidden_desc, n_rows, d_ff, width, STAGES: gl.constexpr, UNITS: gl.constexpr
+):
+    x_tiles = gl.allocate_shared_memory(x_desc.dtype, [STAGES, _M, _K], x_desc.layout)
+    weight_tiles = gl.allocate_shared_memory(weight_desc.dtype, [STAGES, 2 * _M, _K], weight_desc.layout)
+    upper = gl.allocate_shared_memory(hidden_desc.dtype, [UNITS, _P, _P], hidden_desc.layout)
+    lower = gl.allocate_shared_memory(hidden_desc.dtype, [UNITS, _P, _P], hidden_desc.layout)
+    full, empty = _barriers(STAGES, 1), _barriers(STAGES, 2)  # both groups have read a buffer before it is free
+    gl.warp_specialize([
+        (_activate_tiles, (gate_up_desc, hidden_desc, x_tiles, weight_tiles, upper, full, empty,
+                           n_rows, d_ff, width, STAGES, UNITS, 0)),
+        (_activate_tiles, (gate_up_desc, hidden_desc, x_tiles, weight_tiles, lower, full, empty,
+                           n_rows, d_ff, width, STAGES, UNITS, 1)),
+        (_fetch_forward, (x_desc, weight_desc, x_tiles, weight_tiles, full, empty, n_rows, d_ff, width, STAGES)),
+    ], [4, 1], [240, 24])  # fmt: skip
+
+
+@gluon.jit
+def _fetch_backward(
+    dy_desc, weight_desc, dy_tiles, weight_tiles, full, empty, n_rows, d_ff, width, STAGES: gl.constexpr
+):
+    step = 0
+    for tile in range(gl.program_id(0), _tiles(n_rows, d_ff), gl.num_programs(0)):
+        row, col = _tile_of(tile, n_rows, d_ff)
+        for start in range(0, width, _K):
+            slot = step % STAGES
+            mbarrier.wait(empty.index(slot), (step // STAGES & 1) ^ 1)
+            bar = full.index(slot)
+            mbarrier.expect(bar, 2 * _M * _K * 2)
+            tma.async_copy_global_to_shared(dy_desc, [row, start], bar, dy_tiles.index(slot))
+            tma.async_copy_global_to_shared(weight_desc, [start, col], bar, weight_tiles.index(slot))
+            step += 1
+
+
+@gluon.jit
+def _fetch_gate_up(gate_up_desc, gates, ups, full, empty, n_rows, d_ff):
+    turn = 0
+    for tile in range(gl.program_id(0), _tiles(n_rows, d_ff), gl.num_programs(0)):
+        row, col = _tile_of(tile, n_rows, d_ff)
+        for part in gl.static_range(4):
+            mbarrier.wait(empty.index(part), (turn & 1) ^ 1)
+            bar = full.index((turn & 1) * 4 + part)
+            mbarrier.expect(bar, 2 * _P * _P * 2)
+            top, left = row + part // 2 * _P, col + part % 2 * _P
+            tma.async_copy_global_to_shared(gate_up_desc, [top, left], bar, gates.index(part))
+            tma.async_copy_global_to_shared(gate_up_desc, [top, d_ff + left], bar, ups.index(part))
+        turn += 1  # noqa: SIM113
+
+
+@gluon.jit
+def _differentiate(
+    arriving, dgate_up_desc, gates, ups, full, row, col, d_ff, phase, PART: gl.constexpr, WHICH: gl.constexpr
+):
+    """A quarter of a tile, given the gradient that arrives at the activation there."""
+    mbarrier.wait(full.index(WHICH * 4 + PART), phase)
+    layout: gl.constexpr = arriving.type.layout
+    gate_buffer, up_buffer = gates.index(PART), ups.index(PART)
+    gate = gate_buffer.load(layout).to(gl.float32)
+    up = up_buffer.load(layout).to(gl.float32)
+    sigmoid = _sigmoid(gate)
+    silu = gate * sigmoid
+    dgate = arriving * up * (sigmoid * (1.0 + gate - silu))
+    dup = arriving * silu
+    gate_buffer.store(dgate.to(dgate_up_desc.dtype))
+    up_buffer.store(dup.to(dgate_up_desc.dtype))
+    fence_async_shared()
+    top, left = row + PART // 2 * _P, col + PART % 2 * _P
+    tma.async_copy_shared_to_global(dgate_up_desc, [top, left], gate_buffer)
+    tma.async_copy_shared_to_global(dgate_up_desc, [top, d_ff + left], up_buffer)
+
+
+@gluon.jit
+def _differentiate_tiles(
+    dgate_up_desc, dy_tiles, weight_tiles, gates, ups, full, empty, read, written, turns, n_rows, d_ff, width,
+    STAGES: gl.constexpr, WHICH: gl.constexpr,
+):  # fmt: skip
+    layout: gl.constexpr = gl.NVMMADistributedLayout(version=[3, 0], warps_per_cta=[4, 1], instr_shape=[16, _M, 16])
+    steps = gl.cdiv(width, _K)
+    programs = gl.num_programs(0)
+    turn = 0
+    for tile in range(gl.program_id(0) + WHICH * programs, _tiles(n_rows, d_ff), 2 * programs):
+        row, col = _tile_of(tile, n_rows, d_ff)
+        upper = gl.zeros((_P, _M), gl.float32, layout)
+        lower = gl.zeros((_P, _M), gl.float32, layout)
+        # One group after the other: a barrier that is a whole turn behind would look as if it had been passed.
+        mbarrier.wait(turns.index(WHICH), (turn & 1) ^ (1 - WHICH))
+        step = (2 * turn + WHICH) * steps
+        for k in range(steps):
+            slot = step % STAGES
+            mbarrier.wait(full.index(slot), step // STAGES & 1)
+            dy, weight = dy_tiles.index(slot), weight_tiles.index(slot)
+            upper = warpgroup_mma(dy.slice(0, _P, dim=0), weight, upper, is_async=True)
+            lower = warpgroup_mma(dy.slice(_P, _P, dim=0), weight, lower, is_async=True)
+            upper, lower = warpgroup_mma_wait(2, deps=(upper, lower))  # the step before is done, and its buffer free
+            mbarrier.arrive(empty.index((step + STAGES - 1) % STAGES), pred=k > 0)
+            step += 1
+        mbarrier.arrive(turns.index(1 - WHICH))
+        upper, lower = warpgroup_mma_wait(0, deps=(upper, lower))
+        mbarrier.arrive(empty.index((step + STAGES - 1) % STAGES))
+
+        # A buffer is free for the next tile when the two gradients that were stored from it have left.
+        phase = turn & 1
+        left, right = upper.reshape((_P, 2, _P)).permute((0, 2, 1)).split()
+        _differentiate(left, dgate_up_desc, gates, ups, read, row, col, d_ff, phase, 0, WHICH)
+        _differentiate(right, dgate_up_desc, gates, ups, read, row, col, d_ff, phase, 1, WHICH)
+        tma.store_wait(2)
+        mbarrier.arrive(written.index(0))
+        left, right = lower.reshape((_P, 2, _P)).permute((0, 2, 1)).split()
+        _differentiate(left, dgate_up_desc, gates, ups, read, row, col, d_ff, phase, 2, WHICH)
+        tma.store_wait(2)
+        mbarrier.arrive(written.index(1))
+        _differentiate(right, dgate_up_desc, gates, ups, read, row, col, d_ff, phase, 3, WHICH)
+        tma.store_wait(2)
+        mbarrier.arrive(written.index(2))
+        tma.store_wait(0)
+        mbarrier.arrive(written.index(3))
+        turn += 1  # noqa: SIM113
+
+
+@gluon.jit
+def swiglu_mlp_hopper_bwd_kernel(
+    dy_desc, weight_desc, gate_up_desc, dgate_up_desc, n_rows, d_ff, width, STAGES: gl.constexpr
+):
+    dy_tiles = gl.allocate_shared_memory(dy_desc.dtype, [STAGES, _M, _K], dy_desc.layout)
+    weight_tiles = gl.allocate_shared_memory(weight_desc.dtype, [STAGES, _K, _M], weight_desc.layout)
+    gates = gl.allocate_shared_memory(gate_up_desc.dtype, [4, _P, _P], gate_up_desc.layout)
+    ups = gl.allocate_shared_memory(gate_up_desc.dtype, [4, _P, _P], gate_up_desc.layout)
+    full, empty = _barriers(STAGES, 1), _barriers(STAGES, 1)
+    read, written, turns = _barriers(8, 1), _barriers(4, 1), _barriers(2, 1)  # `read` has four for each group
+    gl.warp_specialize([
+        (_differentiate_tiles, (dgate_up_desc, dy_tiles, weight_tiles, gates, ups, full, empty, read, written, turns,
+                                n_rows, d_ff, width, STAGES, 0)),
+        (_differentiate_tiles, (dgate_up_desc, dy_tiles, weight_tiles, gates, ups, full, empty, read, written, turns,
+                                n_rows, d_ff, width, STAGES, 1)),
+        (_fetch_backward, (dy_desc, weight_desc, dy_tiles, weight_tiles, full, empty, n_rows, d_ff, width, STAGES)),
+        (_fetch_gate_up, (gate_up_desc, gates, ups, read, written, n_rows, d_ff)),
+    ], [4, 1, 1], [240, 24, 24])  # fmt: skip
+
+
+# Four warps of the first group; twelve in all, for whose 168 registers a thread there is room, and which the compiler
+# hands over from those that fetch to those that compute.
+_RESOURCES = {"num_warps": 4, "maxnreg": 168}
+
+
+def _described(tensor: Tensor, *block: int) -> TensorDescriptor:
+    dtype = getattr(gl, str(tensor.dtype).removeprefix("torch."))
+    layout = gl.NVMMASharedLayout.get_default_for(list(block), dtype)
+    return TensorDescriptor(tensor, list(tensor.shape), list(tensor.stride()), list(block), layout)
+
+
+def programs(x: Tensor, d_ff: int) -> int:
+    """One a multiprocessor, whose shared memory it fills, or one a tile."""
+    return min(-(-x.shape[0] // BLOCK) * (d_ff // BLOCK), gpu_of(x.device).multiprocessors)
+
+
+def activate(x: Tensor, weight: Tensor, gate_up: Tensor, hidden: Tensor) -> None:
+    """Writes x weight^T to `gate_up` [rows, 2 d_ff] and the activation's result to `hidden` [rows, d_ff]."""
+    (n_rows, width), d_ff = x.shape, hidden.shape[1]
+    tile: Any = (_described(x, BLOCK, _DEPTH), _described(weight, BLOCK, _DEPTH))
+    swiglu_mlp_hopper_fwd_kernel[(programs(x, d_ff),)](
+        *tile, _described(gate_up, _PART, _PART), _described(hidden, _PART, _PART), n_rows, d_ff, width,
+        STAGES=_FORWARD_STAGES, UNITS=_UNITS, **_RESOURCES,
+    )  # fmt: skip
+
+
+def differentiate(dy: Tensor, weight: Tensor, gate_up: Tensor, dgate_up: Tensor) -> None:
+    """Writes the gradient of gate and up to `dgate_up`, given that of the result and down's weight [d_model, d_ff]."""
+    n_rows, (width, d_ff) = dy.shape[0], weight.shape
+    swiglu_mlp_hopper_bwd_kernel[(programs(dy, d_ff),)](
+        _described(dy, BLOCK, _DEPTH), _described(weight, _DEPTH, BLOCK), _described(gate_up, _PART, _PART),
+        _described(dgate_up, _PART, _PART), n_rows, d_ff, width, STAGES=_BACKWARD_STAGES, **_RESOURCES,
+    )  # fmt: skip
