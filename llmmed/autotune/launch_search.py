@@ -105,13 +105,17 @@ def check_launches(
     device: torch.device,
     gate: Gate,
 ) -> list[KernelLaunch]:
-    """Launches of somebody's plan as far as this run's calls have them; the default for what does not pass the gate."""
+    """Launches of somebody's plan as far as this run's calls have them; the default for what does not pass the gate,
+    and for what nobody would try here: a kernel for another GPU may end the process that compiles it."""
     chosen: dict[Site, Values] = {}
     found = []
     opened = {each.site: each for each in open_sites(op, implementation, function, list(calls), device)}
     for launch in (each for each in given if each.site in opened):
         at = opened[launch.site]
-        reason = gate(at.calls, {**chosen, launch.site: launch.chosen}, launch.site)
+        if launch.chosen.keys() == at.default.keys() and launch.chosen not in (at.default, *at.alternatives):
+            reason = "not among the launches for this GPU"
+        else:
+            reason = gate(at.calls, {**chosen, launch.site: launch.chosen}, launch.site)
         if reason:
             refused = [LaunchTrial(values=dict(at.default)), LaunchTrial(values=launch.chosen, reason=reason)]
             launch = launch.model_copy(update={"chosen": dict(at.default), "tried": refused})

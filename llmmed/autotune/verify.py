@@ -232,7 +232,7 @@ def _run_candidate(
     given |= {f"the gradient of output {i} that arrives": v for i, v in enumerate(facts.upstream)}
     before = {name: value.clone() for name, value in given.items()}
     try:
-        with _poisoned_memory() if poison else contextlib.nullcontext():
+        with poisoned_memory() if poison else contextlib.nullcontext():
             results = _evaluate_candidate(function, facts)
             again = _evaluate_candidate(function, facts) if twice else results
         if device.type == "cuda":
@@ -304,7 +304,7 @@ def exact_products() -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def _poisoned_memory() -> Iterator[None]:
+def poisoned_memory() -> Iterator[None]:
     """Memory that is allocated without values holds NaN, so that what a kernel fails to write shows."""
     enabled = torch.are_deterministic_algorithms_enabled()
     warn_only = torch.is_deterministic_algorithms_warn_only_enabled()

@@ -168,6 +168,18 @@ def test_somebodys_launches_pass_the_gate_or_are_refused(planted: Planted, calls
     assert check([given(RIGHT, width=65), given(RIGHT, "another")]) == []
 
 
+def test_somebodys_launch_that_nobody_would_try_here_is_not_even_compiled(
+    planted: Planted, calls: dict[Call, int]
+) -> None:
+    def compiled(*_: object) -> str:
+        raise AssertionError("it went to the gate")
+
+    foreign = KernelLaunch(kernel="forward", at={"width": 64}, chosen={"block": 4096})
+    (refused,) = check_launches(OP, planted.implementation, planted, calls, [foreign], device=CPU, gate=compiled)
+    assert refused.chosen == {"block": DEFAULT}
+    assert refused.tried[-1].reason == "not among the launches for this GPU"
+
+
 def test_launches_survive_json(planted: Planted, calls: dict[Call, int]) -> None:
     candidate = Candidate(status="verified", launches=search(planted, calls))
     again = Candidate.model_validate(json.loads(json.dumps(candidate.model_dump(mode="json"), sort_keys=True)))

@@ -31,7 +31,8 @@ def cases(dtype: torch.dtype) -> Mapping[str, Call]:
         "one row": call(1, d_model=16, d_ff=24),
         "odd width": call(37, d_model=33, d_ff=40),
         "odd hidden width": call(20, d_model=32, d_ff=37),
-        "past a block, whole blocks of hidden units": call(131, d_model=136, d_ff=256),
+        "past a block": call(131, d_model=136, d_ff=72),
+        "whole blocks of hidden units": call(131, d_model=136, d_ff=256),
         "three dimensions, many blocks of rows": call(3, 100, d_model=16, d_ff=136),
         "rows of a wider tensor": call(19, d_model=32, d_ff=48, row_stride=64),
     }

@@ -5,15 +5,17 @@ as far ahead as shared memory holds; two groups of four warps multiply. Rings of
 with a barrier that says full and one that says empty; a barrier's phase is how often its ring has gone around.
 
 * Forward, both groups work at the same tile of 128 rows and 128 hidden units, gate and up, each at half of its rows.
-* Backward, each group has a tile of 128 x 128 of its own: while one multiplies, the other reads gate and up, which a
-  fourth warp has asked for in quarters of the tile, and writes both gradients over them, to be stored from there.
+* Backward, each group has a tile of 128 x 128 of its own: while one multiplies, the other reads gate and up, which
+  another warp has asked for in quarters of the tile, and writes both gradients over them, to be stored from there.
 
 Both need 16 bits, hidden units in whole blocks of 128, and rows that the hardware copies (`describable`).
 """
 
 # Annotations are arguments' kinds, for the compiler. So no `from __future__` here.
+import functools
 from typing import Any
 
+import torch
 from torch import Tensor
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
@@ -30,7 +32,7 @@ from llmmed.kernels.operator import gpu_of
 
 BLOCK = 128  # rows of a tile, and its hidden units
 _DEPTH = 64  # of the sum, a step
-_PART = 64  # sides of what is stored at a time
+_PART = BLOCK // 2  # rows that a group multiplies at a time, and sides of what is stored at a time
 _GROUP = 8  # rows of tiles that run beside each other
 _FORWARD_STAGES, _BACKWARD_STAGES = 3, 5  # steps that shared memory holds
 _UNITS = 4  # parts of a result that one group of the forward kernel has on their way to memory
@@ -59,7 +61,7 @@ def _tiles(n_rows, d_ff):
 
 @gluon.jit
 def _sigmoid(x):
-    """By the hardware's approximate reciprocal, to one unit in the last place of float32."""
+    """By the hardware's approximations, which are off by one or two units in the last place of float32."""
     inverse = 1.0 + gl.exp2(x * -1.4426950408889634)
     return gl.inline_asm_elementwise(
         "rcp.approx.ftz.f32 $0, $1;", "=f,f", [inverse], dtype=gl.float32, is_pure=True, pack=1
@@ -152,6 +154,7 @@ def swiglu_mlp_hopper_fwd_kernel(
     upper = gl.allocate_shared_memory(hidden_desc.dtype, [UNITS, _P, _P], hidden_desc.layout)
     lower = gl.allocate_shared_memory(hidden_desc.dtype, [UNITS, _P, _P], hidden_desc.layout)
     full, empty = _barriers(STAGES, 1), _barriers(STAGES, 2)  # both groups have read a buffer before it is free
+    fence_async_shared()
     gl.warp_specialize([
         (_activate_tiles, (gate_up_desc, hidden_desc, x_tiles, weight_tiles, upper, full, empty,
                            n_rows, d_ff, width, STAGES, UNITS, 0)),
@@ -205,7 +208,7 @@ def _differentiate(
     up = up_buffer.load(layout).to(gl.float32)
     sigmoid = _sigmoid(gate)
     silu = gate * sigmoid
-    dgate = arriving * up * (sigmoid * (1.0 + gate - silu))
+    dgate = arriving * up * (silu * (1.0 - sigmoid) + sigmoid)
     dup = arriving * silu
     gate_buffer.store(dgate.to(dgate_up_desc.dtype))
     up_buffer.store(dup.to(dgate_up_desc.dtype))
@@ -223,7 +226,7 @@ def _differentiate_tiles(
     layout: gl.constexpr = gl.NVMMADistributedLayout(version=[3, 0], warps_per_cta=[4, 1], instr_shape=[16, _M, 16])
     steps = gl.cdiv(width, _K)
     programs = gl.num_programs(0)
-    turn = 0
+    turn = 0  # of this group: of the program's tiles it takes number 2 turn + WHICH
     for tile in range(gl.program_id(0) + WHICH * programs, _tiles(n_rows, d_ff), 2 * programs):
         row, col = _tile_of(tile, n_rows, d_ff)
         upper = gl.zeros((_P, _M), gl.float32, layout)
@@ -246,16 +249,16 @@ def _differentiate_tiles(
 
         # A buffer is free for the next tile when the two gradients that were stored from it have left.
         phase = turn & 1
-        left, right = upper.reshape((_P, 2, _P)).permute((0, 2, 1)).split()
-        _differentiate(left, dgate_up_desc, gates, ups, read, row, col, d_ff, phase, 0, WHICH)
-        _differentiate(right, dgate_up_desc, gates, ups, read, row, col, d_ff, phase, 1, WHICH)
+        first, second = upper.reshape((_P, 2, _P)).permute((0, 2, 1)).split()
+        _differentiate(first, dgate_up_desc, gates, ups, read, row, col, d_ff, phase, 0, WHICH)
+        _differentiate(second, dgate_up_desc, gates, ups, read, row, col, d_ff, phase, 1, WHICH)
         tma.store_wait(2)
         mbarrier.arrive(written.index(0))
-        left, right = lower.reshape((_P, 2, _P)).permute((0, 2, 1)).split()
-        _differentiate(left, dgate_up_desc, gates, ups, read, row, col, d_ff, phase, 2, WHICH)
+        third, fourth = lower.reshape((_P, 2, _P)).permute((0, 2, 1)).split()
+        _differentiate(third, dgate_up_desc, gates, ups, read, row, col, d_ff, phase, 2, WHICH)
         tma.store_wait(2)
         mbarrier.arrive(written.index(1))
-        _differentiate(right, dgate_up_desc, gates, ups, read, row, col, d_ff, phase, 3, WHICH)
+        _differentiate(fourth, dgate_up_desc, gates, ups, read, row, col, d_ff, phase, 3, WHICH)
         tma.store_wait(2)
         mbarrier.arrive(written.index(2))
         tma.store_wait(0)
@@ -273,6 +276,7 @@ def swiglu_mlp_hopper_bwd_kernel(
     ups = gl.allocate_shared_memory(gate_up_desc.dtype, [4, _P, _P], gate_up_desc.layout)
     full, empty = _barriers(STAGES, 1), _barriers(STAGES, 1)
     read, written, turns = _barriers(8, 1), _barriers(4, 1), _barriers(2, 1)  # `read` has four for each group
+    fence_async_shared()
     gl.warp_specialize([
         (_differentiate_tiles, (dgate_up_desc, dy_tiles, weight_tiles, gates, ups, full, empty, read, written, turns,
                                 n_rows, d_ff, width, STAGES, 0)),
@@ -289,9 +293,14 @@ _RESOURCES = {"num_warps": 4, "maxnreg": 168}
 
 
 def _described(tensor: Tensor, *block: int) -> TensorDescriptor:
-    dtype = getattr(gl, str(tensor.dtype).removeprefix("torch."))
-    layout = gl.NVMMASharedLayout.get_default_for(list(block), dtype)
-    return TensorDescriptor(tensor, list(tensor.shape), list(tensor.stride()), list(block), layout)
+    return TensorDescriptor(
+        tensor, list(tensor.shape), list(tensor.stride()), list(block), _layout(block, tensor.dtype)
+    )
+
+
+@functools.cache
+def _layout(block: tuple[int, ...], dtype: torch.dtype) -> gl.NVMMASharedLayout:
+    return gl.NVMMASharedLayout.get_default_for(list(block), getattr(gl, str(dtype).removeprefix("torch.")))
 
 
 def programs(x: Tensor, d_ff: int) -> int:

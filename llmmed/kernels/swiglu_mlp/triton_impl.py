@@ -167,7 +167,7 @@ def _forward_launch(device: torch.device, width: int, d_ff: int, itemsize: int, 
 def _backward_launch(device: torch.device, width: int, d_ff: int, itemsize: int, descriptors: int) -> Launch:
     if itemsize == 4:
         return Launch(32, 32, 32, 4, 2)
-    launch = Launch(64, 128, 64, 4, 3)
+    launch = Launch(128, 64, 64, 4, 3)
     if not descriptors or not _two_fit(device, launch, launch.block_n):
         launch = _SMALL_TILE
     return launch._replace(how=SPECIALISED if _specialises(device, d_ff, descriptors) else TILES)
