@@ -18,6 +18,7 @@ from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensor
 
 from llmmed.kernels.base import Unavailable
+from llmmed.kernels.interpreter import spare_interpreter
 
 INTERPRETED = os.environ.get("TRITON_INTERPRET", "0") == "1"
 TRITON_DEVICES = ("cuda", "cpu") if INTERPRETED else ("cuda",)
@@ -43,6 +44,8 @@ def require_triton() -> None:
         import triton  # noqa: F401
     except ImportError as error:
         raise Unavailable(f"Triton is not installed ({error}); pip install triton") from error
+    if INTERPRETED:
+        spare_interpreter()
     if not INTERPRETED and _absent_gpu is None and not torch.cuda.is_available():
         raise Unavailable("Triton kernels need a CUDA GPU, and torch sees none")
 
