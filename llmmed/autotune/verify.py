@@ -306,13 +306,13 @@ def exact_products() -> Iterator[None]:
 @contextlib.contextmanager
 def poisoned_memory() -> Iterator[None]:
     """Memory that is allocated without values holds NaN, so that what a kernel fails to write shows."""
-    enabled = torch.are_deterministic_algorithms_enabled()
-    warn_only = torch.is_deterministic_algorithms_warn_only_enabled()
+    before = torch.get_deterministic_debug_mode()
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         # PyTorch fills such memory while it is asked for determinism; `fill_uninitialized_memory` is on by default.
-        torch.use_deterministic_algorithms(True, warn_only=True)
+        # Not by `use_deterministic_algorithms`, which also tells the compiler, and imports it for that: a second.
+        torch.set_deterministic_debug_mode("warn")
         try:
             yield
         finally:
-            torch.use_deterministic_algorithms(enabled, warn_only=warn_only)
+            torch.set_deterministic_debug_mode(before)
