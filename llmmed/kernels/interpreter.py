@@ -7,14 +7,16 @@ import functools
 from collections.abc import Callable
 from typing import Any
 
+import numpy as np
+
 
 @functools.cache
 def spare_interpreter() -> None:
     """Lets the interpreter adapt Triton's language once a launch, and look for no overflow that it would not report.
 
     At every call of a device function, `tl.sum` among them, it walks through all of the language again, whose functions
-    the launch has replaced already; and with each sum and product of integers it computes whether they overflow, also
-    where no assertion is on.
+    the launch has replaced already; with each sum and product of integers it computes whether they overflow, also where
+    no assertion is on; and to look up NumPy's name of a dtype it makes the table of all.
     """
     from triton.runtime import interpreter
 
@@ -35,6 +37,13 @@ def spare_interpreter() -> None:
             adapted.update(seen)
         return scope
 
+    look_up = functools.cache(interpreter._get_np_dtype)
+
+    def numpy_dtype(dtype: Any) -> Any:
+        scalar = dtype.scalar
+        return np.dtype(np.uint64) if scalar.is_ptr() else look_up(scalar)
+
     interpreter._patch_lang = adapt_once
+    interpreter._get_np_dtype = numpy_dtype
     builder = interpreter.interpreter_builder
     builder.options = dataclasses.replace(builder.options, sanitize_overflow=builder.options.debug)
