@@ -113,7 +113,7 @@ def check_launches(
     for launch in (each for each in given if each.site in opened):
         at = opened[launch.site]
         if launch.chosen.keys() == at.default.keys() and launch.chosen not in (at.default, *at.alternatives):
-            reason = "not among the launches for this GPU"
+            reason = "not among what this version launches on this GPU"
         else:
             reason = gate(at.calls, {**chosen, launch.site: launch.chosen}, launch.site)
         if reason:

@@ -306,7 +306,7 @@ def exact_products() -> Iterator[None]:
 @contextlib.contextmanager
 def poisoned_memory() -> Iterator[None]:
     """Memory that is allocated without values holds NaN, so that what a kernel fails to write shows."""
-    before = torch.get_deterministic_debug_mode()
+    before = torch.are_deterministic_algorithms_enabled(), torch.is_deterministic_algorithms_warn_only_enabled()
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         # PyTorch fills such memory while it is asked for determinism; `fill_uninitialized_memory` is on by default.
@@ -315,4 +315,4 @@ def poisoned_memory() -> Iterator[None]:
         try:
             yield
         finally:
-            torch.set_deterministic_debug_mode(before)
+            torch._C._set_deterministic_algorithms(before[0], warn_only=before[1])

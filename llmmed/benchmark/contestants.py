@@ -122,6 +122,11 @@ class Trainee(Protocol):
         """The kernels of ours."""
         ...
 
+    @property
+    def parameters(self) -> list[Tensor]:
+        """What is trained, in float32."""
+        ...
+
     def step(self, index: int, micro_batches: list[Tensor]) -> tuple[Tensor, Tensor]:
         """One optimizer step over micro-batches [batch, seq + 1]: the mean loss and the gradients' norm, 0-d."""
         ...
@@ -152,6 +157,7 @@ class _Ours:
         self._mode = plan.mode
         self._model = Transformer.for_training(config, load_kernels(plan.choice, plan.launches), config.device)
         self._stepper = Stepper(self._model, build_micro_step(self._model, config, self._mode), config)
+        self.parameters: list[Tensor] = list(self._model.parameters())
 
     def step(self, index: int, micro_batches: list[Tensor]) -> tuple[Tensor, Tensor]:
         return self._stepper.run(index, micro_batches, len(micro_batches))
@@ -213,7 +219,7 @@ class _Rival:
             self._call = torch.compile(self._model, dynamic=False)
         elif contestant.mode == "graphs":
             self._call = torch.compile(self._model, dynamic=False, mode="reduce-overhead")
-        self._parameters = list(self._model.parameters())
+        self.parameters: list[Tensor] = list(self._model.parameters())
         self._optimizers = _optimizers(self._model, config)
         self._scaler = torch.amp.GradScaler(config.device, enabled=config.train.precision == "fp16")
 
@@ -229,7 +235,7 @@ class _Rival:
             total += loss.detach()
         for optimizer in self._optimizers:
             self._scaler.unscale_(optimizer)
-        norm = torch.nn.utils.clip_grad_norm_(self._parameters, train.grad_clip or float("inf"))
+        norm = torch.nn.utils.clip_grad_norm_(self.parameters, train.grad_clip or float("inf"))
         for optimizer in self._optimizers:
             self._scaler.step(optimizer)
         self._scaler.update()

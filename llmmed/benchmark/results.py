@@ -107,6 +107,7 @@ class StepRow(_Frozen):
     first_loss: float | None = None  # nats a token, from the same weights and batch as everybody's
     first_gradient_norm: float | None = None
     last_loss: float | None = None  # of the last warm-up step, up to which all have made the same steps
+    update_rms: float | None = None  # by how much these steps have changed the weights, root mean square
     device_ms: dict[str, float] | None = None  # of a step, by what it does
     samples: list[float] = Field(default_factory=list)  # tokens/s of every block
     kernels: dict[str, str] | None = None  # the plan of ours

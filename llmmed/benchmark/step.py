@@ -29,14 +29,15 @@ if TYPE_CHECKING:
     from llmmed.benchmark.ops import Tell
 
 # From equal weights on equal batches, in 16 bits, where one rounds more often than another. Two mistakes that a rival
-# could make, a rotary of other pairs and a loss over other targets, move the first norm by far more; another optimizer
-# moves the last loss.
+# could make, a rotary of other pairs and a loss over other targets, move the first norm by far more. A loss hardly
+# tells whether the weights are updated as the others' are; the size of the updates does.
 _COMPARED = (
     ("first_loss", "loss of the first step", 0.002),
     ("first_gradient_norm", "gradient norm of the first step", 0.02),
+    ("update_rms", "size of the first steps' updates", 0.05),
     ("last_loss", "loss of the last warm-up step", 0.02),
 )
-_LAST_LOSS_WITH_MUON = 0.06  # plain's fused matrices are one matrix to it each: 1 % after six steps
+_LAST_LOSS_WITH_MUON = 0.06  # plain's fused matrices are one matrix to it each: 1 % after six steps at 0.002
 _FIRST_PROCESS_SECONDS = 30.0  # at least, on a GPU; none is started to be stopped before it has compiled
 _WARM_FIRST_STEP_SECONDS = 15.0
 _AS_RIVALS_TRAIN = ("optimizer.schedule=constant", "optimizer.warmup_steps=0")
@@ -177,7 +178,7 @@ class _Entry:
             "first_step_again_seconds": median(again) if again else None,
             "samples": samples,
         }
-        copied = ("first_loss", "first_gradient_norm", "last_loss", "device_ms", "kernels")
+        copied = ("first_loss", "first_gradient_norm", "last_loss", "update_rms", "device_ms", "kernels")
         return row.model_copy(update=update | {name: getattr(first, name) for name in copied})
 
 

@@ -62,6 +62,7 @@ class StepFound(_Frozen):
     first_loss: float | None = None
     first_gradient_norm: float | None = None
     last_loss: float | None = None
+    update_rms: float | None = None
     device_ms: dict[str, float] | None = None
     kernels: dict[str, str] | None = None
 
@@ -97,14 +98,18 @@ def compete(contestant: Contestant, settings: StepSettings, config: Config, job:
     if trainee.plan is not None:
         trainee.plan.write(job.plan)
     steps = _Steps(trainee, _batches(config, device), device)
+    copying = time.time()
+    before = [parameter.detach().to("cpu", copy=True) for parameter in trainee.parameters]
+    copying = time.time() - copying
     loss, norm = steps.run(1)
-    first_step_seconds = time.time() - job.started - trainee.excluded_seconds
+    first_step_seconds = time.time() - job.started - trainee.excluded_seconds - copying
     if config.train.precision == "fp16":
         loss, norm = _until_the_scale_fits(steps, loss, norm)
     first_loss, first_norm = loss.item(), norm.item()
     if settings.warm_up_steps:
         loss, _ = steps.run(settings.warm_up_steps)
-    last_loss = loss.item()
+    last_loss, update_rms = loss.item(), _distance(before, trainee.parameters)
+    del before
     if reason := _not_finite({"first loss": first_loss, "first gradient norm": first_norm, "last loss": last_loss}):
         return StepFound(status="wrong", reason=reason)
     settling = time.perf_counter()
@@ -127,6 +132,7 @@ def compete(contestant: Contestant, settings: StepSettings, config: Config, job:
         first_loss=first_loss,
         first_gradient_norm=first_norm,
         last_loss=last_loss,
+        update_rms=update_rms,
         kernels=trainee.plan.choice if trainee.plan is not None else None,
     )
     if not settings.profile_steps:
@@ -140,6 +146,12 @@ def compete(contestant: Contestant, settings: StepSettings, config: Config, job:
     except Exception as error:  # noqa: BLE001 - whatever the profiler raises, the times are good
         return found.model_copy(update={"reason": f"not profiled: {one_line(error)}"})
     return found.model_copy(update={"device_ms": device_ms})
+
+
+def _distance(before: list[torch.Tensor], now: list[torch.Tensor]) -> float:
+    """By how much all weights together have changed, root mean square."""
+    squares = sum(((new.detach().cpu() - old) ** 2).sum().item() for old, new in zip(before, now, strict=True))
+    return float((squares / sum(old.numel() for old in before)) ** 0.5)
 
 
 def _not_finite(values: Mapping[str, float]) -> str:

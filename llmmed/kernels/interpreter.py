@@ -1,4 +1,7 @@
-"""Triton's interpreter without what it does in vain, which is more than half of its time (Triton 3.6 and 3.7)."""
+"""Triton's interpreter without what it does in vain, which is more than half of its time.
+
+By names that are Triton's own affair: those of 3.6 and 3.7, which `pyproject.toml` allows.
+"""
 
 from __future__ import annotations
 

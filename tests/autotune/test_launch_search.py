@@ -177,7 +177,7 @@ def test_somebodys_launch_that_nobody_would_try_here_is_not_even_compiled(
     foreign = KernelLaunch(kernel="forward", at={"width": 64}, chosen={"block": 4096})
     (refused,) = check_launches(OP, planted.implementation, planted, calls, [foreign], device=CPU, gate=compiled)
     assert refused.chosen == {"block": DEFAULT}
-    assert refused.tried[-1].reason == "not among the launches for this GPU"
+    assert refused.tried[-1].reason == "not among what this version launches on this GPU"
 
 
 def test_launches_survive_json(planted: Planted, calls: dict[Call, int]) -> None:

@@ -44,7 +44,10 @@ def test_two_contestants_in_processes_of_their_own(tmp_path: Path) -> None:
         assert set(row.device_ms) <= set(GROUPS)
     assert ours.first_loss == pytest.approx(plain.first_loss, rel=1e-5)
     assert ours.first_gradient_norm == pytest.approx(plain.first_gradient_norm, rel=1e-4)
-    assert ours.last_loss == pytest.approx(plain.last_loss, rel=1e-4)  # the same optimizer, too
+    assert ours.last_loss == pytest.approx(plain.last_loss, rel=1e-4)
+    assert ours.update_rms == pytest.approx(plain.update_rms, rel=1e-2)  # the same optimizer, too
+    assert ours.update_rms is not None
+    assert ours.update_rms > 1e-5
     assert graphs.status == "unavailable"
     assert "CUDA graphs need a CUDA GPU" in shown
     assert {path.name for path in tmp_path.glob("step*")} == {
@@ -144,9 +147,9 @@ def test_the_label_of_a_size_is_no_contestants_own(tmp_path: Path, monkeypatch: 
     assert [shape.precision for shape in result.shapes] == ["fp32"]
 
 
-def trained(name: str, norm: float = 1.0, last: float = 10.8) -> StepRow:
+def trained(name: str, norm: float = 1.0, last: float = 10.8, update: float = 5e-4) -> StepRow:
     return StepRow(contestant=name, title=f"the {name}", size="base", status="verified", tokens_per_second=1e9,
-                   first_loss=10.8, first_gradient_norm=norm, last_loss=last)  # fmt: skip
+                   first_loss=10.8, first_gradient_norm=norm, last_loss=last, update_rms=update)  # fmt: skip
 
 
 def test_who_computes_something_else_is_out_of_the_comparison() -> None:
@@ -157,6 +160,10 @@ def test_who_computes_something_else_is_out_of_the_comparison() -> None:
     rows = _compared([trained("ours_auto", last=9.0), trained("plain_eager"), trained("hf_eager")])
     assert [each.status for each in rows] == ["wrong", "verified", "verified"]
     assert "loss of the last warm-up step 9" in rows[0].reason
+    for update in (0.0, 4e-4):
+        rows = _compared([trained("ours_auto", update=update), trained("plain_eager"), trained("hf_eager")])
+        assert [each.status for each in rows] == ["wrong", "verified", "verified"]
+        assert "size of the first steps' updates" in rows[0].reason
     apart = [trained("ours_auto", last=10.4), trained("plain_eager"), trained("hf_eager", last=10.4)]
     assert [[each.status for each in _compared(apart, name)].count("wrong") for name in ("adamw", "muon")] == [1, 0]
 

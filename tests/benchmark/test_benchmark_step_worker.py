@@ -20,17 +20,19 @@ from tests.benchmark.samples import STEP, TINY
 
 
 class Pretender:
-    """Trains nothing: its losses and gradient norms are given, the last ones for good."""
+    """Adds 1 to some of its weights in every step; its losses and gradient norms are given, the last ones for good."""
 
     excluded_seconds = 0.0
     plan = None
 
     def __init__(self, losses: Sequence[float] = (5.0,), norms: Sequence[float] = (1.0,)) -> None:
         self.losses, self.norms, self.indices = list(losses), list(norms), list[int]()
+        self.parameters = [torch.zeros(3, 4), torch.full((4,), 7.0)]
 
     def step(self, index: int, micro_batches: list[torch.Tensor]) -> tuple[torch.Tensor, torch.Tensor]:
         made = len(self.indices)
         self.indices.append(index)
+        self.parameters[1] += 1
         return tuple(torch.tensor(values[min(made, len(values) - 1)]) for values in (self.losses, self.norms))
 
     def annotated(self) -> contextlib.AbstractContextManager[None]:
@@ -92,6 +94,13 @@ def test_all_contestants_warm_up_for_the_same_time(tmp_path: Path, monkeypatch: 
     competed(pretender, tmp_path, monkeypatch, "warm_up_seconds=9", "profile_steps=0")
     first, warm, timed = 1, 1, 3
     assert len(pretender.indices) == first + warm + 8 + timed
+
+
+def test_the_size_of_the_updates_is_that_of_the_steps_that_are_compared(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    found = competed(Pretender(), tmp_path, monkeypatch, "warm_up_steps=5", "warm_up_seconds=0", "profile_steps=0")
+    assert found.update_rms == pytest.approx(6 * (4 / 16) ** 0.5)
 
 
 def test_in_fp16_the_first_step_is_made_again_while_its_scale_is_too_large(

@@ -1,4 +1,7 @@
-"""What Triton's interpreter is spared changes nothing: for a launch the language is adapted, and then given back."""
+"""What Triton's interpreter is spared changes nothing: for a launch the language is adapted, and then given back.
+
+But for `tl.core`, which Triton leaves adapted after the first call of a function of its own, say `tl.sum`.
+"""
 
 from __future__ import annotations
 

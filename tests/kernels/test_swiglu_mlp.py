@@ -1,4 +1,4 @@
-"""What the Triton `swiglu_mlp` does beside its two kernels: pieces of a sum, two kernels for one, refusals."""
+"""The Triton `swiglu_mlp`: pieces of a sum, how it is launched where, its kernels for Hopper, refusals."""
 
 from __future__ import annotations
 
