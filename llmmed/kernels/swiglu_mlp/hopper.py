@@ -13,7 +13,6 @@ Both need 16 bits, hidden units in whole blocks of 128, and rows that the hardwa
 
 # Annotations are arguments' kinds, for the compiler. So no `from __future__` here.
 import functools
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -311,10 +310,9 @@ def programs(x: Tensor, d_ff: int) -> int:
 def activate(x: Tensor, weight: Tensor, gate_up: Tensor, hidden: Tensor) -> None:
     """Writes x weight^T to `gate_up` [rows, 2 d_ff] and the activation's result to `hidden` [rows, d_ff]."""
     (n_rows, width), d_ff = x.shape, hidden.shape[1]
-    tile: Any = (_described(x, BLOCK, _DEPTH), _described(weight, BLOCK, _DEPTH))
     swiglu_mlp_hopper_fwd_kernel[(programs(x, d_ff),)](
-        *tile, _described(gate_up, _PART, _PART), _described(hidden, _PART, _PART), n_rows, d_ff, width,
-        STAGES=_FORWARD_STAGES, UNITS=_UNITS, **_RESOURCES,
+        _described(x, BLOCK, _DEPTH), _described(weight, BLOCK, _DEPTH), _described(gate_up, _PART, _PART),
+        _described(hidden, _PART, _PART), n_rows, d_ff, width, STAGES=_FORWARD_STAGES, UNITS=_UNITS, **_RESOURCES,
     )  # fmt: skip
 
 
