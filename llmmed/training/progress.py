@@ -22,7 +22,7 @@ class TrainingProgress:
         self._console, self._max_steps, self._first = console, max_steps, first_step
         self._every = max(1, max_steps // _LINES)
         self._last_line = first_step
-        self._started = time.perf_counter()
+        self._since: tuple[float, int] | None = None  # when and at which step the time left begins to be estimated
         self._bar: Progress | None = None
         if console.is_terminal:
             self._bar = Progress(
@@ -48,6 +48,8 @@ class TrainingProgress:
 
     def advance(self, step: int) -> None:
         """`step` optimizer steps have been issued."""
+        if step == self._first + 2:  # the first compiles, and is waited for
+            self._since = time.perf_counter(), step
         if self._bar:
             self._bar.update(self._task, completed=step)
 
@@ -56,9 +58,18 @@ class TrainingProgress:
         if self._bar:
             self._bar.update(self._task, facts=facts)
         elif step >= self._last_line + self._every or step == self._max_steps:
+            self._console.print(f"step {step}/{self._max_steps}  {facts}{self._left(step)}", markup=False)
+            if self._last_line == self._first:  # among the steps until now one was traced
+                self._since = time.perf_counter(), step
             self._last_line = step
-            left = (time.perf_counter() - self._started) / max(1, step - self._first) * (self._max_steps - step)
-            self._console.print(f"step {step}/{self._max_steps}  {facts}  {_duration(left)} left", markup=False)
+
+    def _left(self, step: int) -> str:
+        """How long the rest of the run takes, if there is something to go by."""
+        since, first = self._since or (0.0, step)
+        if step <= first:
+            return ""
+        left = (time.perf_counter() - since) / (step - first) * (self._max_steps - step)
+        return f"  {_duration(left)} left"
 
     def note(self, text: str) -> None:
         logger.info("%s", text)
