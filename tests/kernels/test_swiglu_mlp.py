@@ -50,6 +50,22 @@ def test_without_the_forward_kernel_it_is_right_too(monkeypatch: pytest.MonkeyPa
     assert verdict.status == "verified", verdict
 
 
+@pytest.mark.interpreter
+def test_above_a_width_the_activations_result_is_not_kept(monkeypatch: pytest.MonkeyPatch) -> None:
+    rows, width, d_ff = 5, 16, 40
+    leaves = [torch.randn(shape, requires_grad=True) for shape in ((rows, width), (2 * d_ff, width), (width, d_ff))]
+    gradients = []
+    for limit, tensors_of_hidden_units in ((width, 3), (width - 1, 2)):
+        monkeypatch.setattr(triton_impl, "_KEPT_UP_TO", limit)
+        kept: list[Tensor] = []
+        with torch.autograd.graph.saved_tensors_hooks(noting(kept), lambda tensor: tensor):
+            y = swiglu_mlp(*leaves)
+        of_hidden_units = sum(t.numel() for t in kept) - sum(leaf.numel() for leaf in leaves)
+        assert of_hidden_units == rows * d_ff * tensors_of_hidden_units
+        gradients.append(torch.autograd.grad(y.square().sum(), leaves))
+    assert all(map(torch.equal, *gradients))
+
+
 @pytest.mark.parametrize("descriptors", [0, 1])
 @pytest.mark.parametrize("gpu", TARGETS.values(), ids=TARGETS)
 @pytest.mark.parametrize(("d_ff", "width"), [(4096, 384), (4096, 1024), (4096, 1032), (4096, 2048), (4104, 384)])
@@ -86,13 +102,16 @@ class TestOnHopper:
         if INTERPRETED or gpu_of(torch.device("cuda", 0)).capability != 90:
             pytest.skip("needs Hopper")
 
+    @pytest.mark.parametrize("kept", [True, False])
     @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
     @pytest.mark.parametrize("programs", [1, 2, 3, 7])
     @pytest.mark.parametrize(("rows", "width", "d_ff"), [(1, 8, 128), (129, 64, 128), (300, 136, 384), (1100, 328, 640),
                                                          (2048, 512, 256)])  # fmt: skip
     def test_it_is_right_however_many_tiles_a_program_takes(
-        self, rows: int, width: int, d_ff: int, programs: int, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
-    ) -> None:
+        self, rows: int, width: int, d_ff: int, programs: int, dtype: torch.dtype, kept: bool,
+        monkeypatch: pytest.MonkeyPatch,
+    ) -> None:  # fmt: skip
+        monkeypatch.setattr(triton_impl, "_KEPT_UP_TO", width if kept else 0)
         monkeypatch.setattr(hopper, "programs", lambda x, d_ff: programs)
         given, dy = drawn(rows, width, d_ff, dtype)
         with seen_launches() as launches, poisoned_memory():
@@ -116,6 +135,14 @@ class TestOnHopper:
         op, implementation = get_op("swiglu_mlp"), get_implementation("swiglu_mlp", "triton")
         verdict = verify(op, implementation, function, [], torch.device("cuda"), dtype=torch.bfloat16)
         assert verdict.status == "wrong", verdict
+
+
+def noting(kept: list[Tensor]) -> Callable[[Tensor], Tensor]:
+    def note(tensor: Tensor) -> Tensor:
+        kept.append(tensor)
+        return tensor
+
+    return note
 
 
 def drawn(rows: int, width: int, d_ff: int, dtype: torch.dtype) -> tuple[list[Tensor], Tensor]:
@@ -159,8 +186,11 @@ def test_on_hopper_no_store_reads_what_threads_have_not_handed_over(
     monkeypatch.setattr(triton.knobs.cache, "dir", str(tmp_path))
     shapes = {"x": (4096, 768), "gate_up_weight": (4096, 768), "down_weight": (768, 2048)}
     specs = {n: tensor_spec(*shape, dtype=torch.bfloat16, requires_grad=True) for n, shape in shapes.items()}
-    launches = record_launches("swiglu_mlp", "triton", [Call.of("swiglu_mlp", **specs)], targets=[90])
-    waits = {}
+    call = Call.of("swiglu_mlp", **specs)
+    launches = record_launches("swiglu_mlp", "triton", [call], targets=[90])
+    monkeypatch.setattr(triton_impl, "_KEPT_UP_TO", 0)
+    launches += record_launches("swiglu_mlp", "triton", [call], targets=[90])[1:]
+    waits = []
     for launch in launches:
         kernel = getattr(hopper, launch.kernel)
         source = GluonASTSource(kernel, launch.signature, launch.constants, launch.attributes)
@@ -176,12 +206,14 @@ def test_on_hopper_no_store_reads_what_threads_have_not_handed_over(
                 assert handed_over, line
                 stores += 1
         assert stores > 0
-        waits[launch.kernel] = re.findall(r"async_tma_store_wait {pendings = (\d+)", code)
-    # Two groups each. Forward, three of its four buffers are on their way; backward, a quarter's two.
-    assert waits == {
-        "swiglu_mlp_hopper_fwd_kernel": 2 * [*"333333", "0"],
-        "swiglu_mlp_hopper_bwd_kernel": 2 * [*"2220"],
-    }
+        waits.append((launch.kernel, re.findall(r"async_tma_store_wait {pendings = (\d+)", code)))
+    # Two groups each. Forward, three of its four buffers are on their way; backward, a quarter's two. A third result
+    # goes by way of one of these, which must have been read before its own gradient is written there.
+    assert waits == [
+        ("swiglu_mlp_hopper_fwd_kernel", 2 * [*"333333", "0"]),
+        ("swiglu_mlp_hopper_bwd_kernel", 2 * [*"2220"]),
+        ("swiglu_mlp_hopper_bwd_kernel", 2 * [*"11212120"]),
+    ]
 
 
 @pytest.mark.parametrize("bug", bugs("swiglu_mlp", "HOPPER_BUGS"))

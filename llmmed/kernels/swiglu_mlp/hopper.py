@@ -7,6 +7,7 @@ with a barrier that says full and one that says empty; a barrier's phase is how 
 * Forward, both groups work at the same tile of 128 rows and 128 hidden units, gate and up, each at half of its rows.
 * Backward, each group has a tile of 128 x 128 of its own: while one multiplies, the other reads gate and up, which
   another warp has asked for in quarters of the tile, and writes both gradients over them, to be stored from there.
+  Where forward has not kept the activation's result, it is written once more, over up, before up's gradient is.
 
 Both need 16 bits, hidden units in whole blocks of 128, and rows that the hardware copies (`describable`).
 """
@@ -197,8 +198,9 @@ def _fetch_gate_up(gate_up_desc, gates, ups, full, empty, n_rows, d_ff):
 
 @gluon.jit
 def _differentiate(
-    arriving, dgate_up_desc, gates, ups, full, row, col, d_ff, phase, PART: gl.constexpr, WHICH: gl.constexpr
-):
+    arriving, dgate_up_desc, hidden_desc, gates, ups, full, row, col, d_ff, phase,
+    PART: gl.constexpr, WHICH: gl.constexpr,
+):  # fmt: skip
     """A quarter of a tile, given the gradient that arrives at the activation there."""
     mbarrier.wait(full.index(WHICH * 4 + PART), phase)
     layout: gl.constexpr = arriving.type.layout
@@ -207,20 +209,29 @@ def _differentiate(
     up = up_buffer.load(layout).to(gl.float32)
     sigmoid = _sigmoid(gate)
     silu = gate * sigmoid
+    top, left = row + PART // 2 * _P, col + PART % 2 * _P
+    if hidden_desc is not None:
+        up_buffer.store((silu * up).to(hidden_desc.dtype))
+        fence_async_shared()
+        tma.async_copy_shared_to_global(hidden_desc, [top, left], up_buffer)
     dgate = arriving * up * (silu * (1.0 - sigmoid) + sigmoid)
     dup = arriving * silu
     gate_buffer.store(dgate.to(dgate_up_desc.dtype))
+    if hidden_desc is not None:
+        fence_async_shared()
+        tma.async_copy_shared_to_global(dgate_up_desc, [top, left], gate_buffer)
+        tma.store_wait(1)  # up's buffer has been read
     up_buffer.store(dup.to(dgate_up_desc.dtype))
     fence_async_shared()
-    top, left = row + PART // 2 * _P, col + PART % 2 * _P
-    tma.async_copy_shared_to_global(dgate_up_desc, [top, left], gate_buffer)
+    if hidden_desc is None:
+        tma.async_copy_shared_to_global(dgate_up_desc, [top, left], gate_buffer)
     tma.async_copy_shared_to_global(dgate_up_desc, [top, d_ff + left], up_buffer)
 
 
 @gluon.jit
 def _differentiate_tiles(
-    dgate_up_desc, dy_tiles, weight_tiles, gates, ups, full, empty, read, written, turns, n_rows, d_ff, width,
-    STAGES: gl.constexpr, WHICH: gl.constexpr,
+    dgate_up_desc, hidden_desc, dy_tiles, weight_tiles, gates, ups, full, empty, read, written, turns,
+    n_rows, d_ff, width, STAGES: gl.constexpr, WHICH: gl.constexpr,
 ):  # fmt: skip
     layout: gl.constexpr = gl.NVMMADistributedLayout(version=[3, 0], warps_per_cta=[4, 1], instr_shape=[16, _M, 16])
     steps = gl.cdiv(width, _K)
@@ -249,15 +260,15 @@ def _differentiate_tiles(
         # A buffer is free for the next tile when the two gradients that were stored from it have left.
         phase = turn & 1
         first, second = upper.reshape((_P, 2, _P)).permute((0, 2, 1)).split()
-        _differentiate(first, dgate_up_desc, gates, ups, read, row, col, d_ff, phase, 0, WHICH)
-        _differentiate(second, dgate_up_desc, gates, ups, read, row, col, d_ff, phase, 1, WHICH)
+        _differentiate(first, dgate_up_desc, hidden_desc, gates, ups, read, row, col, d_ff, phase, 0, WHICH)
+        _differentiate(second, dgate_up_desc, hidden_desc, gates, ups, read, row, col, d_ff, phase, 1, WHICH)
         tma.store_wait(2)
         mbarrier.arrive(written.index(0))
         third, fourth = lower.reshape((_P, 2, _P)).permute((0, 2, 1)).split()
-        _differentiate(third, dgate_up_desc, gates, ups, read, row, col, d_ff, phase, 2, WHICH)
+        _differentiate(third, dgate_up_desc, hidden_desc, gates, ups, read, row, col, d_ff, phase, 2, WHICH)
         tma.store_wait(2)
         mbarrier.arrive(written.index(1))
-        _differentiate(fourth, dgate_up_desc, gates, ups, read, row, col, d_ff, phase, 3, WHICH)
+        _differentiate(fourth, dgate_up_desc, hidden_desc, gates, ups, read, row, col, d_ff, phase, 3, WHICH)
         tma.store_wait(2)
         mbarrier.arrive(written.index(2))
         tma.store_wait(0)
@@ -267,7 +278,7 @@ def _differentiate_tiles(
 
 @gluon.jit
 def swiglu_mlp_hopper_bwd_kernel(
-    dy_desc, weight_desc, gate_up_desc, dgate_up_desc, n_rows, d_ff, width, STAGES: gl.constexpr
+    dy_desc, weight_desc, gate_up_desc, dgate_up_desc, hidden_desc, n_rows, d_ff, width, STAGES: gl.constexpr
 ):
     dy_tiles = gl.allocate_shared_memory(dy_desc.dtype, [STAGES, _M, _K], dy_desc.layout)
     weight_tiles = gl.allocate_shared_memory(weight_desc.dtype, [STAGES, _K, _M], weight_desc.layout)
@@ -277,10 +288,10 @@ def swiglu_mlp_hopper_bwd_kernel(
     read, written, turns = _barriers(8, 1), _barriers(4, 1), _barriers(2, 1)  # `read` has four for each group
     fence_async_shared()
     gl.warp_specialize([
-        (_differentiate_tiles, (dgate_up_desc, dy_tiles, weight_tiles, gates, ups, full, empty, read, written, turns,
-                                n_rows, d_ff, width, STAGES, 0)),
-        (_differentiate_tiles, (dgate_up_desc, dy_tiles, weight_tiles, gates, ups, full, empty, read, written, turns,
-                                n_rows, d_ff, width, STAGES, 1)),
+        (_differentiate_tiles, (dgate_up_desc, hidden_desc, dy_tiles, weight_tiles, gates, ups, full, empty,
+                                read, written, turns, n_rows, d_ff, width, STAGES, 0)),
+        (_differentiate_tiles, (dgate_up_desc, hidden_desc, dy_tiles, weight_tiles, gates, ups, full, empty,
+                                read, written, turns, n_rows, d_ff, width, STAGES, 1)),
         (_fetch_backward, (dy_desc, weight_desc, dy_tiles, weight_tiles, full, empty, n_rows, d_ff, width, STAGES)),
         (_fetch_gate_up, (gate_up_desc, gates, ups, read, written, n_rows, d_ff)),
     ], [4, 1, 1], [240, 24, 24])  # fmt: skip
@@ -316,10 +327,12 @@ def activate(x: Tensor, weight: Tensor, gate_up: Tensor, hidden: Tensor) -> None
     )  # fmt: skip
 
 
-def differentiate(dy: Tensor, weight: Tensor, gate_up: Tensor, dgate_up: Tensor) -> None:
-    """Writes the gradient of gate and up to `dgate_up`, given that of the result and down's weight [d_model, d_ff]."""
+def differentiate(dy: Tensor, weight: Tensor, gate_up: Tensor, dgate_up: Tensor, hidden: Tensor | None) -> None:
+    """Writes the gradient of gate and up to `dgate_up`, given that of the result and down's weight [d_model, d_ff], and
+    once more the activation's result to `hidden`, if it is given."""
     n_rows, (width, d_ff) = dy.shape[0], weight.shape
     swiglu_mlp_hopper_bwd_kernel[(programs(dy, d_ff),)](
         _described(dy, BLOCK, _DEPTH), _described(weight, _DEPTH, BLOCK), _described(gate_up, _PART, _PART),
-        _described(dgate_up, _PART, _PART), n_rows, d_ff, width, STAGES=_BACKWARD_STAGES, **_RESOURCES,
+        _described(dgate_up, _PART, _PART), None if hidden is None else _described(hidden, _PART, _PART),
+        n_rows, d_ff, width, STAGES=_BACKWARD_STAGES, **_RESOURCES,
     )  # fmt: skip

@@ -3,7 +3,8 @@
 Forward, one kernel multiplies a tile of x with the same rows of both halves of the weight, and writes gate, up and what
 the activation makes of them; where cuBLAS's own product is ahead by more than that spares, product and activation
 follow one another. Backward, the gradient that arrives at the activation is a tile in registers, which never reaches
-memory. The products that are left, among them all that sum over rows, are cuBLAS's.
+memory. The products that are left, among them all that sum over rows, are cuBLAS's. Between the two, gate and up are
+kept, and the activation's result; where the sum is long, backward's kernel writes the latter once more instead.
 
 Hopper has kernels of its own, in `hopper.py`; those here run everywhere.
 """
@@ -35,6 +36,7 @@ from llmmed.kernels.swiglu_mlp import hopper
 from llmmed.kernels.tunable import Tunable
 
 _GROUP = 8  # rows of tiles that run beside each other
+_KEPT_UP_TO = 1024  # a width; above it the tensor cores take longer than memory, backward, and can hide a third write
 _MOST_ELEMENTS = 2**31 - 1  # of an operand that cuBLAS sums over the rows of
 
 
@@ -96,8 +98,9 @@ def swiglu_mlp_triton_fwd_kernel(
 
 @triton.jit
 def swiglu_mlp_triton_bwd_kernel(
-    dy_desc, weight_desc, gate_up_desc, dgate_up_desc, dy_ptr, weight_ptr, gate_up_ptr, dgate_up_ptr,
-    n_rows, d_ff, width, DESCRIPTORS: tl.constexpr,
+    dy_desc, weight_desc, gate_up_desc, dgate_up_desc, hidden_desc,
+    dy_ptr, weight_ptr, gate_up_ptr, dgate_up_ptr, hidden_ptr,
+    n_rows, d_ff, width, DESCRIPTORS: tl.constexpr, REWRITES: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, GROUP: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     row, col = _tile_of(n_rows, d_ff, BLOCK_M, BLOCK_N, GROUP)
@@ -129,6 +132,12 @@ def swiglu_mlp_triton_bwd_kernel(
         to = dgate_up_ptr + first + rows * 2 * d_ff + cols
         tl.store(to, dgate, mask=mask)
         tl.store(to + d_ff, dup, mask=mask)
+    if REWRITES:
+        hidden = (silu * up).to(hidden_ptr.dtype.element_ty)
+        if DESCRIPTORS:
+            hidden_desc.store([row, col], hidden)
+        else:
+            tl.store(hidden_ptr + row.to(tl.int64) * d_ff + col + rows * d_ff + cols, hidden, mask=mask)
 
 
 TILES, SPECIALISED, APART = 0, 1, 2
@@ -167,10 +176,14 @@ def _forward_launch(device: torch.device, width: int, d_ff: int, itemsize: int, 
 def _backward_launch(device: torch.device, width: int, d_ff: int, itemsize: int, descriptors: int) -> Launch:
     if itemsize == 4:
         return Launch(32, 32, 32, 4, 2)
-    launch = Launch(128, 64, 64, 4, 3)
+    launch = Launch(128, 64, 64, _backward_warps(width), 3)
     if not descriptors or not _two_fit(device, launch, launch.block_n):
         launch = _SMALL_TILE
     return launch._replace(how=SPECIALISED if _specialises(device, d_ff, descriptors) else TILES)
+
+
+def _backward_warps(width: int) -> int:
+    return 4 if width <= _KEPT_UP_TO else 8  # a third result takes registers
 
 
 def _specialises(device: torch.device, d_ff: int, descriptors: int) -> bool:
@@ -194,8 +207,8 @@ def _backward_alternatives(
     device: torch.device, width: int, d_ff: int, itemsize: int, descriptors: int
 ) -> Iterator[Launch]:
     if itemsize == 2 and descriptors:
-        yield Launch(64, 128, 64, 4, 3)
-        yield Launch(128, 64, 64, 4, 3)
+        yield Launch(64, 128, 64, _backward_warps(width), 3)
+        yield Launch(128, 64, 64, _backward_warps(width), 3)
 
 
 _FORWARD = Tunable("swiglu_mlp_triton_fwd_kernel", _forward_launch, _forward_alternatives)
@@ -245,25 +258,28 @@ def _activate(x: Tensor, weight: Tensor) -> tuple[Tensor, Tensor]:
     return gate_up, hidden
 
 
-def _activation_gradient(dy: Tensor, weight: Tensor, gate_up: Tensor) -> Tensor:
-    """The gradient of gate and up, [rows, 2 d_ff], of contiguous tensors."""
+def _activation_gradient(dy: Tensor, weight: Tensor, gate_up: Tensor, rewrites: bool) -> tuple[Tensor, Tensor | None]:
+    """The gradient of gate and up, [rows, 2 d_ff], of contiguous tensors, and once more the activation's result."""
     n_rows, (width, d_ff) = dy.shape[0], weight.shape
     dgate_up = torch.empty_like(gate_up)
+    hidden = gate_up.new_empty((n_rows, d_ff)) if rewrites else None
     halves = gate_up.view(n_rows, 2, d_ff)
     described = describable(dy, weight, halves)
     launch = _BACKWARD(dy.device, width=width, d_ff=d_ff, itemsize=dy.element_size(), descriptors=int(described))
     m, n, k = launch.block_m, launch.block_n, launch.block_k
     if n_rows and launch.how == SPECIALISED:
-        hopper.differentiate(dy, weight, gate_up, dgate_up)
+        hopper.differentiate(dy, weight, gate_up, dgate_up, hidden)
     elif n_rows:
         swiglu_mlp_triton_bwd_kernel[_grid(launch, n_rows, d_ff)](
             _descriptor(dy, m, k) if described else None,
             _descriptor(weight, k, n) if described else None,
             _descriptor(halves, m, 1, n) if described else None,
             _descriptor(dgate_up.view(n_rows, 2, d_ff), m, 1, n) if described else None,
-            dy, weight, gate_up, dgate_up, n_rows, d_ff, width, **_constants(launch, described, dy.dtype),
+            _descriptor(hidden, m, n) if described and hidden is not None else None,
+            dy, weight, gate_up, dgate_up, hidden, n_rows, d_ff, width,
+            REWRITES=rewrites, **_constants(launch, described, dy.dtype),
         )  # fmt: skip
-    return dgate_up
+    return dgate_up, hidden
 
 
 def _summed_over_rows(left: Tensor, right: Tensor) -> Tensor:
@@ -277,21 +293,28 @@ def _summed_over_rows(left: Tensor, right: Tensor) -> Tensor:
     return total.to(left.dtype)
 
 
+def _keeps(x: Tensor) -> bool:
+    """Whether the activation's result stays in memory until backward, for an input [..., width]."""
+    return x.shape[-1] <= _KEPT_UP_TO
+
+
 def _forward(x: Tensor, gate_up_weight: Tensor, down_weight: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     gate_up, hidden = _activate(as_rows(x).contiguous(), gate_up_weight.contiguous())
-    return (hidden @ down_weight.mT).view(x.shape), gate_up, hidden
+    y = (hidden @ down_weight.mT).view(x.shape)
+    return y, gate_up, hidden if _keeps(x) else hidden.new_empty((0, hidden.shape[1]))
 
 
 def _fake_forward(x: Tensor, gate_up_weight: Tensor, down_weight: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     n_rows, d_ff = x.numel() // x.shape[-1], down_weight.shape[1]
-    return x.new_empty(x.shape), x.new_empty((n_rows, 2 * d_ff)), x.new_empty((n_rows, d_ff))
+    return x.new_empty(x.shape), x.new_empty((n_rows, 2 * d_ff)), x.new_empty((n_rows if _keeps(x) else 0, d_ff))
 
 
 def _backward(
     dy: Tensor, x: Tensor, gate_up_weight: Tensor, down_weight: Tensor, gate_up: Tensor, hidden: Tensor
 ) -> tuple[Tensor, Tensor, Tensor]:
     dy_rows = as_rows(dy).contiguous()
-    dgate_up = _activation_gradient(dy_rows, down_weight.contiguous(), gate_up)
+    dgate_up, rewritten = _activation_gradient(dy_rows, down_weight.contiguous(), gate_up, not _keeps(x))
+    hidden = hidden if rewritten is None else rewritten
     dx = (dgate_up @ gate_up_weight).view(x.shape)
     return dx, _summed_over_rows(dgate_up, as_rows(x)), _summed_over_rows(dy_rows, hidden)
 

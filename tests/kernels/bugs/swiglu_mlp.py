@@ -15,8 +15,8 @@ BUGS = {
     ),
     "up stored over the gate": ("tl.store(to + d_ff, up, mask=mask)", "tl.store(to, up, mask=mask)"),
     "rows of what comes out of the activation one too close where they are odd": (
-        "hidden_ptr + row.to(tl.int64) * d_ff + col + rows * d_ff + cols",
-        "hidden_ptr + row.to(tl.int64) * d_ff + col + rows * (d_ff - d_ff % 2) + cols",
+        "to = hidden_ptr + row.to(tl.int64) * d_ff + col + rows * d_ff + cols",
+        "to = hidden_ptr + row.to(tl.int64) * d_ff + col + rows * (d_ff - d_ff % 2) + cols",
     ),
     "last step of the sum left out": (
         "for start in range(0, width, BLOCK_K):\n        x = ",
@@ -51,6 +51,15 @@ BUGS = {
         "up = gate_up_desc.load([row, 0, col])",
     ),
     "gate read for up in backward by pointers": ("tl.load(halves + d_ff, mask", "tl.load(halves, mask"),
+    "activation's result written again without the gate": ("hidden = (silu * up).to(", "hidden = up.to("),
+    "activation's result written again without the last row, by descriptors": (
+        "hidden_desc.store([row, col], hidden)",
+        "hidden_desc.store([row + 1, col], hidden)",
+    ),
+    "activation's result not written again, by pointers": (
+        "tl.store(hidden_ptr + row.to(tl.int64) * d_ff + col + rows * d_ff + cols, hidden, mask=mask)",
+        "pass",
+    ),
     "input's gradient of the gate alone": (
         "(dgate_up @ gate_up_weight)",
         "(dgate_up[:, : hidden.shape[1]] @ gate_up_weight[: hidden.shape[1]])",
@@ -68,8 +77,8 @@ BUGS = {
         "_activate(x.as_strided(as_rows(x).shape, (x.shape[-1], 1)),",
     ),
     "arriving gradient overwritten": (
-        "dgate_up = _activation_gradient(dy_rows,",
-        "dgate_up = _activation_gradient(dy_rows.mul_(2),",
+        "rewritten = _activation_gradient(dy_rows,",
+        "rewritten = _activation_gradient(dy_rows.mul_(2),",
     ),
 }
 
@@ -97,9 +106,11 @@ HOPPER_BUGS = {
     "up's gradient from the sigmoid": ("dup = arriving * silu", "dup = arriving * sigmoid"),
     "up's gradient over the gate's": ("[top, d_ff + left], up_buffer)", "[top, left], up_buffer)"),
     "gate read for up": ("up = up_buffer.load(layout)", "up = gate_buffer.load(layout)"),
-    "quarters exchanged": (
-        "_differentiate(third, dgate_up_desc, gates, ups, read, row, col, d_ff, phase, 2, WHICH)",
-        "_differentiate(fourth, dgate_up_desc, gates, ups, read, row, col, d_ff, phase, 2, WHICH)",
+    "quarters exchanged": ("_differentiate(third, dgate_up_desc,", "_differentiate(fourth, dgate_up_desc,"),
+    "activation's result written again without the gate": (".store((silu * up).to(", ".store(up.to("),
+    "activation's result written again in the upper rows alone": (
+        "tma.async_copy_shared_to_global(hidden_desc, [top, left],",
+        "tma.async_copy_shared_to_global(hidden_desc, [row, left],",
     ),
     "rows of tiles in a group too many": (
         "gl.minimum(gl.cdiv(n_rows, _M) - group * _GROUP_ROWS, _GROUP_ROWS)",
