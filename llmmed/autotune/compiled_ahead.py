@@ -27,6 +27,7 @@ from llmmed.model import Transformer
 from llmmed.optim import build_optimizers
 from llmmed.optim.adamw import CopiedAdamW
 from llmmed.optim.fusing import fused_by
+from llmmed.optim.muon import Muon
 from llmmed.training.copies import keep_copies
 from llmmed.training.micro_step import LaunchedMicroStep
 
@@ -53,7 +54,7 @@ def compile_ahead(config: Config, choice: Choice, mode: Mode, parts: Collection[
 
 
 def compile_update_ahead(config: Config, mode: Mode) -> None:
-    """Compiles AdamW over copies, where the run takes it: the same under every plan.
+    """Compiles what the optimizers do with a parameter, ours and not PyTorch's: the same under every plan.
 
     One layer has parameters of all shapes that there are.
     """
@@ -64,7 +65,7 @@ def compile_update_ahead(config: Config, mode: Mode) -> None:
             leaf.grad = torch.empty_like(leaf)
         with fused_by(backend):
             for optimizer in build_optimizers(model, config.optimizer):
-                if isinstance(optimizer, CopiedAdamW):
+                if isinstance(optimizer, (CopiedAdamW, Muon)):
                     optimizer.step()
 
 

@@ -6,8 +6,9 @@ Liu et al. 2025, arXiv:2502.16982). Step for step it computes what `torch.optim.
 
 from __future__ import annotations
 
+import itertools
 import math
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any, Literal
 
 import torch
@@ -70,7 +71,8 @@ class Muon(torch.optim.Optimizer):
         for group in self.param_groups:
             parameters = [p for p in group["params"] if self._copies.get(p, p).grad is not None]
             if parameters:
-                self._step_group(parameters, group)
+                # A compiled function looks first at the shapes it was called with last.
+                self._step_group(sorted(parameters, key=lambda p: tuple(p.shape)), group)
 
     def _step_group(self, parameters: list[nn.Parameter], group: Mapping[str, Any]) -> None:
         device = parameters[0].device
@@ -78,17 +80,17 @@ class Muon(torch.optim.Optimizer):
         found_inf = torch.zeros((), device=device) if self.found_inf is None else self.found_inf
         lr = group["lr"] if isinstance(group["lr"], Tensor) else torch.tensor(group["lr"], device=device)
         layout = tuple((tuple(p.shape), self._rows(p)) for p in parameters)
-        leaves = [self._copies.get(p, p) for p in parameters]
-        stacks = fused(_update_momentum, scale)(
-            [leaf.grad for leaf in leaves if leaf.grad is not None],
-            [self.state[p]["momentum_buffer"] for p in parameters], layout, scale, found_inf, group["momentum"],
-        )  # fmt: skip
-        orthogonal = [self.newton_schulz(stack) for stack in stacks]
-        copies = [self._copies[p].detach() if p in self._copies else None for p in parameters]
-        fused(_update_parameters, scale)(
-            [p.detach() for p in parameters], copies, orthogonal, layout, lr, found_inf, group["weight_decay"],
-            group["adjust"],
-        )  # fmt: skip
+        stacks = {shape[1:]: torch.empty(shape, dtype=torch.bfloat16, device=device) for shape in stack_shapes(layout)}
+        advance = fused(_advance, scale)
+        for parameter, (runs, slabs) in zip(parameters, slabs_of(stacks, layout), strict=True):
+            leaf, buffer = self._copies.get(parameter, parameter), self.state[parameter]["momentum_buffer"]
+            assert leaf.grad is not None
+            advance(leaf.grad, buffer, slabs, runs, scale, found_inf, group["momentum"])
+        orthogonal = {key: self.newton_schulz(stack) for key, stack in stacks.items()}
+        update = fused(_update, scale)
+        for parameter, (runs, slabs) in zip(parameters, slabs_of(orthogonal, layout), strict=True):
+            copy = self._copies[parameter].detach() if parameter in self._copies else None
+            update(parameter.detach(), copy, slabs, runs, lr, found_inf, group["weight_decay"], group["adjust"])
 
     def _rows(self, parameter: nn.Parameter) -> tuple[int, ...]:
         return tuple(self._splits.get(parameter, (parameter.shape[0],)))
@@ -98,6 +100,7 @@ class Muon(torch.optim.Optimizer):
 
 
 Layout = tuple[tuple[tuple[int, ...], tuple[int, ...]], ...]  # per parameter: its shape, the rows of its matrices
+Run = tuple[int, int]  # matrices of one height above each other: their number, and rows of each
 
 
 def stack_shapes(layout: Layout) -> list[tuple[int, int, int]]:
@@ -105,54 +108,70 @@ def stack_shapes(layout: Layout) -> list[tuple[int, int, int]]:
     counts: dict[tuple[int, int], int] = {}
     for shape, rows in layout:
         for height in rows:
-            key = (min(height, shape[1]), max(height, shape[1]))
+            key = _wide(height, shape[1])
             counts[key] = counts.get(key, 0) + 1
     return [(count, *key) for key, count in counts.items()]
 
 
-def _update_momentum(
-    grads: list[Tensor], buffers: list[Tensor], layout: Layout, scale: Tensor, found_inf: Tensor, momentum: float
-) -> list[Tensor]:
-    """Advances the buffers in place; returns Nesterov's look-ahead, in bfloat16, stacked by shape."""
-    skip, inverse = found_inf != 0, 1 / scale
-    stacks: dict[tuple[int, int], list[Tensor]] = {}
-    for grad, buffer, (_, rows) in zip(grads, buffers, layout, strict=True):
-        # Not by arithmetic: zero times infinity is not zero.
-        usable = torch.where(skip, 0.0, grad.float() * inverse)
-        advanced = torch.where(skip, buffer, buffer.lerp(usable, 1 - momentum))
-        buffer.copy_(advanced)
-        for matrix in usable.lerp(advanced, momentum).bfloat16().split(rows):
-            wide = matrix.mT if matrix.shape[0] > matrix.shape[1] else matrix
-            stacks.setdefault((wide.shape[0], wide.shape[1]), []).append(wide)
-    return [torch.stack(matrices) for matrices in stacks.values()]
+def slabs_of(
+    stacks: Mapping[tuple[int, int], Tensor], layout: Layout
+) -> Iterator[tuple[tuple[Run, ...], list[Tensor]]]:
+    """For each parameter its runs, and for each of these its part of the stacks, [n, rows, cols]."""
+    used = dict.fromkeys(stacks, 0)
+    for shape, rows in layout:
+        runs = tuple((len(list(same)), height) for height, same in itertools.groupby(rows))
+        slabs = []
+        for count, height in runs:
+            key = _wide(height, shape[1])
+            slabs.append(stacks[key][used[key] : used[key] + count])
+            used[key] += count
+        yield runs, slabs
 
 
-def _update_parameters(
-    parameters: list[Tensor],
-    copies: list[Tensor | None],
-    orthogonal: list[Tensor],
-    layout: Layout,
-    lr: Tensor,
-    found_inf: Tensor,
-    weight_decay: float,
-    adjust: Adjust,
-) -> None:
-    """Weight decay, then the orthogonalised update, both in place, into the copies as well."""
+def _wide(rows: int, cols: int) -> tuple[int, int]:
+    return min(rows, cols), max(rows, cols)
+
+
+# Both take one parameter at a time: compiled for a model's few shapes they take seconds, for all of its parameters at
+# once a minute in a model of 64 matrices.
+
+
+def _advance(
+    gradient: Tensor, buffer: Tensor, slabs: list[Tensor], runs: tuple[Run, ...], scale: Tensor, found_inf: Tensor,
+    momentum: float,
+) -> None:  # fmt: skip
+    """Advances the buffer in place, and writes Nesterov's look-ahead to the slabs."""
+    # Not by arithmetic: zero times infinity is not zero.
+    skip = found_inf != 0
+    usable = torch.where(skip, 0.0, gradient.float() * (1 / scale))
+    advanced = torch.where(skip, buffer, buffer.lerp(usable, 1 - momentum))
+    ahead = usable.lerp(advanced, momentum).bfloat16()
+    buffer.copy_(advanced)
+    for part, slab, (count, height) in zip(_parts(ahead, runs), slabs, runs, strict=True):
+        matrices = part.view(count, height, -1)
+        slab.copy_(matrices.mT if height > matrices.shape[2] else matrices)
+
+
+def _update(
+    parameter: Tensor, copy: Tensor | None, slabs: list[Tensor], runs: tuple[Run, ...], lr: Tensor, found_inf: Tensor,
+    weight_decay: float, adjust: Adjust,
+) -> None:  # fmt: skip
+    """Weight decay, then the orthogonalised update, both in place, into the copy as well."""
     lr = torch.where(found_inf != 0, 0.0, lr)
-    order = {shape[1:]: (stack, iter(range(shape[0]))) for shape, stack in
-             zip(stack_shapes(layout), orthogonal, strict=True)}  # fmt: skip
-    for parameter, copy, (_, rows) in zip(parameters, copies, layout, strict=True):
-        parts = []
-        for part in parameter.split(rows):
-            height, width = part.shape
-            stack, position = order[(min(height, width), max(height, width))]
-            found = stack[next(position)]
-            direction = torch.where(found_inf != 0, 0.0, (found.mT if height > width else found).float())
-            parts.append(part * (1 - lr * weight_decay) - lr * _growth(height, width, adjust) * direction)
-        updated = torch.cat(parts) if len(parts) > 1 else parts[0]
-        parameter.copy_(updated)
-        if copy is not None:
-            copy.copy_(updated)
+    parts = []
+    for part, slab, (_, height) in zip(_parts(parameter, runs), slabs, runs, strict=True):
+        width = part.shape[1]
+        found = (slab.mT if height > width else slab).reshape(part.shape)
+        direction = torch.where(found_inf != 0, 0.0, found.float())
+        parts.append(part * (1 - lr * weight_decay) - lr * _growth(height, width, adjust) * direction)
+    updated = torch.cat(parts) if len(parts) > 1 else parts[0]
+    parameter.copy_(updated)
+    if copy is not None:
+        copy.copy_(updated)
+
+
+def _parts(matrix: Tensor, runs: tuple[Run, ...]) -> Sequence[Tensor]:
+    return torch.split(matrix, [count * height for count, height in runs])
 
 
 def _growth(rows: int, cols: int, adjust: Adjust) -> float:

@@ -17,6 +17,7 @@ from torch._inductor.runtime import benchmarking
 
 from llmmed.autotune.compiled_ahead import compile_ahead, compile_update_ahead
 from llmmed.autotune.step_clock import StepClock
+from llmmed.compose import compose
 from llmmed.config import Config
 from llmmed.kernels.ahead_of_time import TARGETS
 from llmmed.kernels.catalog import default_choice, load_kernels
@@ -89,15 +90,22 @@ def test_what_is_compiled_ahead_is_what_the_step_compiles(
     assert sorted(keys) == sorted(ahead)
 
 
+@pytest.mark.parametrize("optimizer", ["adamw", "muon"])
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
 def test_the_update_is_compiled_ahead_as_the_optimizer_compiles_it(
-    tiny: Config, keys: list[str], monkeypatch: pytest.MonkeyPatch, precision: Literal["fp32", "bf16"]
+    tiny: Config,
+    keys: list[str],
+    monkeypatch: pytest.MonkeyPatch,
+    precision: Literal["fp32", "bf16"],
+    optimizer: str,
 ) -> None:
     """For two layers, of which it has seen one."""
-    config = replace(tiny, train=replace(tiny.train, precision=precision))
+    updates = compose([f"optimizer={optimizer}"]).optimizer
+    config = replace(tiny, train=replace(tiny.train, precision=precision), optimizer=updates)
     assert config.model.n_layers > 1
     monkeypatch.setattr("llmmed.training.copies.wanted", lambda config, mode: mode == "graphs")
-    monkeypatch.setattr("llmmed.optim.adamw.fused", lambda function, where: fusing.compiled(function))
+    for module in ("adamw", "muon"):
+        monkeypatch.setattr(f"llmmed.optim.{module}.fused", lambda function, where: fusing.compiled(function))
     monkeypatch.setattr(compile_fx, "compile_fx_inner", without_kernels)
     compile_update_ahead(config, "graphs")
     ahead = list(keys)
@@ -107,7 +115,10 @@ def test_the_update_is_compiled_ahead_as_the_optimizer_compiles_it(
     keep_copies(model, config, "graphs")
     tokens = torch.zeros((config.train.micro_batch_size, config.train.seq_len + 1), dtype=torch.int64)
     Stepper(model, LaunchedMicroStep(model, model.leaves), config).run(0, [tokens], 1)
-    assert len(set(ahead)) == (0 if precision == "fp32" else 6)  # what all have in common; four projections, a table
+    if optimizer == "muon":
+        assert len(set(ahead)) == 2 * 4  # before and after the orthogonalisation, four projections
+    else:
+        assert len(set(ahead)) == (0 if precision == "fp32" else 6)  # what all have in common; the projections, a table
     assert sorted(keys) == sorted(ahead)
 
 

@@ -46,7 +46,7 @@ def test_agrees_with_torch_step_for_step(adjust: str) -> None:
 @pytest.mark.parametrize("name", implementation_names("newton_schulz"))
 def test_agrees_with_torch_step_for_step_on_a_gpu(name: str) -> None:
     function = load_function("newton_schulz", get_implementation("newton_schulz", name))
-    shapes = ((256, 256), (256, 640), (640, 256), (96, 256))
+    shapes = ((256, 256), (256, 640), (640, 256), (96, 256), (33, 77), (77, 33))  # the last off whole 16 bytes
     ours, theirs = ([nn.Parameter(p.detach().cuda()) for p in matrices(*shapes)] for _ in range(2))
     muon = Muon(ours, function, lr=0.02, weight_decay=0.1, momentum=0.9, adjust="original")
     reference = torch.optim.Muon(theirs, lr=0.02, weight_decay=0.1, momentum=0.9, adjust_lr_fn="original")
