@@ -89,6 +89,7 @@ class StepClock:
         self._calls = {depth: call_counts(shallow(config, depth), {}) for depth in (self._check_depth, self.layers)}
         self._in_model = self._calls[self.layers]
         self._counted: dict[_Plan, dict[str, int]] = {}  # of the plan that was asked about last
+        self._update_ms: dict[_Plan, float] = {}  # by what it takes of the ops that only the optimizer calls
 
     def called(self, choice: Choice) -> set[str]:
         """The ops that a step under this plan calls."""
@@ -341,10 +342,14 @@ class StepClock:
         if not ops:
             return (0.0, 0.0), nothing
         try:
-            different = any(choice.get(op, DEFAULT) != other.get(op, DEFAULT) for op in ops)
-            subject = self._subject(choice, self.depths[-1])
-            without, *steps = self._steps(subject, [choice, other] if different else [choice])
-            first = max(0.0, median(a - b for a, b in self._pairs(steps[0], without)))
+            taken = _plan({op: choice.get(op, DEFAULT) for op in ops})
+            different = taken != _plan({op: other.get(op, DEFAULT) for op in ops})
+            if taken not in self._update_ms or different:
+                subject = self._subject(choice, self.depths[-1])
+                without, *steps = self._steps(subject, [choice, other] if different else [choice])
+            if taken not in self._update_ms:
+                self._update_ms[taken] = max(0.0, median(a - b for a, b in self._pairs(steps[0], without)))
+            first = self._update_ms[taken]
             if not different:
                 return (first, first), nothing
             gains = difference_interval([a - b for a, b in self._pairs(*steps)])

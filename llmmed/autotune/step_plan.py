@@ -83,14 +83,20 @@ def at_depth(config: Config, weights: Transformer, kernels: Kernels, depth: int)
 def deepened(config: Config, weights: Transformer) -> Transformer:
     """A model with all layers: those that are there as they are, the others with random numbers."""
     model = Transformer.for_training(config, weights.kernels, "meta")
-    given, device = dict(weights.named_parameters()), weights.cos.device
-    for name, parameter in model.named_parameters():
-        if name not in given:
-            drawn = torch.ones if parameter.ndim == 1 else torch.randn
-            given[name] = nn.Parameter(drawn(parameter.shape, device=device) * (1.0 if parameter.ndim == 1 else 0.02))
-    model.load_state_dict(given, assign=True)
+    _give_numbers(model, dict(weights.named_parameters()), weights.cos.device)
     model.cos, model.sin = weights.cos, weights.sin
     return model
+
+
+def _give_numbers(model: Transformer, given: Mapping[str, nn.Parameter], device: torch.device) -> None:
+    """To a model without memory: the parameters that are given, and others drawn on the device, which a run's own are
+    not, since drawing a large model's on the host takes seconds."""
+    found = dict(given)
+    for name, parameter in model.named_parameters():
+        if name not in found:
+            drawn = torch.ones if parameter.ndim == 1 else torch.randn
+            found[name] = nn.Parameter(drawn(parameter.shape, device=device) * (1.0 if parameter.ndim == 1 else 0.02))
+    model.load_state_dict(found, assign=True)
 
 
 def shallow(config: Config, depth: int) -> Config:
@@ -99,7 +105,8 @@ def shallow(config: Config, depth: int) -> Config:
 
 def optimizer_update(config: Config, kernels: Kernels, mode: Mode) -> Callable[[], None]:
     """The optimizer's step of the whole model under a plan, on random gradients."""
-    model = Transformer.for_training(config, kernels, config.device)
+    model = Transformer.for_training(config, kernels, "meta")
+    _give_numbers(model, {}, torch.device(config.device))
     keep_copies(model, config, mode)
     for leaf in model.leaves:
         leaf.grad = torch.randn_like(leaf)

@@ -7,12 +7,13 @@ are done with it, and takes times when they are done with all.
 
 from __future__ import annotations
 
+import contextlib
 import gc
 import math
 import os
 import sys
 import time
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -318,7 +319,7 @@ class Worker:
 class _Announcing(StepClock):
     """Journals what is about to be tried in the step, so that the parent knows what a process died of.
 
-    `slowest` is the longest trial so far, in seconds: what comes after the trials takes about two of them.
+    `slowest` is the longest match so far, in seconds: what comes after a trial has begun takes about two of them.
     """
 
     def __init__(
@@ -330,16 +331,22 @@ class _Announcing(StepClock):
 
     def duel(self, champion: Choice, op: str, name: str) -> Duel:
         self._journal.write(Begun(stage="step", op=op, name=name))
-        started = time.perf_counter()
-        try:
+        with self._counted_in():
             return super().duel(champion, op, name)
-        finally:
-            self.slowest = max(self.slowest, time.perf_counter() - started)
 
     def whole(self, choice: Choice, other: Choice, mode: Mode | None = None, *, loss_is_enough: bool = False) -> Match:
         name = mode or ("" if choice == other else LAST_MATCH)
         self._journal.write(Begun(stage="step", name=name))
-        return super().whole(choice, other, mode, loss_is_enough=loss_is_enough)
+        with self._counted_in():
+            return super().whole(choice, other, mode, loss_is_enough=loss_is_enough)
+
+    @contextlib.contextmanager
+    def _counted_in(self) -> Iterator[None]:
+        started = time.perf_counter()
+        try:
+            yield
+        finally:
+            self.slowest = max(self.slowest, time.perf_counter() - started)
 
 
 def _can_be_searched(op: str, name: str) -> bool:

@@ -162,15 +162,23 @@ def test_the_update_of_the_optimizer_is_the_same_under_plans_that_share_its_ops(
     clock: StepClock, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     took = {"alone": 20.0, "pytorch": 25.0, "triton": 23.0}
+    timed: list[tuple[str, str]] = []
+
+    def pairs(a: str, b: str) -> list[tuple[float, float]]:
+        timed.append((a, b))
+        return [(took[a], took[b] + noise) for noise in (-0.1, 0.0, 0.1)]
+
     monkeypatch.setattr(clock, "called", lambda choice: {*clock._in_model, "newton_schulz"})
     monkeypatch.setattr(clock, "_subject", lambda choice, depth: None)
     monkeypatch.setattr(clock, "_steps", lambda _, choices: ["alone", *(each["newton_schulz"] for each in choices)])
-    monkeypatch.setattr(clock, "_pairs", lambda a, b: [(took[a], took[b] + noise) for noise in (-0.1, 0.0, 0.1)])
+    monkeypatch.setattr(clock, "_pairs", pairs)
     base = default_choice()
     assert clock._updates(base, {**base, "swiglu": "triton"}) == ((5.0, 5.0), (0.0, 0.0, 0.0))
     (first, second), gains = clock._updates(base, {**base, "newton_schulz": "triton"})
     assert (first, second) == (5.0, 3.0)
     assert gains == pytest.approx((2.0, 1.9, 2.1))
+    assert clock._updates(base, {**base, "rotary": "triton"}) == ((5.0, 5.0), (0.0, 0.0, 0.0))
+    assert timed == [("pytorch", "alone"), ("pytorch", "triton")]  # what an update takes is asked once
     assert _sum_of((1.0, 0.7, 1.4), gains) == pytest.approx(
         (3.0, 3.0 - math.hypot(0.3, 0.1), 3.0 + math.hypot(0.4, 0.1))
     )
