@@ -53,7 +53,7 @@ def write_page(folders: Sequence[Path], page: Path) -> list[Path]:
 
 
 def _section(result: Result, target: Path, pictures: Sequence[Path], page: Path) -> Iterator[str]:
-    yield "## Kernels\n" if isinstance(result, OpsResult) else "## Training steps\n"
+    yield f"## {_heading(result)}\n"
     yield from _origin(result.origin, result.seconds)
     data = os.path.relpath(target, page.parent)
     files = (f"{result.kind}.json", f"{result.kind}.csv")
@@ -63,6 +63,14 @@ def _section(result: Result, target: Path, pictures: Sequence[Path], page: Path)
         title = next(words for stem, words in _TITLES.items() if picture.stem.startswith(stem))
         yield f"![{title}]({data}/{picture.name})\n"
     yield from _ops(result) if isinstance(result, OpsResult) else _step(result)
+
+
+def _heading(result: Result) -> str:
+    if isinstance(result, OpsResult):
+        return f"Kernels on {result.origin.hardware.device}"
+    models = " and ".join(dict.fromkeys(shape.size for shape in result.shapes))
+    optimizers = " and ".join(dict.fromkeys(shape.optimizer for shape in result.shapes))
+    return f"Training steps of {models} with {optimizers} on {result.origin.hardware.device}"
 
 
 def _origin(origin: Origin, seconds: float) -> Iterator[str]:
