@@ -98,15 +98,18 @@ def _prepare_arguments() -> Callable[[], None] | None:
         place = sys.argv.index(arguments.overrides[0])
         sys.argv[place:place] = earlier
         arguments.overrides[:0] = earlier
-    composed = compose.compose_yaml(arguments.overrides)
-    config = compose.validate(composed, arguments.overrides)
+    composed = compose.compose_yaml(arguments.overrides, with_hydra=True)
+    own = OmegaConf.masked_copy(composed, [str(key) for key in composed if key != "hydra"])
+    config = compose.validate(own, arguments.overrides)
     folder = run_folder.to_resume(config, Path("outputs"))
     if folder is not None:
         continuation.changes(folder, config)  # refused here, a mistake leaves the folder as it is
-        _add([f"hydra.run.dir={sweep.quoted(folder)}"], arguments.overrides)
-    used = folder or run_folder.stated(arguments.overrides)
-    if used is not None and used.is_dir():
-        run_folder.hold(used)  # before Hydra writes there
+    stated = run_folder.stated(arguments.overrides)
+    used = folder or (run_folder.of_this_second(composed.hydra) if stated is None else None)
+    if used is not None:
+        _add([f"hydra.run.dir={sweep.quoted(used)}"], arguments.overrides)
+    if (held := used or stated) is not None and held.is_dir():
+        run_folder.hold(held)  # before Hydra writes there
     return (lambda: None) if folder is None else run_folder.remember(folder)
 
 

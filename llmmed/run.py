@@ -73,6 +73,7 @@ def _end(error: BaseException, folder: Path, errors: Console) -> int:
         errors.print(f"interrupted: {error}; go on with train.resume={run_folder.shown(folder)}", markup=False)
         return INTERRUPTED
     if not isinstance(error, Exception):
+        _record(folder, "failed", f"{type(error).__name__}: {error}")
         raise error
     told = reason = str(error)
     if isinstance(error, OSError):

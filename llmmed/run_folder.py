@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import importlib.metadata
+import itertools
 import logging
 import os
 import platform
@@ -16,7 +17,8 @@ from pathlib import Path
 from typing import Any, Literal
 
 from hydra.core.override_parser.overrides_parser import OverridesParser
-from omegaconf import OmegaConf
+from omegaconf import DictConfig, OmegaConf
+from omegaconf.errors import OmegaConfBaseException
 
 from llmmed.compose import as_dict
 from llmmed.config import Config
@@ -100,6 +102,23 @@ def stated(overrides: Sequence[str]) -> Path | None:
     return Path(value) if value and "${" not in value else None
 
 
+def of_this_second(hydra: DictConfig) -> Path | None:
+    """A new folder named after the second, as it is by default, or with -2, -3, ... behind that: runs that begin at
+    once share none. None where the configuration names folders otherwise."""
+    if "%S" not in str(OmegaConf.to_container(hydra.run, resolve=False)):
+        return None
+    try:
+        named = Path(hydra.run.dir)
+    except OmegaConfBaseException:  # it needs what is not known before Hydra has begun
+        return None
+    for number in itertools.count(1):
+        folder = named if number == 1 else named.with_name(f"{named.name}-{number}")
+        with contextlib.suppress(FileExistsError):
+            folder.mkdir(parents=True)
+            return folder
+    raise AssertionError
+
+
 def remember(folder: Path) -> Callable[[], None]:
     """How the run in a folder was started; what is returned puts that back unless there is a new checkpoint.
 
@@ -179,7 +198,7 @@ def describe_environment() -> dict[str, Any]:
     """What `env.json` holds: the command, versions, the source's commit. The hardware stands in `kernels.json`."""
     packages = ("torch", "triton", "hydra-core", "omegaconf", "wandb", "datasets", "tokenizers", "llmmed")
     return {
-        "command": [sys.executable, *sys.argv],
+        "command": [sys.executable, *sys.orig_argv[1:]],
         "working_folder": str(Path.cwd()),
         "started": datetime.now(UTC).isoformat(timespec="seconds"),
         "python": platform.python_version(),

@@ -16,7 +16,7 @@ from hydra.conf import HydraConf
 from omegaconf import OmegaConf
 
 from llmmed import run_folder, sweep
-from llmmed.compose import as_dict
+from llmmed.compose import as_dict, compose_yaml
 from llmmed.errors import UserError
 from llmmed.files import read_json, write_json
 from tests.training.tiny import tiny_config
@@ -85,9 +85,27 @@ def test_the_folder_that_is_stated(overrides: list[str], expected: Path | None) 
     assert run_folder.stated(overrides) == expected
 
 
+def test_runs_of_one_second_have_folders_of_their_own(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    hydra = compose_yaml(with_hydra=True).hydra
+    first, second, third = (run_folder.of_this_second(hydra) for _ in range(3))
+    assert first is not None
+    assert first.is_dir()
+    assert (second, third) == (Path(f"{first}-2"), Path(f"{first}-3"))
+
+
+@pytest.mark.parametrize("named", ["runs/${model.name}", "runs/${now:%Y-%m-%d}", "${hydra:job.name}/${now:%H-%M-%S}"])
+def test_a_folder_that_is_not_named_after_a_second_is_left_to_hydra(
+    named: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    assert run_folder.of_this_second(compose_yaml([f"hydra.run.dir={named}"], with_hydra=True).hydra) is None
+    assert not list(tmp_path.iterdir())
+
+
 def test_the_environment_of_every_start_is_kept(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     for start in ("first", "second", "third"):
-        monkeypatch.setattr(sys, "argv", ["train.py", start])
+        monkeypatch.setattr(sys, "orig_argv", ["python", "train.py", start])
         run_folder.write_environment(tmp_path)
     commands = {path.name: read_json(path)["command"][-1] for path in tmp_path.iterdir()}
     assert commands == {"env.1.json": "first", "env.2.json": "second", "env.json": "third"}

@@ -4,14 +4,16 @@ from __future__ import annotations
 
 import os
 import signal
+import subprocess
 import sys
 import uuid
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+from rich.console import Console
 
-from llmmed import signals
+from llmmed import consoles, signals
 from llmmed.run_folder import read_status
 from tests.processes import Tagged
 
@@ -93,12 +95,58 @@ def test_a_terminal_that_closes_ends_it_and_is_not_written_to(monkeypatch: pytes
     os.close(terminal)
 
 
+def unread() -> Console:
+    """A console whose reader is gone."""
+    reader, writer = os.pipe()
+    os.close(reader)
+    return consoles._Patient(file=os.fdopen(writer, "w"))
+
+
+def test_a_reader_that_goes_ends_it_and_is_not_written_to() -> None:
+    console = unread()
+    with signals.StopRequest() as stop:
+        stop.waits = True
+        console.print("told")
+        assert stop.name == "SIGHUP"
+        console.print("told")
+        console.file.write("told")
+        console.file.flush()
+
+
+def test_where_nothing_ends_in_order_a_reader_that_goes_ends_it_at_once() -> None:
+    console = unread()
+    stdout = os.dup(1)  # which rich closes whatever it wrote to
+    try:
+        with pytest.raises(SystemExit):
+            console.print("told")
+    finally:
+        os.dup2(stdout, 1)
+        os.close(stdout)
+        os.dup2(os.open(os.devnull, os.O_WRONLY), console.file.fileno())
+
+
+@pytest.mark.slow
+def test_a_run_whose_reader_goes_keeps_what_it_has(tmp_path: Path, repository: Path) -> None:
+    command = [sys.executable, str(repository / "scripts" / "train.py"), *TRAIN, "data=synthetic", "kernels=pytorch"]
+    command.append("train.max_steps=20000")  # a line each 1,000
+    environment = os.environ | {"LLMMED_CACHE": str(tmp_path / "cache")}
+    with subprocess.Popen(command, cwd=tmp_path, env=environment, stdout=subprocess.PIPE, text=True) as run:
+        assert run.stdout is not None
+        next(line for line in run.stdout if line.startswith("step 1000/"))
+        run.stdout.close()
+        assert run.wait(60) == signals.INTERRUPTED
+    assert read_status(tmp_path / "run").state == "interrupted"
+    assert list((tmp_path / "run" / "checkpoints").glob("step_*"))
+
+
 def test_nohup_is_respected() -> None:
     before = signal.signal(signal.SIGHUP, signal.SIG_IGN)
     try:
-        with signals.StopRequest():
+        with signals.StopRequest() as stop:
             os.kill(os.getpid(), signal.SIGHUP)
+            unread().print("told")
             assert signal.getsignal(signal.SIGHUP) == signal.SIG_IGN
+            assert stop.name is None
     finally:
         signal.signal(signal.SIGHUP, before)
 
