@@ -128,11 +128,11 @@ def test_where_nothing_ends_in_order_a_reader_that_goes_ends_it_at_once() -> Non
 @pytest.mark.slow
 def test_a_run_whose_reader_goes_keeps_what_it_has(tmp_path: Path, repository: Path) -> None:
     command = [sys.executable, str(repository / "scripts" / "train.py"), *TRAIN, "data=synthetic", "kernels=pytorch"]
-    command.append("train.max_steps=20000")  # a line each 1,000
+    command.append("train.max_steps=2000")  # a line each 100
     environment = os.environ | {"LLMMED_CACHE": str(tmp_path / "cache")}
     with subprocess.Popen(command, cwd=tmp_path, env=environment, stdout=subprocess.PIPE, text=True) as run:
         assert run.stdout is not None
-        next(line for line in run.stdout if line.startswith("step 1000/"))
+        next(line for line in run.stdout if line.startswith("step 100/"))
         run.stdout.close()
         assert run.wait(60) == signals.INTERRUPTED
     assert read_status(tmp_path / "run").state == "interrupted"
