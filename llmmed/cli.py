@@ -100,7 +100,11 @@ def _prepare_arguments() -> Callable[[], None] | None:
         arguments.overrides[:0] = earlier
     composed = compose.compose_yaml(arguments.overrides, with_hydra=True)
     own = OmegaConf.masked_copy(composed, [str(key) for key in composed if key != "hydra"])
-    config = compose.validate(own, arguments.overrides)
+    try:
+        config = compose.validate(own, arguments.overrides)
+    except UserError as error:
+        elsewhere = run_folder.started_elsewhere(arguments.overrides)
+        raise UserError(f"{error}{f' (the run was started in {elsewhere})' if elsewhere else ''}") from error
     folder = run_folder.to_resume(config, Path("outputs"))
     if folder is not None:
         continuation.changes(folder, config)  # refused here, a mistake leaves the folder as it is

@@ -172,15 +172,27 @@ def to_resume(config: Config, outputs: Path) -> Path | None:
 
 def earlier_overrides(overrides: Sequence[str]) -> list[str]:
     """What the run that `train.resume=<folder>` names was started with, but for what is given again."""
-    asked = [override for override in overrides if override.startswith("train.resume=")]
-    if not asked:
-        return []
-    folder = str(OverridesParser.create().parse_override(asked[-1]).value())
-    file = Path(folder) / ".hydra" / "overrides.yaml"
-    if folder in ("auto", "latest") or not file.exists():
+    folder = _named_to_resume(overrides)
+    if folder is None or not (file := folder / ".hydra" / "overrides.yaml").exists():
         return []
     given = {_key(override) for override in overrides}
     return [override for override in map(str, OmegaConf.load(file)) if _key(override) not in given]
+
+
+def started_elsewhere(overrides: Sequence[str]) -> str | None:
+    """Where the run that `train.resume=<folder>` names was started, if not here: its relative paths lead from there."""
+    folder = _named_to_resume(overrides)
+    try:
+        started = str(read_json(folder / "env.json")["working_folder"]) if folder is not None else None
+    except (OSError, ValueError, KeyError, TypeError):
+        return None
+    return started if started != str(Path.cwd()) else None
+
+
+def _named_to_resume(overrides: Sequence[str]) -> Path | None:
+    asked = [override for override in overrides if override.startswith("train.resume=")]
+    folder = str(OverridesParser.create().parse_override(asked[-1]).value()) if asked else "latest"
+    return None if folder in ("auto", "latest", "None") else Path(folder)
 
 
 def write_environment(folder: Path) -> None:

@@ -103,6 +103,15 @@ def test_a_folder_that_is_not_named_after_a_second_is_left_to_hydra(
     assert not list(tmp_path.iterdir())
 
 
+def test_a_resume_knows_where_the_run_was_started(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    write_json(tmp_path / "env.json", {"working_folder": str(tmp_path)})
+    resumed = [f"train.resume={tmp_path}"]
+    assert run_folder.started_elsewhere(resumed) == str(tmp_path)
+    assert run_folder.started_elsewhere(["train.resume=latest"]) is None
+    monkeypatch.chdir(tmp_path)
+    assert run_folder.started_elsewhere(resumed) is None
+
+
 def test_the_environment_of_every_start_is_kept(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     for start in ("first", "second", "third"):
         monkeypatch.setattr(sys, "orig_argv", ["python", "train.py", start])

@@ -149,6 +149,12 @@ def _tokenizer(config: Config, parts: list[_Part], work: Path, output: Path, rep
         report(f"training a tokenizer of {config.tokenizer.vocab_size:,} tokens on {size / 1e6:,.1f} MB")
         parallel.run_alone(_train, training, size)
         found, end_token = tokenizer.read(output), tokenizer.END_ID
+        count, wanted = tokenizer.vocabulary_size(found), config.tokenizer.vocab_size
+        if count < wanted:
+            report(
+                f"the text has no more than {count:,} of the {wanted:,} tokens, and the model rows for all: "
+                f"tokenizer.vocab_size={count} makes it smaller, and else the same"
+            )
     write_json(known, {"vocab_size": tokenizer.vocabulary_size(found), "end_token": end_token})
     return tokenizer.vocabulary_size(found), end_token
 

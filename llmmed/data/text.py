@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import contextlib
 import json
+import os
 import re
 from collections import Counter
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, BinaryIO
+from typing import TYPE_CHECKING, BinaryIO, NoReturn
 
 from llmmed.config import DataConfig
 from llmmed.errors import UserError
@@ -20,6 +21,7 @@ if TYPE_CHECKING:
 SUFFIXES = (".txt", ".jsonl", ".parquet")
 _PACKED = (".gz", ".bz2", ".xz", ".zst", ".zip", ".tar", ".tgz", ".7z")
 SHARD_BYTES = 8 * 2**20
+_MOST_NULS = 0.1  # of the characters: half of them are in English UTF-16
 _BLANK_LINES = re.compile(r"\n\s*\n")
 _CONTINUATION_BYTES = bytes(range(0x80, 0xC0))  # of UTF-8: no character begins with one
 _BLANK_LINES_IN_BYTES = re.compile(rb"\n\s*\n")
@@ -44,7 +46,7 @@ def files(config: DataConfig) -> list[Path]:
     path = Path(config.path)
     if not path.exists():
         raise UserError(f"data.path={config.path}: there is no such file or folder")
-    everything = _below(path)
+    everything = list(_below(path))
     found = sorted(p for p in everything if _kind(p) in SUFFIXES)
     if not found:
         packed = "; unpack what is packed" if any(_kind(p) in _PACKED for p in everything) else ""
@@ -62,7 +64,7 @@ def holds(config: DataConfig, size: int) -> bool:
     if config.path is None:
         return False
     path, found = Path(config.path), 0
-    for file in path.rglob("*") if path.is_dir() else [path]:
+    for file in _below(path):
         if _kind(file) in SUFFIXES and file.is_file():
             found += max(file.stat().st_size, size if _kind(file) == ".parquet" and file.stat().st_size else 0)
             if found >= size:
@@ -102,8 +104,23 @@ def read(shard: Shard) -> Iterator[str]:
                 yield stripped
 
 
-def _below(path: Path) -> list[Path]:
-    return [found for found in path.rglob("*") if found.is_file()] if path.is_dir() else [path]
+def _below(path: Path) -> Iterator[Path]:
+    """The file, or all files of the folder and of folders that it links to. Raises `UserError` if one is unreadable."""
+    if not path.is_dir():
+        yield path
+        return
+
+    def refuse(error: OSError) -> NoReturn:
+        raise UserError(f"data.path: the folder {error.filename} cannot be read ({error.strerror})")
+
+    seen = set()
+    for folder, folders, names in os.walk(path, onerror=refuse, followlinks=True):
+        found = os.stat(folder)
+        if (found.st_dev, found.st_ino) in seen:  # a link to a folder around it
+            folders.clear()
+            continue
+        seen.add((found.st_dev, found.st_ino))
+        yield from (file for name in names if (file := Path(folder, name)).is_file())
 
 
 def _kind(path: Path) -> str:
@@ -272,12 +289,18 @@ def _end_of_paragraph(file: BinaryIO, position: int, most: int) -> int:
 
 def _decode(data: bytes, path: Path, offset: int = 0) -> str:
     try:
-        return data.decode("utf-8-sig" if not offset else "utf-8")
+        text = data.decode("utf-8-sig" if not offset else "utf-8")
     except UnicodeDecodeError as error:
         raise UserError(
             f"{path}: byte {offset + error.start} (0x{data[error.start]:02x}) is not UTF-8; "
             f"convert the file, for instance with iconv -t UTF-8"
         ) from None
+    if text.count("\0") > _MOST_NULS * len(text):
+        raise UserError(
+            f"{path}: many characters are NUL, as in UTF-16; convert the file, for instance with "
+            f"iconv -f UTF-16LE -t UTF-8"
+        )
+    return text
 
 
 @contextlib.contextmanager

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import fcntl
 import json
 import os
@@ -234,6 +235,7 @@ def test_folders_of_all_formats_are_read(tmp_path: Path) -> None:
         ("a.parquet", b"no parquet", ["a.parquet", "Parquet"]),
         ("a.jsonl", b"[" * 200_000, ["a.jsonl:1", "not a line of JSON"]),
         ("a.txt", b" \n \n\n   \n" * 20, ["no text"]),
+        ("a.txt", "Term. An organ.\n\n".encode("utf-16-le") * 20, ["a.txt", "UTF-16", "iconv"]),
         ("a.txt.gz", b"\x1f\x8b", ["nothing to read", "1 .gz", "unpack"]),
     ],
 )
@@ -243,6 +245,42 @@ def test_bad_files_are_named(tmp_path: Path, name: str, content: bytes, words: l
         data.prepare(text_config(tmp_path / name, "train.seq_len=4"))
     for word in words:
         assert word in str(caught.value)
+
+
+def test_folders_that_are_linked_to_are_read_once(tmp_path: Path) -> None:
+    notes, elsewhere = tmp_path / "notes", tmp_path / "elsewhere"
+    for folder in (notes, elsewhere / "deep"):
+        folder.mkdir(parents=True)
+    (notes / "a.txt").write_text("here")
+    (elsewhere / "deep" / "b.txt").write_text("there")
+    (notes / "link").symlink_to(elsewhere)
+    (elsewhere / "deep" / "around").symlink_to(notes)
+    source = text_config(notes, "train.seq_len=4").data
+    assert [document for shard in text.shards(source) for document in text.read(shard)] == ["here", "there"]
+
+
+def test_a_folder_that_cannot_be_read_is_an_error(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    write_documents(tmp_path / "a.txt")
+    (tmp_path / "locked").mkdir()
+    scan = os.scandir
+
+    def refuse(path: str | Path) -> os._ScandirContext[str]:  # chmod does not stop root
+        if str(path).endswith("locked"):
+            raise PermissionError(errno.EACCES, "Permission denied", str(path))
+        return scan(path)
+
+    monkeypatch.setattr(os, "scandir", refuse)
+    with pytest.raises(UserError, match=r"data.path: the folder .*/locked cannot be read \(Permission denied\)"):
+        data.prepare(text_config(tmp_path))
+
+
+def test_a_text_with_few_tokens_is_told(tmp_path: Path) -> None:
+    write_documents(tmp_path / "a.txt", 40)
+    told: list[str] = []
+    config = text_config(tmp_path, "tokenizer.vocab_size=4000")
+    tokens = Tokenizer.from_file(str(data.prepare(config, told.append).tokenizer_file)).get_vocab_size()
+    assert tokens < 4000
+    assert any(f"no more than {tokens} of the 4,000 tokens" in message for message in told)
 
 
 def test_files_that_are_not_read_are_told(tmp_path: Path) -> None:
