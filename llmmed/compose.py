@@ -23,6 +23,7 @@ from omegaconf import DictConfig, OmegaConf
 from pydantic import TypeAdapter, ValidationError
 
 from llmmed import data, unused_keys
+from llmmed.autotune.plan import KernelPlan
 from llmmed.config import Config, TrainConfig, check_heads
 from llmmed.errors import UserError
 from llmmed.gpus import visible_gpus
@@ -238,6 +239,8 @@ def _check_together(config: Config) -> None:
             f"{config.tokenizer.vocab_size}; make it at least as large"
         )
     _check_pins(config)
+    if config.kernels.plan is not None and config.train.resume is None:  # else the checkpoint has it
+        KernelPlan.read_stated("kernels.plan", config.kernels.plan)
 
 
 def _check_pins(config: Config) -> None:
@@ -245,8 +248,7 @@ def _check_pins(config: Config) -> None:
         if op not in catalog.op_names():
             raise UserError(f"kernels.pin.{op}: there is no op '{op}'; the ops are {', '.join(catalog.op_names())}")
         if name is not None and name not in catalog.implementation_names(op):
-            known = ", ".join(catalog.implementation_names(op))
-            raise UserError(f"kernels.pin.{op}={name}: op '{op}' has no such implementation; it has {known}")
+            raise UserError(f"kernels.pin.{op}={name}: {catalog.no_such_implementation(op, name)}")
 
 
 def _gpu_or_cpu(on_gpu: Any, on_cpu: Any, *, _root_: DictConfig) -> Any:

@@ -17,7 +17,7 @@ from rich.console import Console
 from llmmed import collector, consoles, continuation, data, init_from, run_folder
 from llmmed.autotune.child import processes_to_come
 from llmmed.autotune.plan import KernelPlan
-from llmmed.autotune.tuner import tune
+from llmmed.autotune.tuner import refuse, tune
 from llmmed.autotune.workload import called_ops, record_workload
 from llmmed.compose import as_dict
 from llmmed.config import Config
@@ -108,6 +108,11 @@ def _run(config: Config, folder: Path, console: Console, started: float, stop: S
         start = None
         if newest is None and config.kernels.policy == "auto":
             start = while_preparing.enter_context(processes_to_come(config.device))
+        with collector.still():  # tensors without memory bring PyTorch's compiler with them
+            workload = record_workload(config)
+        plan = plan_of_checkpoint(newest, config, workload, mode) if newest is not None else None
+        if plan is None:
+            refuse(config, workload, mode)
         dataset = data.prepare(config, report=lambda message: console.print(message, style="dim", markup=False))
         if newest is not None:
             continuation.check_data(newest, dataset.fingerprint)
@@ -116,9 +121,6 @@ def _run(config: Config, folder: Path, console: Console, started: float, stop: S
         if initial is not None:
             init_from.warn_of_other_tokenizer(initial, dataset.tokenizer_file)
 
-        with collector.still():  # tensors without memory bring PyTorch's compiler with them
-            workload = record_workload(config)
-        plan = plan_of_checkpoint(newest, config, workload, mode) if newest is not None else None
         if plan is None:
             with console.status("tuning") as status:
                 plan = tune(config, workload, mode=mode, report=lambda done: status.update(str(done)), start=start)

@@ -11,6 +11,7 @@ than the chosen plan by more than 1 %, beyond the noise.
 from __future__ import annotations
 
 import contextlib
+import math
 import multiprocessing
 import os
 import sys
@@ -54,14 +55,20 @@ def main(arguments: list[str]) -> int:
         config = compose([a for a in arguments if a.partition("=")[0] not in _OWN])
         if own["pairs"] not in ("true", "false"):
             raise UserError(f"pairs={own['pairs']}: true or false")
-        seconds = float(own["seconds"])
-        given = KernelPlan.read(Path(own["plan"])) if own["plan"] else None
+        try:
+            seconds = float(own["seconds"])
+        except ValueError:
+            seconds = 0.0
+        if not 0 < seconds < math.inf:
+            raise UserError(f"seconds={own['seconds']}: a number above 0")
+        given = KernelPlan.read_stated("plan", own["plan"]) if own["plan"] else None
         workload = record_workload(config)
-        if given is not None and given.workload_fingerprint != workload.fingerprint():
+        calls = workload.by_op()
+        if given is not None and (given.workload_fingerprint, set(given.ops)) != (workload.fingerprint(), set(calls)):
             raise UserError(f"plan={own['plan']}: the plan of a step that makes other calls than this one")
         if given is not None and given.mode != resolve_compile(config):
             raise UserError(f"plan={own['plan']}: it is for train.compile={given.mode}, not {resolve_compile(config)}")
-    except (UserError, ValueError) as error:
+    except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         return 1
     prepare_backend(config)

@@ -126,6 +126,7 @@ def test_yaml_without_a_schema_value_is_refused() -> None:
         ("train=null", "train=null: train can be default"),
         ("data.path=", "data.path is empty; give it a value (is a variable of the shell not set?)"),
         ("kernels.plan=", "kernels.plan is empty"),
+        ("kernels.plan=none.json", "the kernel plan none.json cannot be read"),
         ("data.path=d/a=b.txt", """'data.path="d/a=b.txt"'"""),
         ("data.path=d/n(1).txt", """'data.path="d/n(1).txt"'"""),
         ("data.path=~/notes", """'data.path="~/notes"'"""),

@@ -12,6 +12,7 @@ import pytest
 from llmmed import data
 from llmmed import run as run_module
 from llmmed.errors import UserError
+from llmmed.kernels.operator import INTERPRETED
 from tests.training.tiny import tiny_config
 
 
@@ -45,3 +46,13 @@ def test_tunings_processes_are_begun_with_while_data_is_prepared(
     with contextlib.suppress(UserError):
         run_module.run(tiny_config(f"kernels={policy}"), tmp_path, started=0.0)
     assert happened == (["begun on cpu", "data", "how", "ended"] if policy == "auto" else ["data", None])
+
+
+@pytest.mark.skipif(INTERPRETED, reason="there Triton kernels run on a CPU")
+@pytest.mark.parametrize("asked", ["kernels=triton", "kernels.pin.rms_norm=triton"])
+def test_what_cannot_be_used_here_is_told_before_data_is_prepared(
+    asked: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(data, "prepare", lambda *args, **options: pytest.fail("data was prepared"))
+    assert run_module.run(tiny_config(asked, "device=cpu"), tmp_path, started=0.0) == 1
+    assert "cannot be used here" in capsys.readouterr().err

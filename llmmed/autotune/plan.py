@@ -14,6 +14,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from llmmed.errors import UserError
 from llmmed.files import write_json
+from llmmed.kernels.catalog import implementation_names, no_such_implementation, op_names
 from llmmed.kernels.tunable import Launches, Site
 
 Mode = Literal["eager", "compiled", "graphs"]
@@ -101,6 +102,12 @@ class OpPlan(_Frozen):
     calls: list[CallCount]
     candidates: dict[str, Candidate]
     source_sha256: str  # of the op's folder and of what other packages register for it
+
+    @property
+    def speedup(self) -> float | None:
+        """The chosen implementation's over PyTorch's, if known: a plan written by hand may have no candidates."""
+        chosen = self.candidates.get(self.chosen)
+        return None if chosen is None else chosen.speedup
 
 
 class StepTrial(_Frozen):
@@ -207,9 +214,8 @@ class KernelPlan(_Frozen):
             found["step_speedup"] = self.step.default.ms / self.step.chosen.ms
         for name, op in self.ops.items():
             found[f"kernels/{name}"] = op.chosen
-            speedup = op.candidates[op.chosen].speedup
-            if speedup is not None:
-                found[f"kernels/{name}/speedup"] = speedup
+            if op.speedup is not None:
+                found[f"kernels/{name}/speedup"] = op.speedup
             found[f"use_triton_{_SUMMARY_NAMES.get(name, name)}"] = op.chosen.startswith("triton")
         return found
 
@@ -226,6 +232,17 @@ class KernelPlan(_Frozen):
             raise UserError(f"the kernel plan {path} cannot be read: {error}; give a run's kernels.json") from None
         except ValidationError as error:
             raise UserError(f"{path} is not a kernel plan: {first_problem(error)}; give a run's kernels.json") from None
+
+    @classmethod
+    def read_stated(cls, setting: str, path: str) -> KernelPlan:
+        """Reads the plan that a setting names. Raises `UserError` if it is none, or names what is not known."""
+        plan = cls.read(Path(path))
+        for op, name in plan.choice.items():
+            if op not in op_names():
+                raise UserError(f"{setting}={path}: there is no op '{op}'; the ops are {', '.join(op_names())}")
+            if name not in implementation_names(op):
+                raise UserError(f"{setting}={path}: {no_such_implementation(op, name)}")
+        return plan
 
     @classmethod
     def from_json(cls, data: Mapping[str, Any]) -> KernelPlan:

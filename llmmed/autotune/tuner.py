@@ -10,7 +10,6 @@ import logging
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -29,7 +28,13 @@ from llmmed.compose import as_dict
 from llmmed.config import Config, KernelsConfig
 from llmmed.errors import UserError
 from llmmed.kernels.base import Call, Unavailable
-from llmmed.kernels.catalog import COMPILED, DEFAULT, get_implementation, implementation_names, op_names
+from llmmed.kernels.catalog import (
+    COMPILED,
+    DEFAULT,
+    get_implementation,
+    implementation_names,
+    no_such_implementation,
+)
 from llmmed.processes import Starter
 
 logger = logging.getLogger(__name__)
@@ -53,11 +58,7 @@ def tune(
     """
     started = time.perf_counter()
     calls = workload.by_op()
-    orders = _orders(config.kernels, list(calls))
-    known = {op: _without_trying(op, orders[op], calls[op], config, mode) for op in calls}
-    for op, order in orders.items():
-        if order is not None and order.name in known[op]:
-            _decide(op, order, known[op], config.kernels)  # raises, if it must, before anything is tried
+    orders, known = _refuse(config, calls, mode)
     tasks = _tasks(calls, orders, known, mode)
     hardware = describe_hardware(config.device)
     with contextlib.ExitStack() as held:
@@ -101,6 +102,23 @@ def tune(
     )
 
 
+def refuse(config: Config, workload: Workload, mode: Mode) -> None:
+    """Raises what `tune` would raise before it tries anything."""
+    _refuse(config, workload.by_op(), mode)
+
+
+def _refuse(
+    config: Config, calls: Mapping[str, dict[Call, int]], mode: Mode
+) -> tuple[dict[str, _Order | None], dict[str, dict[str, Candidate]]]:
+    """What is asked for by op, and the candidates that need no trying. Raises `UserError` if they do not agree."""
+    orders = _orders(config.kernels, list(calls))
+    known = {op: _without_trying(op, orders[op], calls[op], config, mode) for op in calls}
+    for op, order in orders.items():
+        if order is not None and order.name in known[op]:
+            _decide(op, order, known[op], config.kernels)
+    return orders, known
+
+
 @dataclass(frozen=True)
 class _Order:
     """An implementation that is not up for choice, the setting that asks for it, and the launches that it asks for."""
@@ -112,13 +130,13 @@ class _Order:
 
 def _orders(kernels: KernelsConfig, ops: list[str]) -> dict[str, _Order | None]:
     """What is asked for, by op: by a pin, else by a plan, else by the policy; None leaves it to measurement."""
-    planned = _read_plan(kernels.plan).ops if kernels.plan is not None else {}
+    planned = KernelPlan.read_stated("kernels.plan", kernels.plan).ops if kernels.plan is not None else {}
     orders: dict[str, _Order | None] = {}
     for op in ops:
         pin = kernels.pin.get(op)
         if pin is not None:
             if pin not in implementation_names(op):
-                raise UserError(_unknown(f"kernels.pin.{op}={pin}", op, pin))
+                raise UserError(f"kernels.pin.{op}={pin}: {no_such_implementation(op, pin)}")
             orders[op] = _Order(pin, f"kernels.pin.{op}={pin}")
         elif op in planned:
             name = planned[op].chosen
@@ -127,20 +145,6 @@ def _orders(kernels: KernelsConfig, ops: list[str]) -> dict[str, _Order | None]:
         else:
             orders[op] = None if kernels.policy == "auto" else _Order(kernels.policy, f"kernels={kernels.policy}")
     return orders
-
-
-def _read_plan(path: str) -> KernelPlan:
-    plan = KernelPlan.read(Path(path))
-    for op, name in plan.choice.items():
-        if op not in op_names():
-            raise UserError(f"kernels.plan={path}: there is no op '{op}'; the ops are {', '.join(op_names())}")
-        if name not in implementation_names(op):
-            raise UserError(_unknown(f"kernels.plan={path}", op, name))
-    return plan
-
-
-def _unknown(cause: str, op: str, name: str) -> str:
-    return f"{cause}: op '{op}' has no implementation '{name}'; it has {', '.join(implementation_names(op))}"
 
 
 def _names(op: str, found: Mapping[str, Candidate]) -> list[str]:
@@ -168,7 +172,7 @@ def _without_trying(
 def why_not(op: str, name: str, calls: Mapping[Call, int], config: Config, mode: Mode) -> str | None:
     """Why a candidate cannot be used in this run, as far as its description tells; or None."""
     if name not in implementation_names(op):
-        return f"op '{op}' has no implementation '{name}'; it has {', '.join(implementation_names(op))}"
+        return no_such_implementation(op, name)
     try:
         implementation = get_implementation(op, name)
     except Unavailable as error:

@@ -48,6 +48,11 @@ def implementation_names(op: str) -> tuple[str, ...]:
     return tuple(sorted(names, key=lambda name: (order.get(name, 2), name)))
 
 
+def no_such_implementation(op: str, name: str) -> str:
+    """What to say of it."""
+    return f"op '{op}' has no implementation '{name}'; it has {', '.join(implementation_names(op))}"
+
+
 def get_op(name: str) -> Op:
     """Imports an op. Raises `KeyError` for an unknown one."""
     if name not in op_names():

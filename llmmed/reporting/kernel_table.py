@@ -93,7 +93,7 @@ def closing_line(plan: KernelPlan) -> str:
     """Which kernels will run, what that is worth, and how it was found; console markup."""
     groups: dict[str, list[str]] = {}
     for name, op in plan.ops.items():
-        speedup = op.candidates[op.chosen].speedup
+        speedup = op.speedup
         gain = f" ({speedup:.2f}x)" if op.chosen != DEFAULT and speedup is not None else ""
         groups.setdefault(op.chosen, []).append(f"{name}{gain}")
     step = _step_line(plan.step) if plan.step is not None else ""

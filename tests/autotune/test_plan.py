@@ -10,6 +10,7 @@ from pydantic import ValidationError
 
 from llmmed.autotune.plan import CallCount, Candidate, Ceilings, Hardware, KernelPlan, OpPlan
 from llmmed.errors import UserError
+from llmmed.reporting.kernel_table import closing_line
 
 
 @pytest.fixture
@@ -50,6 +51,31 @@ def test_summary(plan: KernelPlan) -> None:
         "kernels/rms_norm/speedup": 2.0,
         "use_triton_rmsnorm": True,
     }
+
+
+def test_a_plan_may_say_no_more_than_what_to_take(plan: KernelPlan) -> None:
+    bare = plan.ops["rms_norm"].model_copy(update={"candidates": {}})
+    bare_plan = plan.model_copy(update={"ops": {"rms_norm": bare}})
+    assert bare_plan.summary() == {
+        "execution_mode": "eager",
+        "kernels/rms_norm": "triton",
+        "use_triton_rmsnorm": True,
+    }
+    assert "triton[/] for rms_norm" in closing_line(bare_plan)
+
+
+@pytest.mark.parametrize(
+    ("ops", "told"),
+    [
+        ("layer_norm", "plan=.*: there is no op 'layer_norm'"),
+        ("rms_norm", "plan=.*'rms_norm' has no implementation 'no'"),
+    ],
+)
+def test_a_plan_that_is_stated_names_what_there_is(plan: KernelPlan, ops: str, told: str, tmp_path: Path) -> None:
+    chosen = plan.ops["rms_norm"].model_copy(update={"chosen": "no"})
+    plan.model_copy(update={"ops": {ops: chosen}}).write(tmp_path / "kernels.json")
+    with pytest.raises(UserError, match=told):
+        KernelPlan.read_stated("plan", str(tmp_path / "kernels.json"))
 
 
 def test_is_immutable_and_finite(plan: KernelPlan) -> None:
