@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import signal
+import sys
 
 from rich.console import Console
 
@@ -35,3 +36,11 @@ def output() -> Console:
 def errors() -> Console:
     """Standard error, where lines are as long as they are."""
     return _Patient(stderr=True, highlight=False, soft_wrap=True)
+
+
+def helped(text: str | None) -> bool:
+    """Whether somebody asked a script for help, and has got what it says of itself."""
+    if not {"-h", "--help"} & set(sys.argv[1:]):
+        return False
+    print((text or "").strip())
+    return True

@@ -46,12 +46,12 @@ class Starter(Protocol):
 def started_process(
     module: str,
     arguments: list[str],
-    log: Path,
+    log: Path | None,
     variables: Mapping[str, str] | None = None,
     stdin: int = subprocess.PIPE,
 ) -> Iterator[subprocess.Popen[bytes]]:
     """A process that runs a module's `main`, in a group of its own, so that its compilers end with it, whatever happens
-    here."""
+    here. Without a log it writes where this one writes."""
     process = spawn(module, arguments, log, variables, stdin)
     try:
         yield process
@@ -62,7 +62,7 @@ def started_process(
 def spawn(
     module: str,
     arguments: list[str],
-    log: Path,
+    log: Path | None,
     variables: Mapping[str, str] | None,
     stdin: int = subprocess.PIPE,
 ) -> subprocess.Popen[bytes]:
@@ -70,7 +70,7 @@ def spawn(
     # The child finds what this process finds (`-P`: and nothing else), the implementations of other packages too.
     environment = os.environ | {"PYTHONPATH": os.pathsep.join(entry or os.getcwd() for entry in sys.path)}
     environment |= variables or {}
-    with log.open("wb") as output:
+    with log.open("wb") if log is not None else contextlib.nullcontext() as output:
         return subprocess.Popen(
             command(module, arguments), stdin=stdin, stdout=output, stderr=output, env=environment,
             start_new_session=True,

@@ -5,7 +5,8 @@ The target then loads with `transformers.AutoModelForCausalLM.from_pretrained` a
 
 import sys
 
+from llmmed.consoles import helped
 from llmmed.export import main
 
 if __name__ == "__main__":
-    sys.exit(main(sys.argv[1:]))
+    sys.exit(0 if helped(__doc__) else main(sys.argv[1:]))

@@ -5,7 +5,8 @@ Needs neither a GPU nor the machine that the plan was made on.
 
 import sys
 
+from llmmed.consoles import helped
 from llmmed.reporting.kernel_table import main
 
 if __name__ == "__main__":
-    sys.exit(main(sys.argv[1:]))
+    sys.exit(0 if helped(__doc__) else main(sys.argv[1:]))

@@ -25,6 +25,8 @@ from pathlib import Path
 
 from safetensors import safe_open
 
+from llmmed.consoles import helped
+
 STEPS, EVAL_EVERY, CHECKPOINT_EVERY = 60, 4, 3
 TRAIN = [
     "experiment=smoke", "device=cpu", "kernels=pytorch", "data=text", "data.path=text.txt", "tokenizer.vocab_size=512",
@@ -183,4 +185,4 @@ def differs(expected: Path, found: Path) -> str | None:
 
 
 if __name__ == "__main__":
-    sys.exit(main(sys.argv[1:]))
+    sys.exit(0 if helped(__doc__) else main(sys.argv[1:]))

@@ -27,6 +27,7 @@ from llmmed.benchmark.settings import as_lists, compose_benchmark
 from llmmed.errors import UserError
 from llmmed.kernels.tunable import MOST_ALTERNATIVES, seen_launches
 from llmmed.reporting import kernel_table, verdicts
+from tests.processes import run_script
 from tests.reporting.test_kernel_table import make_plan
 
 ROOT = Path(__file__).parent.parent
@@ -316,3 +317,13 @@ def test_adding_a_kernel(tmp_path: Path, repository: Path) -> None:
     forced = copy.run(pinned)
     assert forced.returncode == 1
     assert "not used because it is wrong" in forced.stderr
+
+
+SCRIPTS = ["calibrate_gate", "export_hf", "generate", "kernel_table", "kill_and_resume", "regret", "report", "verify"]
+
+
+@pytest.mark.parametrize("script", SCRIPTS)
+def test_a_script_says_what_it_is_for(script: str, tmp_path: Path, repository: Path) -> None:
+    done = run_script(repository / "scripts" / f"{script}.py", ["--help"], tmp_path)
+    assert done.returncode == 0
+    assert f"scripts/{script}.py" in done.stdout

@@ -2,22 +2,29 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+import json
+import tempfile
+import time
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from pathlib import Path
+from typing import BinaryIO
 
 import torch
 from rich.table import Table
 from rich.text import Text
 
 from llmmed import consoles
-from llmmed.autotune.failures import one_line
-from llmmed.autotune.verify import Verdict, forget, verify
+from llmmed.autotune.verify import Verdict
 from llmmed.errors import UserError
-from llmmed.kernels.base import Unavailable
-from llmmed.kernels.catalog import get_implementation, get_op, implementation_names, load_function, op_names
+from llmmed.files import write_json
+from llmmed.kernels.catalog import implementation_names, op_names
 from llmmed.kernels.operator import INTERPRETED
+from llmmed.processes import how_it_ended, started_process
+from llmmed.reporting.verdict_worker import RESTART, device_of_verdicts
 
 _DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+_POLL_SECONDS = 0.02
 _FAILED = ("wrong", "no_backward", "crashed", "failed_to_compile", "out_of_memory", "timed_out")
 
 
@@ -34,7 +41,7 @@ class Request:
 def main(arguments: Sequence[str]) -> int:
     """Verifies, prints, and returns the exit code: 1 if anything is wrong or the arguments are."""
     console = consoles.output()
-    device = torch.device("cuda" if torch.cuda.is_available() and not INTERPRETED else "cpu")
+    device = device_of_verdicts()
     try:
         request = parse(arguments, device)
     except UserError as error:
@@ -46,7 +53,7 @@ def main(arguments: Sequence[str]) -> int:
     table.add_column("why", overflow="fold", ratio=1)
     failed = False
     with console.status("verifying") as status:
-        for op, name, dtype, verdict in verdicts(request, device, status.update):
+        for op, name, dtype, verdict in verdicts(request, status.update):
             failed |= verdict.status in _FAILED or (request.named and verdict.status == "unavailable")
             colour = {"verified": "green", "unavailable": "dim"}.get(verdict.status, "bold red")
             table.add_row(
@@ -95,40 +102,43 @@ def parse(arguments: Sequence[str], device: torch.device) -> Request:
 
 
 def verdicts(
-    request: Request, device: torch.device, told: object = None
+    request: Request, told: Callable[[str], None] = lambda what: None
 ) -> Iterator[tuple[str, str, torch.dtype, Verdict]]:
-    """The verdict of every candidate in every dtype: of several seeds the first that is not `verified`, or the last."""
-    for op_name, name in request.candidates:
-        for dtype in request.dtypes:
-            if callable(told):
-                told(f"verifying {op_name} {name} in {_words(dtype)}")
-            yield op_name, name, dtype, _verdict(op_name, name, dtype, device, request.seeds)
-        forget()
+    """The verdict of every candidate in every dtype, found in another process, which a candidate may end or damage."""
+    left = [(op, name, dtype) for op, name in request.candidates for dtype in request.dtypes]
+    while left:
+        with tempfile.TemporaryDirectory(prefix="llmmed-verify-") as folder:
+            job, answers = Path(folder) / "job.json", Path(folder) / "answers.jsonl"
+            answers.touch()
+            write_json(job, {"left": [(op, name, _words(dtype)) for op, name, dtype in left], "seeds": request.seeds})
+            with (
+                started_process("llmmed.reporting.verdict_worker", [str(job), str(answers)], None) as process,
+                answers.open("rb") as file,
+            ):
+                told(f"verifying {_named(*left[0])}")
+                ends = False
+                while left and not ends:
+                    ends = process.poll() is not None  # and what it wrote until then is read once more
+                    for line in _whole_lines(file):
+                        yield *left.pop(0), Verdict(**json.loads(line))
+                        told(f"verifying {_named(*left[0])}" if left else "")
+                    time.sleep(_POLL_SECONDS)
+            if left and process.returncode != RESTART:
+                reason = f"the process {how_it_ended(process.returncode)} while it was verified"
+                yield *left.pop(0), Verdict("crashed", reason, None, None, 0)
 
 
-def _verdict(op_name: str, name: str, dtype: torch.dtype, device: torch.device, seeds: int) -> Verdict:
-    op = get_op(op_name)
-    try:
-        implementation = get_implementation(op_name, name)
-        reason = implementation.why_not(device, dtype)
-        if reason is not None:
-            return _unavailable(reason)
-        function = load_function(op_name, implementation)
-    except Unavailable as error:
-        return _unavailable(str(error))
-    except Exception as error:  # noqa: BLE001 - a kernel under construction may raise anything
-        return Verdict("crashed", f"raised while it was loaded: {one_line(error)}", None, None, 0)
-    worst = Verdict("verified", "", 0.0, 0.0, 0)
-    for seed in range(seeds):
-        verdict = verify(op, implementation, function, [], device, seed=seed, dtype=dtype)
-        if verdict.status != "verified":
-            return verdict
-        worst = max(worst, verdict, key=lambda v: v.worst_ratio or 0.0)
-    return worst
+def _whole_lines(file: BinaryIO) -> Iterator[bytes]:
+    """Those that have come since the last call."""
+    position = file.tell()
+    while (line := file.readline()).endswith(b"\n"):
+        position = file.tell()
+        yield line
+    file.seek(position)
 
 
-def _unavailable(reason: str) -> Verdict:
-    return Verdict("unavailable", reason, None, None, 0)
+def _named(op: str, name: str, dtype: torch.dtype) -> str:
+    return f"{op} {name} in {_words(dtype)}"
 
 
 def _words(dtype: torch.dtype) -> str:

@@ -1,0 +1,61 @@
+"""What `scripts/verify.py` says of candidates that end the process in which they are tried."""
+
+from __future__ import annotations
+
+import io
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from llmmed.autotune.verify import Verdict
+from llmmed.files import write_json
+from llmmed.reporting import verdict_worker, verdicts
+from llmmed.reporting.verdict_worker import RESTART
+
+
+def test_one_that_ends_the_process_has_a_verdict_and_the_others_theirs(
+    plant: Callable[..., None], capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("COLUMNS", "200")
+    plant("right", "dies", "leaves", "wrong")
+    assert verdicts.main(["op=rms_norm", "impl=dies,leaves,right,wrong"]) == 1
+    lines = [" ".join(line.split()) for line in capfd.readouterr().out.splitlines()]
+    told = {line.split()[1]: line for line in lines if line.startswith("rms_norm ")}
+    assert "crashed the process was killed by SIG" in told["dies"]
+    assert "crashed the process ended with exit code 1 while it was verified" in told["leaves"]
+    assert " wrong " in told["wrong"]
+    assert " verified " in told["right"]
+
+
+def test_one_that_damages_the_gpu_is_the_last_of_its_process(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    damaged = iter(["", "broken"])
+    ended: list[int] = []
+
+    def end(code: int) -> None:
+        ended.append(code)
+        raise SystemExit
+
+    monkeypatch.setattr(verdict_worker, "damage_of", lambda device: next(damaged) or None)
+    monkeypatch.setattr(verdict_worker, "_verdict", lambda *args: Verdict("verified", "", 0.0, 0.0, 1))
+    monkeypatch.setattr(verdict_worker, "end_with_parent", lambda: None)
+    monkeypatch.setattr(verdict_worker.os, "_exit", end)
+    job, answers = tmp_path / "job.json", tmp_path / "answers.jsonl"
+    write_json(job, {"left": [["rms_norm", name, "float32"] for name in "abc"], "seeds": 1})
+    monkeypatch.setattr(verdict_worker.sys, "argv", ["", str(job), str(answers)])
+    with pytest.raises(SystemExit):
+        verdict_worker.main()
+    assert ended == [RESTART]
+    first, second = answers.read_text().splitlines()
+    assert '"verified"' in first
+    assert '"crashed"' in second
+    assert "left the GPU in error: broken" in second
+
+
+def test_a_line_that_is_not_whole_waits() -> None:
+    file = io.BytesIO(b"one\ntw")
+    assert list(verdicts._whole_lines(file)) == [b"one\n"]
+    file.seek(0, io.SEEK_END)
+    file.write(b"o\n")
+    file.seek(4)
+    assert list(verdicts._whole_lines(file)) == [b"two\n"]
