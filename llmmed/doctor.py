@@ -75,7 +75,7 @@ def examine(*, full: bool) -> Iterator[Finding]:
     checks: list[tuple[str, Callable[[], Iterator[Finding]]]] = [
         ("system", _system), ("packages", _packages), ("gpu", _gpu), ("compilers", _compilers),
         ("configuration", _configuration), ("data", _data), ("cache", _cache), ("disk", _disk),
-        ("kernels", lambda: _kernels(full=full)),
+        ("entry points", _entry_points), ("kernels", lambda: _kernels(full=full)),
     ]  # fmt: skip
     for name, check in checks:
         try:
@@ -240,6 +240,13 @@ def _disk() -> Iterator[Finding]:
         yield Finding("warning", "disk", text, "free some, or lower train.keep_last: checkpoints fill it")
     else:
         yield Finding("ok", "disk", text)
+
+
+def _entry_points() -> Iterator[Finding]:
+    from llmmed.kernels.catalog import misnamed_entry_points
+
+    for text in misnamed_entry_points():
+        yield Finding("warning", "entry point", text, "the package that registers it has to name an op that there is")
 
 
 def _kernels(*, full: bool) -> Iterator[Finding]:

@@ -56,7 +56,7 @@ def plant(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[
         information = site / "planted_kernels-1.0.dist-info"
         information.mkdir(parents=True)
         (information / "METADATA").write_text("Metadata-Version: 2.1\nName: planted-kernels\nVersion: 1.0\n")
-        points = (f"rms_norm.{name} = planted_kernels:{name.upper()}\n" for name in names)
+        points = (f"{name if '.' in name else f'rms_norm.{name}'} = planted_kernels:{name.upper()}\n" for name in names)
         (information / "entry_points.txt").write_text(f"[{catalog.ENTRY_POINT_GROUP}]\n{''.join(points)}")
         shutil.copy(Path(__file__).parent / "autotune" / "planted_kernels.py", site)
         monkeypatch.syspath_prepend(site)

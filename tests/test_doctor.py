@@ -6,7 +6,7 @@ import json
 import os
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
@@ -139,3 +139,10 @@ def test_broken_findings_are_counted_and_exit_with_1(
 def test_other_arguments_are_refused(capsys: pytest.CaptureFixture[str]) -> None:
     assert doctor.main(["--fast"]) == 1
     assert capsys.readouterr().err.startswith("error: ")
+
+
+def test_an_entry_point_of_no_op_is_told(plant: Callable[..., None]) -> None:
+    plant("right", "layer_norm.right")
+    (finding,) = doctor._entry_points()
+    assert finding.level == "warning"
+    assert "planted-kernels registers 'layer_norm.right' in llmmed.kernels" in finding.text

@@ -33,6 +33,7 @@ from llmmed.kernels.catalog import (
     DEFAULT,
     get_implementation,
     implementation_names,
+    misnamed_entry_points,
     no_such_implementation,
 )
 from llmmed.processes import Starter
@@ -57,6 +58,8 @@ def tune(
         UserError: what was asked for is wrong, or cannot be used and there is no fallback.
     """
     started = time.perf_counter()
+    for told in misnamed_entry_points():
+        logger.warning("%s", told)
     calls = workload.by_op()
     orders, known = _refuse(config, calls, mode)
     tasks = _tasks(calls, orders, known, mode)

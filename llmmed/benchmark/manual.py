@@ -251,4 +251,6 @@ def _dtype() -> torch.dtype:
 
 
 def _states(*shape: int) -> TensorSpec:
+    if not all(isinstance(size, int) and size > 0 for size in shape):
+        raise ValueError(f"{list(shape)}: sizes are whole numbers from 1 up")
     return tensor_spec(*shape, dtype=_dtype(), requires_grad=True)

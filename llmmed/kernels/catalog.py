@@ -170,6 +170,18 @@ def _modules(op: str) -> dict[str, str]:
     }
 
 
+def misnamed_entry_points() -> list[str]:
+    """What to say of those entry points of other packages that stand for no implementation of an op."""
+    told = []
+    for point in importlib.metadata.entry_points(group=ENTRY_POINT_GROUP):
+        op, _, name = point.name.partition(".")
+        if op not in op_names() or not name:
+            package = point.dist.name if point.dist is not None else "a package"
+            known = f"<op>.<name>, and the ops are {', '.join(op_names())}"
+            told.append(f"{package} registers '{point.name}' in {ENTRY_POINT_GROUP}, which is not {known}")
+    return told
+
+
 @functools.cache
 def _entry_points(op: str) -> dict[str, importlib.metadata.EntryPoint]:
     points = importlib.metadata.entry_points(group=ENTRY_POINT_GROUP)
