@@ -38,6 +38,12 @@ SIZES = {"batch_size": 2, "seq_len": 8, "d_model": 32, "n_heads": 2, "d_head": 1
          "rows": 16, "cols": 24}  # fmt: skip
 
 
+@pytest.mark.parametrize("size", [0, -1, 2.0, "2"])
+def test_sizes_are_whole_numbers(size: int) -> None:
+    with pytest.raises(ValueError, match="sizes are whole numbers from 1 up"):
+        llmmed.benchmark_rms_norm(batch_size=size)
+
+
 def test_all_ops_are_compared_and_the_reason_is_told(
     capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
