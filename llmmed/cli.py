@@ -24,7 +24,7 @@ from omegaconf import DictConfig, OmegaConf
 from llmmed import collector, compose, continuation, micro_batch, run_folder, sweep
 from llmmed.errors import UserError
 from llmmed.files import write_atomically
-from llmmed.signals import INTERRUPTED, Interrupted, StopRequest
+from llmmed.signals import INTERRUPTED, Interrupted, StopRequest, say
 
 _STARTED = time.perf_counter()
 
@@ -35,11 +35,12 @@ def main() -> None:
     early = None
     try:
         compose.register()
-        put_back = _prepare_arguments()
-        if put_back is not None:
+        begin = _prepare_arguments()
+        if begin is not None:
             # From before there is a folder, so that there is never one that does not say what became of its run.
             with StopRequest(give_up=_tell_interrupted) as stop:
                 stop.waits = True
+                put_back = begin()
                 _hydra_main(functools.partial(_task, stop=stop, put_back=put_back))
         else:
             _hydra_main(_job)
@@ -69,10 +70,11 @@ def _hydra_main(task: Callable[[DictConfig], float | None]) -> None:
     hydra.main(version_base="1.3", config_path=str(compose.config_folder()), config_name=compose.CONFIG_NAME)(task)()
 
 
-def _prepare_arguments() -> Callable[[], None] | None:
-    """Refuses what is mistaken before Hydra makes a folder; sends a resumed run to the folder and overrides it had.
+def _prepare_arguments() -> Callable[[], Callable[[], None]] | None:
+    """Refuses what is mistaken before there is a folder; gives a resumed run the overrides it had.
 
-    Returns what to call if the run fails; None for what is no single run but a sweep or a question to Hydra.
+    Returns what takes the run's folder, and then returns what to call if the run fails; None for what is no single run
+    but a sweep or a question to Hydra.
     """
     arguments = get_args_parser().parse_args()
     _add(sweep.plugin_overrides(arguments.overrides), arguments.overrides)
@@ -103,18 +105,23 @@ def _prepare_arguments() -> Callable[[], None] | None:
     try:
         config = compose.validate(own, arguments.overrides)
     except UserError as error:
-        elsewhere = run_folder.started_elsewhere(arguments.overrides)
+        elsewhere = run_folder.started_elsewhere(arguments.overrides, earlier)
         raise UserError(f"{error}{f' (the run was started in {elsewhere})' if elsewhere else ''}") from error
     folder = run_folder.to_resume(config, Path("outputs"))
     if folder is not None:
         continuation.changes(folder, config)  # refused here, a mistake leaves the folder as it is
-    stated = run_folder.stated(arguments.overrides)
-    used = folder or (run_folder.of_this_second(composed.hydra) if stated is None else None)
+    return functools.partial(_take_folder, folder, composed.hydra, arguments.overrides)
+
+
+def _take_folder(resumed: Path | None, hydra_part: DictConfig, overrides: list[str]) -> Callable[[], None]:
+    """Holds the run's folder before Hydra writes there. Returns what to call if the run fails."""
+    stated = run_folder.stated(overrides)
+    used = resumed or (run_folder.of_this_second(hydra_part) if stated is None else None)
     if used is not None:
-        _add([f"hydra.run.dir={sweep.quoted(used)}"], arguments.overrides)
+        _add([f"hydra.run.dir={sweep.quoted(used)}"], overrides)
     if (held := used or stated) is not None and held.is_dir():
-        run_folder.hold(held)  # before Hydra writes there
-    return (lambda: None) if folder is None else run_folder.remember(folder)
+        run_folder.hold(held)
+    return (lambda: None) if resumed is None else run_folder.remember(resumed)
 
 
 def _add(overrides: Sequence[str], given: Sequence[str]) -> None:
@@ -147,11 +154,14 @@ def _task(composed: DictConfig, stop: StopRequest, put_back: Callable[[], None])
         run_folder.write_status(folder, "failed", reason=str(error))
         put_back()
         raise
+    except BaseException:
+        put_back()
+        raise
     _leave(code)
 
 
 def _run(composed: DictConfig, folder: Path, overrides: list[str], stop: StopRequest) -> int:
-    composed = micro_batch.resolve(composed, overrides, folder, report=lambda line: print(line, flush=True))
+    composed = micro_batch.resolve(composed, overrides, folder, report=say)
     config = compose.validate(composed, overrides)
     write_atomically(folder / ".hydra" / "config.yaml", OmegaConf.to_yaml(composed, resolve=True))
     with collector.still():

@@ -239,7 +239,7 @@ def _check_together(config: Config) -> None:
             f"{config.tokenizer.vocab_size}; make it at least as large"
         )
     _check_pins(config)
-    if config.kernels.plan is not None and config.train.resume is None:  # else the checkpoint has it
+    if config.kernels.plan is not None and config.train.resume is None:  # else a checkpoint may have it
         KernelPlan.read_stated("kernels.plan", config.kernels.plan)
 
 

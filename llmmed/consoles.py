@@ -8,21 +8,19 @@ import sys
 
 from rich.console import Console
 
+from llmmed.signals import reader_is_gone
+
 _FILE_WIDTH = 140  # of lines in a file, which nobody folds
 
 
 class _Patient(Console):
-    """Where the reader is gone, `head` or a `tee` that died, a run does as when its terminal closes: it ends in order,
-    or under nohup goes on. What is no run ends at once."""
+    """Where the reader is gone, a run does what `reader_is_gone` says, and anything else ends, but for under nohup."""
 
     def on_broken_pipe(self) -> None:
         if signal.getsignal(signal.SIGHUP) == signal.SIG_DFL:
             super().on_broken_pipe()
         self.quiet = True
-        nowhere = os.open(os.devnull, os.O_WRONLY)
-        os.dup2(nowhere, self.file.fileno())  # for what is flushed at the end
-        os.close(nowhere)
-        signal.raise_signal(signal.SIGHUP)
+        reader_is_gone(self.file.fileno())
 
 
 def output() -> Console:
@@ -38,8 +36,8 @@ def errors() -> Console:
     return _Patient(stderr=True, highlight=False, soft_wrap=True)
 
 
-def helped(text: str | None) -> bool:
-    """Whether somebody asked a script for help, and has got what it says of itself."""
+def answered_help(text: str | None) -> bool:
+    """Prints what a script says of itself if somebody asked for help, and whether somebody did."""
     if not {"-h", "--help"} & set(sys.argv[1:]):
         return False
     print((text or "").strip())

@@ -111,10 +111,11 @@ def of_this_second(hydra: DictConfig) -> Path | None:
         named = Path(hydra.run.dir)
     except OmegaConfBaseException:  # it needs what is not known before Hydra has begun
         return None
+    named.parent.mkdir(parents=True, exist_ok=True)
     for number in itertools.count(1):
         folder = named if number == 1 else named.with_name(f"{named.name}-{number}")
         with contextlib.suppress(FileExistsError):
-            folder.mkdir(parents=True)
+            folder.mkdir()
             return folder
     raise AssertionError
 
@@ -179,14 +180,17 @@ def earlier_overrides(overrides: Sequence[str]) -> list[str]:
     return [override for override in map(str, OmegaConf.load(file)) if _key(override) not in given]
 
 
-def started_elsewhere(overrides: Sequence[str]) -> str | None:
-    """Where the run that `train.resume=<folder>` names was started, if not here: its relative paths lead from there."""
+def started_elsewhere(overrides: Sequence[str], earlier: Sequence[str]) -> str | None:
+    """Where the run that `train.resume=<folder>` names was started, if one of its own overrides is a path that leads
+    somewhere from there and not from here."""
     folder = _named_to_resume(overrides)
     try:
         started = str(read_json(folder / "env.json")["working_folder"]) if folder is not None else None
     except (OSError, ValueError, KeyError, TypeError):
         return None
-    return started if started != str(Path.cwd()) else None
+    paths = [override.partition("=")[2].strip("'\"") for override in earlier]
+    missing = started is not None and any(Path(started, path).exists() > Path(path).exists() for path in paths if path)
+    return started if missing else None
 
 
 def _named_to_resume(overrides: Sequence[str]) -> Path | None:

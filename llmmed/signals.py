@@ -19,6 +19,24 @@ _AGAIN_SECONDS = 3.0  # an exception raised inside a finalizer or a callback is 
 INTERRUPTED = 130  # the exit code, as the shell's after Ctrl-C
 
 
+def reader_is_gone(output: int) -> None:
+    """Sends an output nowhere that nobody reads any more: a `head` has enough, a `tee` has died. A run does as when its
+    terminal closes: it ends in order, or under nohup goes on."""
+    nowhere = os.open(os.devnull, os.O_WRONLY)
+    os.dup2(nowhere, output)
+    os.close(nowhere)
+    if signal.getsignal(signal.SIGHUP) != signal.SIG_DFL:
+        signal.raise_signal(signal.SIGHUP)
+
+
+def say(line: str) -> None:
+    """Prints a line, if somebody reads it."""
+    try:
+        print(line, flush=True)
+    except BrokenPipeError:
+        reader_is_gone(_OUTPUTS[0])
+
+
 class Interrupted(BaseException):
     """The run was asked to stop. The message says by what and when, and whether a checkpoint was written.
 

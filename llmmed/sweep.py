@@ -25,6 +25,7 @@ from llmmed import compose, run_folder
 from llmmed.errors import UserError
 from llmmed.files import read_json, write_atomically
 from llmmed.gpus import own_gpu
+from llmmed.signals import say
 
 OUTPUT = "output.txt"  # what a job prints, where several print at once
 
@@ -77,19 +78,19 @@ def run_job(composed: DictConfig, folder: Path, hydra_config: HydraConf) -> floa
     """
     label = f"job {hydra_config.job.num}: {hydra_config.job.override_dirname or 'no overrides'}"
     if run_folder.read_status(folder).state == "finished":
-        print(f"\n{label}: finished before, skipped", flush=True)
+        say(f"\n{label}: finished before, skipped")
         return _validation_loss(folder)
     if (other := run_folder.holder(folder)) is not None:  # left over from a sweep that was killed
-        print(f"\n{label}: {other} is training it, skipped", flush=True)
+        say(f"\n{label}: {other} is training it, skipped")
         return None
-    print(f"\n{label}", flush=True)
+    say(f"\n{label}")
     overrides = list(hydra_config.overrides.task)
     write_atomically(folder / ".hydra" / "overrides.yaml", OmegaConf.to_yaml(OmegaConf.create(overrides)))
     try:
         config = compose.validate(composed, overrides)
     except UserError as error:
         run_folder.write_status(folder, "failed", reason=str(error))
-        print(f"{label}: failed: {error}", flush=True)
+        say(f"{label}: failed: {error}")
         return None
     own = [o for o in hydra_config.overrides.hydra if not o.startswith(_OF_THE_SWEEP)]
     command = [sys.executable, "-m", "llmmed.cli", *overrides, *own, f"hydra.run.dir={quoted(folder)}"]
@@ -121,7 +122,7 @@ def _outcome(code: int, folder: Path, label: str) -> float | None:
         reason = f"killed by {signal.Signals(-code).name}" if code < 0 else f"ended with exit code {code}"
         run_folder.write_status(folder, "failed", reason=reason)
         status = run_folder.read_status(folder)
-    print(f"{label}: {status.state}{f': {status.reason}' if status.reason else ''}", flush=True)
+    say(f"{label}: {status.state}{f': {status.reason}' if status.reason else ''}")
     return _validation_loss(folder) if code == 0 else None
 
 

@@ -25,7 +25,7 @@ sys.path.insert(0, str(Path(__file__).parent.parent))  # for `tests`
 
 from llmmed import consoles
 from llmmed.autotune.verify import Verdict, verify
-from llmmed.consoles import helped
+from llmmed.consoles import answered_help
 from llmmed.errors import UserError
 from llmmed.kernels.base import Unavailable
 from llmmed.kernels.catalog import DEFAULT, get_implementation, get_op, implementation_names, load_function
@@ -156,4 +156,4 @@ def _short(dtype: torch.dtype) -> str:
 
 
 if __name__ == "__main__":
-    sys.exit(0 if helped(__doc__) else main(sys.argv[1:]))
+    sys.exit(0 if answered_help(__doc__) else main(sys.argv[1:]))

@@ -5,8 +5,8 @@ The target then loads with `transformers.AutoModelForCausalLM.from_pretrained` a
 
 import sys
 
-from llmmed.consoles import helped
+from llmmed.consoles import answered_help
 from llmmed.export import main
 
 if __name__ == "__main__":
-    sys.exit(0 if helped(__doc__) else main(sys.argv[1:]))
+    sys.exit(0 if answered_help(__doc__) else main(sys.argv[1:]))

@@ -6,8 +6,8 @@ max_tokens=80, seed=0. Temperature 0 takes the likeliest token every time.
 
 import sys
 
-from llmmed.consoles import helped
+from llmmed.consoles import answered_help
 from llmmed.generate import main
 
 if __name__ == "__main__":
-    sys.exit(0 if helped(__doc__) else main(sys.argv[1:]))
+    sys.exit(0 if answered_help(__doc__) else main(sys.argv[1:]))

@@ -25,7 +25,7 @@ from pathlib import Path
 
 from safetensors import safe_open
 
-from llmmed.consoles import helped
+from llmmed.consoles import answered_help
 
 STEPS, EVAL_EVERY, CHECKPOINT_EVERY = 60, 4, 3
 TRAIN = [
@@ -185,4 +185,4 @@ def differs(expected: Path, found: Path) -> str | None:
 
 
 if __name__ == "__main__":
-    sys.exit(0 if helped(__doc__) else main(sys.argv[1:]))
+    sys.exit(0 if answered_help(__doc__) else main(sys.argv[1:]))

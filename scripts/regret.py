@@ -36,7 +36,7 @@ from llmmed.autotune.tuner import tune
 from llmmed.autotune.workload import record_workload
 from llmmed.compose import compose
 from llmmed.config import Config
-from llmmed.consoles import helped
+from llmmed.consoles import answered_help
 from llmmed.errors import UserError
 from llmmed.files import write_json
 from llmmed.kernels.catalog import DEFAULT
@@ -163,4 +163,4 @@ def _print(regret: Regret, model: str, console: Console) -> None:
 
 
 if __name__ == "__main__":
-    sys.exit(0 if helped(__doc__) else main(sys.argv[1:]))
+    sys.exit(0 if answered_help(__doc__) else main(sys.argv[1:]))

@@ -6,8 +6,8 @@ wrong. Several values are separated by commas. Triton kernels run on a CPU too, 
 
 import sys
 
-from llmmed.consoles import helped
+from llmmed.consoles import answered_help
 from llmmed.reporting.verdicts import main
 
 if __name__ == "__main__":
-    sys.exit(0 if helped(__doc__) else main(sys.argv[1:]))
+    sys.exit(0 if answered_help(__doc__) else main(sys.argv[1:]))

@@ -94,6 +94,13 @@ def test_runs_of_one_second_have_folders_of_their_own(tmp_path: Path, monkeypatc
     assert (second, third) == (Path(f"{first}-2"), Path(f"{first}-3"))
 
 
+def test_where_no_folder_can_be_made_that_is_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "outputs").symlink_to(tmp_path / "unmounted")
+    with pytest.raises(FileExistsError, match="outputs"):
+        run_folder.of_this_second(compose_yaml(with_hydra=True).hydra)
+
+
 @pytest.mark.parametrize("named", ["runs/${model.name}", "runs/${now:%Y-%m-%d}", "${hydra:job.name}/${now:%H-%M-%S}"])
 def test_a_folder_that_is_not_named_after_a_second_is_left_to_hydra(
     named: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
@@ -105,11 +112,13 @@ def test_a_folder_that_is_not_named_after_a_second_is_left_to_hydra(
 
 def test_a_resume_knows_where_the_run_was_started(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     write_json(tmp_path / "env.json", {"working_folder": str(tmp_path)})
-    resumed = [f"train.resume={tmp_path}"]
-    assert run_folder.started_elsewhere(resumed) == str(tmp_path)
-    assert run_folder.started_elsewhere(["train.resume=latest"]) is None
+    (tmp_path / "notes.txt").write_text("x")
+    resumed, earlier = [f"train.resume={tmp_path}", "optimizer.lr=-1"], ["seed=1", "data.path='notes.txt'"]
+    assert run_folder.started_elsewhere(resumed, earlier) == str(tmp_path)
+    assert run_folder.started_elsewhere(resumed, ["seed=1"]) is None
+    assert run_folder.started_elsewhere(["train.resume=latest"], earlier) is None
     monkeypatch.chdir(tmp_path)
-    assert run_folder.started_elsewhere(resumed) is None
+    assert run_folder.started_elsewhere(resumed, earlier) is None
 
 
 def test_the_environment_of_every_start_is_kept(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

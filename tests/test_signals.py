@@ -113,16 +113,28 @@ def test_a_reader_that_goes_ends_it_and_is_not_written_to() -> None:
         console.file.flush()
 
 
-def test_where_nothing_ends_in_order_a_reader_that_goes_ends_it_at_once() -> None:
+def test_where_nothing_ends_in_order_a_reader_that_goes_ends_it_at_once(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     console = unread()
-    stdout = os.dup(1)  # which rich closes whatever it wrote to
-    try:
+    with (tmp_path / "stdout").open("w") as file:
+        monkeypatch.setattr(sys, "stdout", file)  # which rich sends nowhere, whatever it wrote to
         with pytest.raises(SystemExit):
             console.print("told")
-    finally:
-        os.dup2(stdout, 1)
-        os.close(stdout)
-        os.dup2(os.open(os.devnull, os.O_WRONLY), console.file.fileno())
+        os.dup2(file.fileno(), console.file.fileno())  # for what is flushed at the end
+
+
+def test_a_line_is_told_if_somebody_reads_it(
+    monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    signals.say("told")
+    assert capfd.readouterr().out == "told\n"
+    gone = []
+    monkeypatch.setattr(sys, "stdout", unread().file)
+    monkeypatch.setattr(signals, "reader_is_gone", gone.append)
+    signals.say("told")
+    assert gone == [1]
+    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # for what is flushed at the end
 
 
 @pytest.mark.slow

@@ -89,8 +89,8 @@ def deepened(config: Config, weights: Transformer) -> Transformer:
 
 
 def _give_numbers(model: Transformer, given: Mapping[str, nn.Parameter], device: torch.device) -> None:
-    """To a model without memory: the parameters that are given, and others drawn on the device, which a run's own are
-    not, since drawing a large model's on the host takes seconds."""
+    """Gives a model without memory its parameters. Those that are not given are drawn on the device; a run draws
+    its own on the host, which takes seconds in a large model."""
     found = dict(given)
     for name, parameter in model.named_parameters():
         if name not in found:

@@ -58,8 +58,6 @@ def tune(
         UserError: what was asked for is wrong, or cannot be used and there is no fallback.
     """
     started = time.perf_counter()
-    for told in misnamed_entry_points():
-        logger.warning("%s", told)
     calls = workload.by_op()
     orders, known = _refuse(config, calls, mode)
     tasks = _tasks(calls, orders, known, mode)
@@ -106,7 +104,9 @@ def tune(
 
 
 def refuse(config: Config, workload: Workload, mode: Mode) -> None:
-    """Raises what `tune` would raise before it tries anything."""
+    """Raises what `tune` would raise before it tries anything, and tells of kernels that nobody will find."""
+    for told in misnamed_entry_points():
+        logger.warning("%s", told)
     _refuse(config, workload.by_op(), mode)
 
 

@@ -287,7 +287,7 @@ class Worker:
                     last_match_died=task.last_match_died,
                     micro_batches=accumulation_steps(config.train),
                     time_for_second_looks=lambda: time.perf_counter() < second_looks_end,
-                    time_is_up=lambda clock=clock: time.perf_counter() + 2 * clock.slowest > self._deadline,  # type: ignore[misc]
+                    time_is_up=lambda clock=clock: time.perf_counter() + clock.reserve > self._deadline,  # type: ignore[misc]
                 )
             except Failed as failure:
                 reason = reason or f"{mode}: {failure}"
@@ -319,7 +319,7 @@ class Worker:
 class _Announcing(StepClock):
     """Journals what is about to be tried in the step, so that the parent knows what a process died of.
 
-    `slowest` is the longest match so far, in seconds: what comes after a trial has begun takes about two of them.
+    `reserve` is what a trial and the last match of whole plans take, in seconds, as far as that is known.
     """
 
     def __init__(
@@ -327,26 +327,30 @@ class _Announcing(StepClock):
     ) -> None:
         super().__init__(config, mode, launches)
         self._journal = journal
-        self.slowest = 3.0
+        self._longest = {"duel": 3.0, "whole": 3.0}
+
+    @property
+    def reserve(self) -> float:
+        return sum(self._longest.values())
 
     def duel(self, champion: Choice, op: str, name: str) -> Duel:
         self._journal.write(Begun(stage="step", op=op, name=name))
-        with self._counted_in():
+        with self._taking_time("duel"):
             return super().duel(champion, op, name)
 
     def whole(self, choice: Choice, other: Choice, mode: Mode | None = None, *, loss_is_enough: bool = False) -> Match:
         name = mode or ("" if choice == other else LAST_MATCH)
         self._journal.write(Begun(stage="step", name=name))
-        with self._counted_in():
+        with self._taking_time("whole"):
             return super().whole(choice, other, mode, loss_is_enough=loss_is_enough)
 
     @contextlib.contextmanager
-    def _counted_in(self) -> Iterator[None]:
+    def _taking_time(self, what: str) -> Iterator[None]:
         started = time.perf_counter()
         try:
             yield
         finally:
-            self.slowest = max(self.slowest, time.perf_counter() - started)
+            self._longest[what] = max(self._longest[what], time.perf_counter() - started)
 
 
 def _can_be_searched(op: str, name: str) -> bool:

@@ -5,6 +5,7 @@ They run in this process; `scripts/benchmark.py` survives kernels that crash, an
 
 from __future__ import annotations
 
+import operator
 from collections.abc import Callable, Mapping, Sequence
 from typing import TypedDict
 
@@ -251,6 +252,10 @@ def _dtype() -> torch.dtype:
 
 
 def _states(*shape: int) -> TensorSpec:
-    if not all(isinstance(size, int) and size > 0 for size in shape):
-        raise ValueError(f"{list(shape)}: sizes are whole numbers from 1 up")
+    try:
+        shape = tuple(map(operator.index, shape))
+    except TypeError:
+        shape = (0,)
+    if min(shape) < 1:
+        raise ValueError("sizes are whole numbers from 1 up")
     return tensor_spec(*shape, dtype=_dtype(), requires_grad=True)

@@ -26,6 +26,7 @@ from llmmed.files import read_json, sha256_of_file, write_atomically, write_json
 
 _COPIED_AT_ONCE = 2**24  # bytes
 _ENDINGS = ", ".join(text.SUFFIXES)
+_ROWS = 64  # of a table that products like
 
 
 @dataclass(frozen=True)
@@ -152,8 +153,8 @@ def _tokenizer(config: Config, parts: list[_Part], work: Path, output: Path, rep
         count, wanted = tokenizer.vocabulary_size(found), config.tokenizer.vocab_size
         if count < wanted:
             report(
-                f"the text has no more than {count:,} of the {wanted:,} tokens, and the model rows for all: "
-                f"tokenizer.vocab_size={count} makes it smaller, and else the same"
+                f"the text gives no more than {count:,} of {wanted:,} tokens, and the model has rows for all of them; "
+                f"these suffice: tokenizer.vocab_size={-(-count // _ROWS) * _ROWS}"
             )
     write_json(known, {"vocab_size": tokenizer.vocabulary_size(found), "end_token": end_token})
     return tokenizer.vocabulary_size(found), end_token

@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 SUFFIXES = (".txt", ".jsonl", ".parquet")
 _PACKED = (".gz", ".bz2", ".xz", ".zst", ".zip", ".tar", ".tgz", ".7z")
 SHARD_BYTES = 8 * 2**20
-_MOST_NULS = 0.1  # of the characters: half of them are in English UTF-16
+_MOST_NULS = 0.01  # of the characters; in UTF-16 every second one of English is, and every space of Russian
 _BLANK_LINES = re.compile(r"\n\s*\n")
 _CONTINUATION_BYTES = bytes(range(0x80, 0xC0))  # of UTF-8: no character begins with one
 _BLANK_LINES_IN_BYTES = re.compile(rb"\n\s*\n")
@@ -120,6 +120,8 @@ def _below(path: Path) -> Iterator[Path]:
             folders.clear()
             continue
         seen.add((found.st_dev, found.st_ino))
+        # Whatever the order on disk, a folder has its own name and not that of a link to it.
+        folders.sort(key=lambda name: (os.path.islink(os.path.join(folder, name)), name))
         yield from (file for name in names if (file := Path(folder, name)).is_file())
 
 
@@ -296,9 +298,10 @@ def _decode(data: bytes, path: Path, offset: int = 0) -> str:
             f"convert the file, for instance with iconv -t UTF-8"
         ) from None
     if text.count("\0") > _MOST_NULS * len(text):
+        last = data[(offset + 1) % 2 :: 2].count(0) >= data[offset % 2 :: 2].count(0)  # of two bytes
         raise UserError(
             f"{path}: many characters are NUL, as in UTF-16; convert the file, for instance with "
-            f"iconv -f UTF-16LE -t UTF-8"
+            f"iconv -f UTF-16{'LE' if last else 'BE'} -t UTF-8"
         )
     return text
 

@@ -30,7 +30,7 @@ def main() -> None:
         for op, name, dtype in job["left"]:
             verdict = _verdict(op, name, getattr(torch, dtype), device, job["seeds"])
             damage = damage_of(device)
-            if damage is not None and verdict.status == "verified":
+            if damage is not None and verdict.status in ("verified", "wrong", "no_backward"):
                 verdict = Verdict("crashed", f"left the GPU in error: {damage}", None, None, 0)
             answers.write(json.dumps(asdict(verdict)) + "\n")
             answers.flush()
@@ -45,8 +45,8 @@ def device_of_verdicts() -> torch.device:
 
 def _verdict(op_name: str, name: str, dtype: torch.dtype, device: torch.device, seeds: int) -> Verdict:
     """Of several seeds the first verdict that is not `verified`, or the worst."""
-    op = get_op(op_name)
     try:
+        op = get_op(op_name)
         implementation = get_implementation(op_name, name)
         reason = implementation.why_not(device, dtype)
         if reason is not None:

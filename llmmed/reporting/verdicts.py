@@ -116,14 +116,14 @@ def verdicts(
                 answers.open("rb") as file,
             ):
                 told(f"verifying {_named(*left[0])}")
-                ends = False
+                ends, before = False, len(left)
                 while left and not ends:
                     ends = process.poll() is not None  # and what it wrote until then is read once more
                     for line in _whole_lines(file):
                         yield *left.pop(0), Verdict(**json.loads(line))
                         told(f"verifying {_named(*left[0])}" if left else "")
                     time.sleep(_POLL_SECONDS)
-            if left and process.returncode != RESTART:
+            if left and (process.returncode != RESTART or len(left) == before):
                 reason = f"the process {how_it_ended(process.returncode)} while it was verified"
                 yield *left.pop(0), Verdict("crashed", reason, None, None, 0)
 

@@ -13,6 +13,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 logger = logging.getLogger(__name__)
 
 _LINES = 20  # of a whole run, where there is no terminal
+_SETTLED = 3  # steps: the first compiles, the second captures, the third is traced
 
 
 class TrainingProgress:
@@ -48,7 +49,7 @@ class TrainingProgress:
 
     def advance(self, step: int) -> None:
         """`step` optimizer steps have been issued."""
-        if step == self._first + 2:  # the first compiles, and is waited for
+        if step == self._first + _SETTLED:
             self._since = time.perf_counter(), step
         if self._bar:
             self._bar.update(self._task, completed=step)
@@ -58,10 +59,8 @@ class TrainingProgress:
         if self._bar:
             self._bar.update(self._task, facts=facts)
         elif step >= self._last_line + self._every or step == self._max_steps:
-            self._console.print(f"step {step}/{self._max_steps}  {facts}{self._left(step)}", markup=False)
-            if self._last_line == self._first:  # among the steps until now one was traced
-                self._since = time.perf_counter(), step
             self._last_line = step
+            self._console.print(f"step {step}/{self._max_steps}  {facts}{self._left(step)}", markup=False)
 
     def _left(self, step: int) -> str:
         """How long the rest of the run takes, if there is something to go by."""

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
 import io
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
+import torch
 
 from llmmed.autotune.verify import Verdict
 from llmmed.files import write_json
@@ -50,6 +53,13 @@ def test_one_that_damages_the_gpu_is_the_last_of_its_process(tmp_path: Path, mon
     assert '"verified"' in first
     assert '"crashed"' in second
     assert "left the GPU in error: broken" in second
+
+
+def test_an_exit_code_like_a_restarts_is_none_without_a_verdict(monkeypatch: pytest.MonkeyPatch) -> None:
+    ended = SimpleNamespace(poll=lambda: RESTART, returncode=RESTART)
+    monkeypatch.setattr(verdicts, "started_process", lambda *args: contextlib.nullcontext(ended))
+    request = verdicts.Request((("rms_norm", "a"), ("rms_norm", "b")), (torch.float32,), 1, named=True)
+    assert [verdict.status for _, _, _, verdict in verdicts.verdicts(request)] == ["crashed", "crashed"]
 
 
 def test_a_line_that_is_not_whole_waits() -> None:

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from llmmed.autotune import child
+from llmmed.autotune import child, worker
 from llmmed.autotune.child import Findings, Limits
 from llmmed.autotune.failures import classify, one_line
 from llmmed.autotune.journal import (
@@ -28,8 +28,10 @@ from llmmed.autotune.journal import (
     Timed,
 )
 from llmmed.autotune.plan import Candidate, Ceilings, Status, StepEvidence, StepTimes, StepTrial
+from llmmed.autotune.step_clock import StepClock
 from llmmed.autotune.worker import Worker
 from llmmed.autotune.workload import Workload
+from llmmed.config import Config
 from llmmed.kernels.base import Op, Unavailable
 from llmmed.kernels.operator import in_compiled_step
 
@@ -215,3 +217,28 @@ def test_what_a_compiler_says_of_a_called_function_is_told() -> None:
     assert one_line(outer) == "RuntimeError: held = held_columns(x)"
     outer.__cause__ = NameError("at 2:4:\n    return y\n    ^\ny is not defined")
     assert one_line(outer) == "NameError: y is not defined"
+
+
+def test_time_is_kept_for_a_trial_and_for_the_last_match(
+    tiny: Config, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    now = 0.0
+
+    def takes(seconds: float) -> Callable[..., None]:
+        def wait(*args: object, **options: object) -> None:
+            nonlocal now
+            now += seconds
+
+        return wait
+
+    monkeypatch.setattr(worker.time, "perf_counter", lambda: now)
+    monkeypatch.setattr(StepClock, "__init__", lambda *args: None)
+    with JournalWriter(tmp_path / "journal.jsonl") as journal:
+        clock = worker._Announcing(tiny, "eager", {}, journal)
+        assert clock.reserve == 6
+        for whole, duel, reserve in ((20.0, 1.0, 23.0), (5.0, 12.0, 32.0), (1.0, 1.0, 32.0)):
+            monkeypatch.setattr(StepClock, "whole", takes(whole))
+            monkeypatch.setattr(StepClock, "duel", takes(duel))
+            clock.whole({}, {})
+            clock.duel({}, "rms_norm", "triton")
+            assert clock.reserve == reserve

@@ -220,7 +220,7 @@ def _differentiate(
     if hidden_desc is not None:
         fence_async_shared()
         tma.async_copy_shared_to_global(dgate_up_desc, [top, left], gate_buffer)
-        tma.store_wait(1)  # up's buffer has been read
+        tma.store_wait(1)  # all but gate's, which is on its way meanwhile: up's buffer has been read
     up_buffer.store(dup.to(dgate_up_desc.dtype))
     fence_async_shared()
     if hidden_desc is None:

@@ -52,7 +52,7 @@ BUGS = {
     ),
     "gate read for up in backward by pointers": ("tl.load(halves + d_ff, mask", "tl.load(halves, mask"),
     "activation's result written again without the gate": ("hidden = (silu * up).to(", "hidden = up.to("),
-    "activation's result written again without the last row, by descriptors": (
+    "activation's result written again a row too low, by descriptors": (
         "hidden_desc.store([row, col], hidden)",
         "hidden_desc.store([row + 1, col], hidden)",
     ),
