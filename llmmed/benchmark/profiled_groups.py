@@ -14,7 +14,7 @@ import re
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Mapping
 from types import ModuleType
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import nn
@@ -37,19 +37,44 @@ _RULES = tuple(  # in this order: a fused kernel's name may match several
         ("products", r"gemm|gemv|nvjet|cutlass|cublas|xmma|matmul|aten::(mm|bmm|addmm|baddbmm)\b|splitk"),
     )
 )
+_KERNELS, _NAME = 30, 120  # that are told of by themselves; of a name, so many characters
 _AUTOGRAD = "autograd::engine::evaluate_function"
 
 
-def measure_breakdown(step: Callable[[], object], count: int, device: torch.device) -> dict[str, float]:
-    """Device time of one step in ms by group, from `count` profiled ones; on a CPU, the time in operators."""
+class Breakdown(NamedTuple):
+    """Device time of one step in ms: by group, on a CPU the time in operators; and of its largest kernels, by name."""
+
+    groups: dict[str, float]
+    largest: dict[str, float]
+
+
+def measure_breakdown(step: Callable[[], object], count: int, device: torch.device) -> Breakdown:
+    """That of `count` profiled steps, for one."""
     activities = [ProfilerActivity.CPU, *([ProfilerActivity.CUDA] if device.type == "cuda" else [])]
     with profile(activities=activities) as profiler:
         for _ in range(count):
             step()
         if device.type == "cuda":
             torch.cuda.synchronize(device)
-    found = group_events(list(profiler.events()), on_gpu=device.type == "cuda")
-    return {group: microseconds / count / 1e3 for group, microseconds in found.items()}
+    events = list(profiler.events())
+    found = group_events(events, on_gpu=device.type == "cuda"), largest_kernels(events)
+    return Breakdown(*({name: took / count / 1e3 for name, took in each.items()} for each in found))
+
+
+def largest_kernels(events: list[FunctionEvent]) -> dict[str, float]:
+    """Microseconds of the kernels that take most, by the beginning of their names; none on a CPU."""
+    took: defaultdict[str, float] = defaultdict(float)
+    for name, microseconds in _by_kernel(events).items():
+        took[name[:_NAME]] += microseconds
+    return dict(sorted(took.items(), key=lambda each: -each[1])[:_KERNELS])
+
+
+def _by_kernel(events: list[FunctionEvent]) -> defaultdict[str, float]:
+    took: defaultdict[str, float] = defaultdict(float)
+    for event in events:
+        if event.device_type == DeviceType.CUDA and not event.is_user_annotation:
+            took[event.name] += event.self_device_time_total
+    return took
 
 
 def group_events(events: list[FunctionEvent], *, on_gpu: bool) -> dict[str, float]:
@@ -62,10 +87,7 @@ def group_events(events: list[FunctionEvent], *, on_gpu: bool) -> dict[str, floa
             if not event.name.startswith(_RANGES):
                 found[_group(event.name, event, forward)] += event.self_cpu_time_total
         return dict(found)
-    took: defaultdict[str, float] = defaultdict(float)  # by kernel; what its launchers tell says only whose it was
-    for event in events:
-        if event.device_type == DeviceType.CUDA and not event.is_user_annotation:
-            took[event.name] += event.self_device_time_total
+    took = _by_kernel(events)  # what launchers tell says only whose it was
     # A range tells of a kernel again that an operator within it has told of; of some, only the range does.
     for within_range in (False, True):
         told: defaultdict[str, defaultdict[str, float]] = defaultdict(lambda: defaultdict(float))

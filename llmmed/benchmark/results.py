@@ -109,6 +109,7 @@ class StepRow(_Frozen):
     last_loss: float | None = None  # of the last warm-up step, up to which all have made the same steps
     update_rms: float | None = None  # by how much these steps have changed the weights, root mean square
     device_ms: dict[str, float] | None = None  # of a step, by what it does
+    largest_kernels: dict[str, float] | None = None  # ms of a step
     samples: list[float] = Field(default_factory=list)  # tokens/s of every block
     kernels: dict[str, str] | None = None  # the plan of ours
 
@@ -166,13 +167,16 @@ def origin(device: str, config: dict[str, Any], command: Sequence[str]) -> Origi
     )
 
 
+_JSON_ALONE = {"samples", "largest_kernels"}  # what no line of a table has room for
+
+
 def write(result: Result, folder: Path) -> None:
     """`<kind>.json` and `<kind>.csv`, each whole or not at all."""
     write_json(folder / f"{result.kind}.json", result.model_dump(mode="json"))
     text = io.StringIO()
-    rows = [row.model_dump(mode="json", exclude={"samples"}) for row in result.rows]
+    rows = [row.model_dump(mode="json", exclude=_JSON_ALONE) for row in result.rows]
     names = list(OpRow.model_fields if isinstance(result, OpsResult) else StepRow.model_fields)
-    writer = csv.DictWriter(text, [name for name in names if name != "samples"])
+    writer = csv.DictWriter(text, [name for name in names if name not in _JSON_ALONE])
     writer.writeheader()
     writer.writerows({key: _flat(value) for key, value in row.items()} for row in rows)
     write_atomically(folder / f"{result.kind}.csv", text.getvalue())

@@ -178,8 +178,9 @@ class _Entry:
             "first_step_again_seconds": median(again) if again else None,
             "samples": samples,
         }
-        copied = ("first_loss", "first_gradient_norm", "last_loss", "update_rms", "device_ms", "kernels")
-        return row.model_copy(update=update | {name: getattr(first, name) for name in copied})
+        computed = ("first_loss", "first_gradient_norm", "last_loss", "update_rms")
+        told = (*computed, "device_ms", "largest_kernels", "kernels")
+        return row.model_copy(update=update | {name: getattr(first, name) for name in told})
 
 
 def _compared(rows: list[StepRow], optimizer: str = "adamw") -> list[StepRow]:

@@ -64,6 +64,7 @@ class StepFound(_Frozen):
     last_loss: float | None = None
     update_rms: float | None = None
     device_ms: dict[str, float] | None = None
+    largest_kernels: dict[str, float] | None = None
     kernels: dict[str, str] | None = None
 
     @classmethod
@@ -142,10 +143,10 @@ def compete(contestant: Contestant, settings: StepSettings, config: Config, job:
     try:
         with trainee.annotated():
             steps.run(1)
-            device_ms = measure_breakdown(steps.one, settings.profile_steps, device)
+            measured = measure_breakdown(steps.one, settings.profile_steps, device)
     except Exception as error:  # noqa: BLE001 - whatever the profiler raises, the times are good
         return found.model_copy(update={"reason": f"not profiled: {one_line(error)}"})
-    return found.model_copy(update={"device_ms": device_ms})
+    return found.model_copy(update={"device_ms": measured.groups, "largest_kernels": measured.largest})
 
 
 def _distance(before: list[torch.Tensor], now: list[torch.Tensor]) -> float:

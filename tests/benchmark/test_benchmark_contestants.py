@@ -17,7 +17,7 @@ from torch.profiler import ProfilerActivity, profile
 
 from llmmed.benchmark import plain_llama
 from llmmed.benchmark.contestants import CONTESTANTS, _Ours, build
-from llmmed.benchmark.profiled_groups import group_events, in_range
+from llmmed.benchmark.profiled_groups import group_events, in_range, largest_kernels
 from llmmed.benchmark.settings import compose_benchmark
 from llmmed.kernels.base import Kernels
 from llmmed.kernels.catalog import default_choice, load_kernels
@@ -150,17 +150,16 @@ def test_a_group_takes_no_longer_than_its_kernels_did() -> None:
     adam = types.SimpleNamespace(name="multi_tensor_apply_kernel", duration=10.0)
     copy = types.SimpleNamespace(name="copy_kernel", duration=4.0)
     muon = types.SimpleNamespace(name="muon_kernel", duration=5.0)
-    found = group_events(
-        [
-            *(event(adam.name, DeviceType.CUDA, 10.0) for _ in range(2)),
-            *(event(copy.name, DeviceType.CUDA, 4.0) for _ in range(2)),
-            *(event("muon_kernel", DeviceType.CUDA, 5.0) for _ in range(2)),
-            event("Optimizer.step#AdamW.step", DeviceType.CPU, kernels=[adam, adam, copy, muon]),
-            event("aten::_fused_adamw_", DeviceType.CPU, kernels=[adam, adam, adam, adam]),
-            event("aten::silu", DeviceType.CPU, kernels=[copy]),
-            event("aten::silu", DeviceType.CPU, kernels=[copy]),
-        ],
-        on_gpu=True,
-    )
+    events = [
+        *(event(adam.name, DeviceType.CUDA, 10.0) for _ in range(2)),
+        *(event(copy.name, DeviceType.CUDA, 4.0) for _ in range(2)),
+        *(event("muon_kernel", DeviceType.CUDA, 5.0) for _ in range(2)),
+        event("Optimizer.step#AdamW.step", DeviceType.CPU, kernels=[adam, adam, copy, muon]),
+        event("aten::_fused_adamw_", DeviceType.CPU, kernels=[adam, adam, adam, adam]),
+        event("aten::silu", DeviceType.CPU, kernels=[copy]),
+        event("aten::silu", DeviceType.CPU, kernels=[copy]),
+    ]
+    found = group_events(events, on_gpu=True)
     # Both copies are silu's, whatever the range tells; of Muon's kernels one was launched by nobody.
     assert found == pytest.approx({"optimizer": 30.0, "swiglu": 8.0, "other": 0.0})
+    assert list(largest_kernels(events).items()) == [(adam.name, 20.0), ("muon_kernel", 10.0), (copy.name, 8.0)]

@@ -200,3 +200,5 @@ def test_on_a_gpu_there_are_ceilings_memory_and_device_times(tmp_path: Path) -> 
         assert each.peak_memory_gib is not None
         assert each.device_ms is not None
         assert {"products", "optimizer"} <= {group for group, ms in each.device_ms.items() if ms > 0}
+        assert each.largest_kernels
+        assert sum(each.largest_kernels.values()) <= 1.01 * sum(each.device_ms.values())
