@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from llmmed import cli
+from llmmed import cli, compose
 from llmmed.errors import UserError
 
 
@@ -34,3 +34,25 @@ def test_an_experiment_of_one_s_own_folder_is_validated_and_run(
 def test_another_name_of_the_configuration_is_refused_with_what_to_do(monkeypatch: pytest.MonkeyPatch) -> None:
     with pytest.raises(UserError, match=r"--config-name=mine: .* --config-dir=<folder> experiment=<name>"):
         prepare(monkeypatch, "--config-name", "mine")
+
+
+def test_runs_that_begin_at_once_take_folders_of_their_own(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    hydra_part = compose.compose_yaml(["seed=1"], with_hydra=True).hydra
+    taken = []
+    for _ in range(2):
+        monkeypatch.setattr(sys, "argv", ["train.py", "seed=1"])
+        cli._take_folder(None, hydra_part, ["seed=1"])
+        override = sys.argv[2]
+        taken.append(Path(override.removeprefix("hydra.run.dir=").strip("'")))
+    assert taken[1] == Path(f"{taken[0]}-2")
+    assert all((folder / ".lock").exists() for folder in taken)
+
+
+def test_a_folder_that_is_stated_is_left_as_it_is(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    given = ["hydra.run.dir=run"]
+    monkeypatch.setattr(sys, "argv", ["train.py", *given])
+    cli._take_folder(None, compose.compose_yaml(given, with_hydra=True).hydra, given)
+    assert sys.argv == ["train.py", *given]
+    assert not list(tmp_path.iterdir())

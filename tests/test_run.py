@@ -13,6 +13,7 @@ from llmmed import data
 from llmmed import run as run_module
 from llmmed.errors import UserError
 from llmmed.kernels.operator import INTERPRETED
+from llmmed.run_folder import read_status
 from tests.training.tiny import tiny_config
 
 
@@ -56,3 +57,14 @@ def test_what_cannot_be_used_here_is_told_before_data_is_prepared(
     monkeypatch.setattr(data, "prepare", lambda *args, **options: pytest.fail("data was prepared"))
     assert run_module.run(tiny_config(asked, "device=cpu"), tmp_path, started=0.0) == 1
     assert "cannot be used here" in capsys.readouterr().err
+
+
+def test_a_run_that_a_library_ends_says_so(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def leave(*args: Any) -> None:
+        raise SystemExit("enough")
+
+    monkeypatch.setattr(run_module, "_run", leave)
+    with pytest.raises(SystemExit):
+        run_module.run(tiny_config(), tmp_path, started=0.0)
+    status = read_status(tmp_path)
+    assert (status.state, status.reason) == ("failed", "SystemExit: enough")

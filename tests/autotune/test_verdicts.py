@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import contextlib
 import io
-from collections.abc import Callable
+import json
+from collections.abc import Callable, Iterator
+from dataclasses import asdict
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -12,7 +14,7 @@ import pytest
 import torch
 
 from llmmed.autotune.verify import Verdict
-from llmmed.files import write_json
+from llmmed.files import read_json, write_json
 from llmmed.reporting import verdict_worker, verdicts
 from llmmed.reporting.verdict_worker import RESTART
 
@@ -53,6 +55,24 @@ def test_one_that_damages_the_gpu_is_the_last_of_its_process(tmp_path: Path, mon
     assert '"verified"' in first
     assert '"crashed"' in second
     assert "left the GPU in error: broken" in second
+
+
+def test_after_damage_the_others_are_tried_in_another_process(monkeypatch: pytest.MonkeyPatch) -> None:
+    began: list[list[str]] = []
+
+    @contextlib.contextmanager
+    def process(module: str, arguments: list[str], log: None) -> Iterator[SimpleNamespace]:
+        job, answers = map(Path, arguments)
+        began.append([name for _, name, _ in read_json(job)["left"]])
+        damaged = Verdict("crashed", f"{began[-1][0]} left the GPU in error", None, None, 0)
+        answers.write_text(json.dumps(asdict(damaged)) + "\n")
+        yield SimpleNamespace(poll=lambda: RESTART, returncode=RESTART)
+
+    monkeypatch.setattr(verdicts, "started_process", process)
+    request = verdicts.Request((("rms_norm", "a"), ("rms_norm", "b")), (torch.float32,), 1, named=True)
+    reasons = [verdict.reason for _, _, _, verdict in verdicts.verdicts(request)]
+    assert reasons == ["a left the GPU in error", "b left the GPU in error"]
+    assert began == [["a", "b"], ["b"]]
 
 
 def test_an_exit_code_like_a_restarts_is_none_without_a_verdict(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -85,6 +85,20 @@ def test_gradients_are_unscaled() -> None:
     assert torch.equal(first.state[plain[0]]["momentum_buffer"], second.state[scaled[0]]["momentum_buffer"])
 
 
+def test_copies_are_written_with_their_parameters_and_have_the_gradients() -> None:
+    plain, copied = matrices((8, 24), (24, 24)), matrices((8, 24), (24, 24))
+    copies = {p: p.detach().bfloat16().requires_grad_() for p in copied[:1]}
+    leaves = [copies.get(p, p) for p in copied]
+    set_gradients(plain, 3)
+    for parameter, leaf in zip(plain, leaves, strict=True):
+        leaf.grad = parameter.grad.to(leaf.dtype)  # type: ignore[union-attr]
+        parameter.grad = leaf.grad.float()
+    Muon(plain, newton_schulz).step()
+    Muon(copied, newton_schulz, copies=copies).step()
+    assert all(map(torch.equal, plain, copied))
+    assert torch.equal(copies[copied[0]], copied[0].bfloat16())
+
+
 def test_a_step_with_an_overflow_changes_nothing() -> None:
     parameters = matrices((8, 24), (24, 24))
     muon = Muon(parameters, newton_schulz)
