@@ -90,8 +90,7 @@ def test_what_is_compiled_ahead_is_what_the_step_compiles(
     assert sorted(keys) == sorted(ahead)
 
 
-@pytest.mark.parametrize("optimizer", ["adamw", "muon"])
-@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+@pytest.mark.parametrize(("precision", "optimizer"), [("fp32", "adamw"), ("bf16", "adamw"), ("bf16", "muon")])
 def test_the_update_is_compiled_ahead_as_the_optimizer_compiles_it(
     tiny: Config,
     keys: list[str],
