@@ -31,6 +31,7 @@ from llmmed.autotune.journal import (
     Launched,
     Stage,
     StepDone,
+    StepExpected,
     StepTask,
     Task,
     Timed,
@@ -97,10 +98,10 @@ class Progress:
 class Findings:
     """What is known so far: verdicts by op and name, the ops that are measured, the ceilings.
 
-    `launched` are the candidates, by op, whose launches are settled. `step` is what the step said, `step_reason` why it
-    said nothing, `default_runs` whether that is the default's fault, `last_match_died` what a process died of when all
-    trials were over. `cut_short` says why not all was done: the budget, or no process could be started. `seconds` are
-    those that each stage took.
+    `launched` are the candidates, by op, whose launches are settled. `step` is what the step said, `expected` what it
+    will say by its trials alone, `step_reason` why it said nothing, `default_runs` whether that is the default's fault,
+    `last_match_died` what a process died of when all trials were over. `cut_short` says why not all was done: the
+    budget, or no process could be started. `seconds` are those that each stage took.
     """
 
     ops: dict[str, dict[str, Candidate]] = field(default_factory=dict)
@@ -109,6 +110,7 @@ class Findings:
     ceilings: Ceilings | None = None
     trials: list[StepTrial] = field(default_factory=list)
     step: StepEvidence | None = None
+    expected: StepEvidence | None = None
     step_reason: str = ""
     default_runs: bool = True
     last_match_died: str = ""
@@ -129,6 +131,8 @@ class Findings:
             self.ceilings = event.ceilings
         elif isinstance(event, Tried):
             self.trials.append(event.trial)
+        elif isinstance(event, StepExpected):
+            self.expected = event.evidence
         elif isinstance(event, StepDone):
             self.step, self.step_reason = event.evidence, event.reason
             self.default_runs = event.evidence is not None
@@ -285,6 +289,7 @@ class _Attempt:
                 self._findings.step_reason = "there is nothing to choose"
             return ""
         if time.perf_counter() >= self._limits.deadline:
+            self._findings.step = self._findings.step or self._findings.expected
             if self._findings.step is not None:  # some of the modes may be missing
                 self._findings.step = self._findings.step.model_copy(update={"finished": False})
             return f"kernels.budget_seconds={self._limits.budget_seconds:g} was used up"

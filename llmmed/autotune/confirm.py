@@ -164,6 +164,7 @@ def confirm(
     told: Callable[[StepTrial], None],
     time_is_up: Callable[[], bool],
     time_for_second_looks: Callable[[], bool] = lambda: True,
+    expected: Callable[[StepEvidence], None] = lambda evidence: None,
     answered: Callable[[StepEvidence], None] = lambda evidence: None,
     last_match_died: str = "",
     micro_batches: int = 1,
@@ -183,6 +184,8 @@ def confirm(
         told: Hears of every trial at once.
         time_is_up: Asked before each trial, and before each mode.
         time_for_second_looks: Asked before each flip that is tried once more; without it, the contest is complete.
+        expected: Hears what the trials alone make of the plan that was left, before the last match: who has no time for
+            that takes it.
         answered: Hears of the answer once there is one, and again with each mode: what comes after may not end well.
         last_match_died: What became of a process before this one in the last match, which then is not held again.
         micro_batches: Of a step.
@@ -197,26 +200,33 @@ def confirm(
         base, flips, arena, terms,
         before=before, told=told, time_is_up=time_is_up, time_for_second_looks=time_for_second_looks,
     )  # fmt: skip
+
+    def evidence_of(default: StepTimes, chosen: StepTimes, reason: str, finished: bool) -> StepEvidence:
+        return StepEvidence(
+            trial_depth=arena.trial_depth,
+            depths=arena.depths,
+            trials=trials,
+            default=default,
+            chosen=chosen,
+            reason=reason,
+            mode=mode,
+            modes={mode: chosen.ms},
+            memory_budget_gib=memory_budget_gib,
+            micro_batches=micro_batches,
+            finished=finished,
+        )
+
     default, chosen, reason = start, start, "no other implementation makes the step better"
     if not trials:
         reason = "no other implementation was tried: kernels.budget_seconds was used up"
     elif last_match_died and left != dict(base):
         reason = f"{_NOT_AS_A_WHOLE}: {last_match_died}"
     elif left != dict(base):
+        by_trials, why = _by_trials(left, start, trials, terms, margin)
+        if by_trials.choice != start.choice:
+            expected(evidence_of(start, by_trials, why, finished=False))
         default, chosen, reason = _last_match(arena, base, left, start, terms, margin)
-    evidence = StepEvidence(
-        trial_depth=arena.trial_depth,
-        depths=arena.depths,
-        trials=trials,
-        default=default,
-        chosen=chosen,
-        reason=reason,
-        mode=mode,
-        modes={mode: chosen.ms},
-        memory_budget_gib=memory_budget_gib,
-        micro_batches=micro_batches,
-        finished=finished,
-    )
+    evidence = evidence_of(default, chosen, reason, finished)
     answered(evidence)
     least = margin * chosen.ms
     for other in other_modes:
@@ -234,6 +244,28 @@ def confirm(
         evidence = evidence.model_copy(update=found)
         answered(evidence)
     return evidence
+
+
+def _by_trials(
+    left: Choice, start: StepTimes, trials: Sequence[StepTrial], terms: Terms, margin: float
+) -> tuple[StepTimes, str]:
+    """The plan that stays by what the trials alone say of the one that was left, and why: their gains add up, and their
+    errors, measured independently, in squares."""
+    won = [trial for trial in trials if trial.status == "accepted"]
+    gains = [(t.gain_ms, t.gain_ms_low, t.gain_ms_high) for t in won]
+    gain = sum(middle or 0.0 for middle, _, _ in gains)
+    spread = math.hypot(*(((high or 0.0) - (low or 0.0)) / 2 for _, low, high in gains))
+    saved = sum(trial.memory_gain_mib or 0.0 for trial in won) / 1024
+    times = StepTimes(
+        choice=dict(left),
+        ms=start.ms - gain,
+        ms_low=start.ms - gain - spread,
+        ms_high=start.ms - gain + spread,
+        peak_memory_gib=None if start.peak_memory_gib is None else start.peak_memory_gib - saved,
+    )
+    keeps, reason = _keeps_its_seat(Match(start, times, gain, gain - spread, gain + spread), terms, margin)
+    told = f"{reason}, by trials of one kernel at a time: kernels.budget_seconds left no time for the plan as a whole"
+    return start if keeps else times, told
 
 
 def _last_match(

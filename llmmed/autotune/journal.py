@@ -160,13 +160,20 @@ class StepDone(_Frozen):
     reason: str = ""
 
 
+class StepExpected(_Frozen):
+    """What the trials make of the step's answer, which is still to be found out."""
+
+    event: Literal["expected"] = "expected"
+    evidence: StepEvidence
+
+
 class Done(_Frozen):
     """The job is done."""
 
     event: Literal["done"] = "done"
 
 
-_AnyEvent = Begun | Judged | Launched | Timed | CeilingsFound | Tried | StepDone | Done
+_AnyEvent = Begun | Judged | Launched | Timed | CeilingsFound | Tried | StepExpected | StepDone | Done
 Event = Annotated[_AnyEvent, Field(discriminator="event")]
 _EVENT: TypeAdapter[_AnyEvent] = TypeAdapter(Event)
 

@@ -35,6 +35,7 @@ from llmmed.autotune.journal import (
     Judged,
     Launched,
     StepDone,
+    StepExpected,
     StepTask,
     Task,
     Timed,
@@ -281,6 +282,7 @@ class Worker:
                     memory_budget_gib=kernels.memory_budget_gib or memory_of(self._device),
                     before=task.trials,
                     told=told,
+                    expected=lambda evidence: self._journal.write(StepExpected(evidence=evidence)),
                     answered=lambda evidence, reason=reason: self._journal.write(  # type: ignore[misc]
                         StepDone(evidence=evidence, reason=reason)
                     ),

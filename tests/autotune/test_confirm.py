@@ -389,6 +389,33 @@ def test_the_answer_is_told_before_what_comes_after_it() -> None:
     assert {e.chosen.choice["rotary"] for e in told} == {"triton"}
 
 
+def test_what_the_trials_say_is_told_before_the_last_match() -> None:
+    costs = {(("rotary", "triton"),): -1.0, (("swiglu", "triton"),): -0.5}
+    arena = Known(costs, {("rotary", "triton"): -512.0}, noise=0.3)
+    told: list[StepEvidence] = []
+    matches = len(arena.whole_modes)
+
+    def hear(evidence: StepEvidence) -> None:
+        assert len(arena.whole_modes) == matches + 1  # the default's own
+        told.append(evidence)
+
+    step = decide(arena, ("rotary", "triton"), ("swiglu", "triton"), expected=hear)
+    (by_trials,) = told
+    assert by_trials.chosen.choice == step.chosen.choice != BASE
+    assert by_trials.chosen.ms == pytest.approx(8.5)
+    assert by_trials.chosen.ms_high - by_trials.chosen.ms == pytest.approx(math.hypot(0.3, 0.3))
+    assert by_trials.chosen.peak_memory_gib == pytest.approx(step.chosen.peak_memory_gib)
+    assert not by_trials.finished
+    assert "17.6% faster than PyTorch's, by trials of one kernel at a time" in by_trials.reason
+
+
+def test_trials_that_do_not_add_up_to_the_margin_say_nothing() -> None:
+    told: list[StepEvidence] = []
+    step = decide(Known({(("rotary", "triton"),): -0.05}), ("rotary", "triton"), expected=told.append)
+    assert step.trials[0].status == "accepted"
+    assert not told
+
+
 def test_that_nothing_was_tried_is_said() -> None:
     step = decide(Known(), ("rotary", "triton"), time_is_up=lambda: True)
     assert step.reason == "no other implementation was tried: kernels.budget_seconds was used up"

@@ -23,6 +23,7 @@ from llmmed.autotune.journal import (
     JournalWriter,
     Judged,
     StepDone,
+    StepExpected,
     StepTask,
     Task,
     Timed,
@@ -134,6 +135,25 @@ def test_a_death_in_the_last_match_is_not_the_defaults_fault(
     else:
         assert left is not None
         assert left.last_match_died == "the process was killed by SIGSEGV while it was tried in the step"
+
+
+@pytest.mark.parametrize("answered", [False, True])
+def test_where_the_last_match_finds_no_time_the_trials_decide(
+    answered: bool, make_job: Callable[..., Job], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(child, "end", lambda process: None)
+    job = make_job(step=StepTask(config={}, pinned={}, known={}))
+    by_trials = STEP.model_copy(update={"reason": "by trials", "finished": False})
+    with JournalWriter(job.journal) as writer:
+        writer.write(StepExpected(evidence=by_trials))
+        if answered:
+            writer.write(StepDone(evidence=STEP))
+        writer.write(Begun(stage="step", name="compiled" if answered else LAST_MATCH))
+    (tmp_path / "log").write_text("")
+    findings, limits = Findings(), Limits(60.0, 60.0, time.perf_counter())
+    attempt = child._Attempt(job, [], findings, limits, lambda progress: None, None, None)
+    assert "kernels.budget_seconds=60 was used up" in attempt.follow(Ended(), tmp_path / "log")  # type: ignore[arg-type]
+    assert findings.step == (STEP.model_copy(update={"finished": False}) if answered else by_trials)
 
 
 def test_a_trial_counts_as_long_as_its_implementation_is_verified() -> None:
