@@ -150,11 +150,9 @@ def _task(composed: DictConfig, stop: StopRequest, put_back: Callable[[], None])
         stop.settle()
         _tell_interrupted(str(interruption))
         code = INTERRUPTED
-    except UserError as error:
-        run_folder.write_status(folder, "failed", reason=str(error))
-        put_back()
-        raise
-    except BaseException:
+    except BaseException as error:
+        if isinstance(error, UserError):
+            run_folder.write_status(folder, "failed", reason=str(error))
         put_back()
         raise
     _leave(code)

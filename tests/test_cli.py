@@ -4,11 +4,15 @@ from __future__ import annotations
 
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
+from omegaconf import OmegaConf
 
 from llmmed import cli, compose
 from llmmed.errors import UserError
+from llmmed.run_folder import read_status
+from llmmed.signals import StopRequest
 
 
 def prepare(monkeypatch: pytest.MonkeyPatch, *arguments: str) -> list[str]:
@@ -56,3 +60,22 @@ def test_a_folder_that_is_stated_is_left_as_it_is(tmp_path: Path, monkeypatch: p
     cli._take_folder(None, compose.compose_yaml(given, with_hydra=True).hydra, given)
     assert sys.argv == ["train.py", *given]
     assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("error", [UserError("no"), SystemExit("enough")])
+def test_what_ends_a_resumed_run_puts_its_folder_back(
+    error: BaseException, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail(*args: object) -> None:
+        raise error
+
+    config = SimpleNamespace(
+        runtime=SimpleNamespace(output_dir=str(tmp_path)), overrides=SimpleNamespace(task=["seed=1"])
+    )
+    monkeypatch.setattr(cli.HydraConfig, "get", lambda: config)
+    monkeypatch.setattr(cli, "_run", fail)
+    done: list[str] = []
+    with pytest.raises(type(error)):
+        cli._task(OmegaConf.create(), StopRequest(), lambda: done.append("put back"))
+    assert done == ["put back"]
+    assert read_status(tmp_path).state == ("failed" if isinstance(error, UserError) else "none")

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -68,3 +68,16 @@ def test_a_run_that_a_library_ends_says_so(tmp_path: Path, monkeypatch: pytest.M
         run_module.run(tiny_config(), tmp_path, started=0.0)
     status = read_status(tmp_path)
     assert (status.state, status.reason) == ("failed", "SystemExit: enough")
+
+
+def test_kernels_that_nobody_will_find_are_told(
+    tmp_path: Path, plant: Callable[..., None], monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    plant("right", "layer_norm.right")
+
+    def enough(*args: Any, **options: Any) -> None:
+        raise UserError("enough")
+
+    monkeypatch.setattr(data, "prepare", enough)
+    run_module.run(tiny_config("kernels=pytorch"), tmp_path, started=0.0)
+    assert "planted-kernels registers 'layer_norm.right'" in caplog.text

@@ -370,6 +370,7 @@ class _Attempt:
         if culprit.stage == "step" and not culprit.op:
             if self._findings.step is None:  # else it was another mode, which then is not taken
                 self._findings.last_match_died = f"{reason} {doing}{told}"
+                self._findings.expected = None  # whatever its trials say
             return
         if culprit.stage == "step":
             trial = StepTrial(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from pathlib import Path
 
 import pytest
 
@@ -11,6 +12,7 @@ from llmmed.autotune.hardware import describe_hardware
 from llmmed.autotune.plan import Candidate, KernelPlan, OpPlan
 from llmmed.autotune.regret import Neighbour, choice_of, measure_regret, neighbours
 from tests.autotune.test_confirm import Known
+from tests.processes import run_script
 
 
 def plan(ops: tuple[str, ...] = ("add_rms_norm", "rotary", "swiglu"), **chosen: str) -> KernelPlan:
@@ -98,3 +100,10 @@ def test_noise_is_no_regret_and_time_ends_it() -> None:
         arena, plan(), neighbours(plan(), pairs=False), told=lambda n: None, time_is_up=lambda: next(answers)
     )
     assert (len(cut.neighbours), cut.left_out) == (1, 2)  # the default is the chosen plan
+
+
+@pytest.mark.parametrize("argument", ["seconds=abc", "seconds=0", "seconds=inf", "pairs=yes"])
+def test_an_argument_that_is_no_use_is_told(argument: str, tmp_path: Path, repository: Path) -> None:
+    done = run_script(repository / "scripts" / "regret.py", ["model=tiny", argument], tmp_path)
+    assert done.returncode == 1
+    assert f"error: {argument}: " in done.stderr

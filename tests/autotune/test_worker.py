@@ -32,6 +32,7 @@ from llmmed.autotune.plan import Candidate, Ceilings, Status, StepEvidence, Step
 from llmmed.autotune.step_clock import StepClock
 from llmmed.autotune.worker import Worker
 from llmmed.autotune.workload import Workload
+from llmmed.compose import as_dict
 from llmmed.config import Config
 from llmmed.kernels.base import Op, Unavailable
 from llmmed.kernels.operator import in_compiled_step
@@ -120,6 +121,7 @@ def test_a_death_in_the_last_match_is_not_the_defaults_fault(
     job = make_job(step=step)
     with JournalWriter(job.journal) as writer:
         writer.write(Begun(stage="step"))
+        writer.write(StepExpected(evidence=STEP))
         if answered:
             writer.write(StepDone(evidence=STEP))
         writer.write(Begun(stage="step", name="compiled" if answered else LAST_MATCH))
@@ -135,6 +137,7 @@ def test_a_death_in_the_last_match_is_not_the_defaults_fault(
     else:
         assert left is not None
         assert left.last_match_died == "the process was killed by SIGSEGV while it was tried in the step"
+        assert findings.expected is None  # a later process that runs out of time must not take it
 
 
 @pytest.mark.parametrize("answered", [False, True])
@@ -237,6 +240,21 @@ def test_what_a_compiler_says_of_a_called_function_is_told() -> None:
     assert one_line(outer) == "RuntimeError: held = held_columns(x)"
     outer.__cause__ = NameError("at 2:4:\n    return y\n    ^\ny is not defined")
     assert one_line(outer) == "NameError: y is not defined"
+
+
+def test_what_the_trials_say_reaches_the_journal(
+    tiny: Config, make_job: Callable[..., Job], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    slow, fast = (
+        VERIFIED.model_copy(update={"total_ms": ms, "total_ms_low": ms, "total_ms_high": ms}) for ms in (1.0, 0.5)
+    )
+    known = {"rms_norm": {"pytorch": slow, "triton": fast}}
+    job = make_job(step=StepTask(config=as_dict(tiny), pinned={}, known=known))
+    monkeypatch.setattr(StepClock, "__init__", lambda *args: None)
+    monkeypatch.setattr(worker, "confirm", lambda *args, expected, **options: expected(STEP))
+    with JournalWriter(job.journal) as journal:
+        Worker(job, journal).run()
+    assert StepExpected(evidence=STEP) in list(JournalReader(job.journal).read())
 
 
 def test_time_is_kept_for_a_trial_and_for_the_last_match(

@@ -96,7 +96,8 @@ def test_the_page_and_the_plots_come_from_the_json_alone(tmp_path: Path) -> None
     for told in ("A GPU", "torch 2.11", "driver 1.0", "2000-01-01", "commit abc", "python scripts/benchmark.py",
                  "copy 3,000 GB/s", "bfloat16 products 800 TFLOP/s", "crashed: it \\| crashed", "123,456",
                  "120,000-130,000", "45.7", "12.34", "30.5 (9.5)", "unavailable: not installed",
-                 "123.0 M parameters", "rotary triton"):  # fmt: skip
+                 "123.0 M parameters", "rotary triton", "## Kernels on A GPU",
+                 "## Training steps of base with adamw on A GPU"):  # fmt: skip
         assert told in text, told
     for target in re.findall(r"\]\((\S+?)\)", text):
         assert (page.parent / target).stat().st_size > 0, target
