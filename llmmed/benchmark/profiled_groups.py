@@ -29,7 +29,7 @@ _RULES = tuple(  # in this order: a fused kernel's name may match several
     (group, re.compile(pattern, re.IGNORECASE))
     for group, pattern in (
         ("optimizer", r"adam|multi_tensor|_foreach_|newton_schulz|muon|lpnorm|vector_norm"),
-        ("attention", r"flash|fmha|sdpa|attention|attn"),
+        ("attention", r"flash|fmha|sdpa|attention|attn|cudnn::fusion"),  # the last: cuDNN's backward, in three kernels
         ("loss", r"cross_entropy|softmax|nll_loss|logsumexp"),
         ("norm", r"rms_?norm|rsqrt"),
         ("swiglu", r"swiglu|silu|sigmoid"),

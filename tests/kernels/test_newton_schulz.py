@@ -1,16 +1,25 @@
-"""The Triton `newton_schulz`: where it takes descriptors, and matrices on which float16 could overflow or lose much."""
+"""The Triton `newton_schulz`: where it takes descriptors and Hopper's kernel, and that one; matrices on which float16
+could overflow or lose much."""
 
 from __future__ import annotations
+
+from pathlib import Path
 
 import pytest
 import torch
 from torch import Tensor
 
-from llmmed.kernels.ahead_of_time import record_launches
+from llmmed.autotune.verify import poisoned_memory, verify
+from llmmed.kernels.ahead_of_time import TARGETS, record_launches
 from llmmed.kernels.base import Call, tensor_spec
-from llmmed.kernels.catalog import DEFAULT, get_implementation, load_function
+from llmmed.kernels.catalog import DEFAULT, get_implementation, get_op, load_function
+from llmmed.kernels.newton_schulz import hopper, triton_impl
 from llmmed.kernels.newton_schulz.reference import newton_schulz as reference
-from llmmed.kernels.operator import INTERPRETED
+from llmmed.kernels.newton_schulz.triton_impl import SPECIALISED, TILES
+from llmmed.kernels.operator import INTERPRETED, Gpu, absent_gpu, gpu_of
+from llmmed.kernels.tunable import seen_launches
+from tests.kernels.hopper_code import Compiler, stores, waits_for_stores
+from tests.kernels.planted import bugs, mutant, sources
 
 SHAPES = [(48, 48), (24, 96), (33, 97)]  # the iteration itself; on the Gram matrix; on that without descriptors
 HOSTILE = ["zeros", "ones", "identity", "one entry", "rank one", "equal rows", "decaying", "huge", "tiny"]
@@ -52,8 +61,8 @@ def assert_no_worse_than_the_default(kind: str, shape: tuple[int, int], dtype: t
 @pytest.mark.parametrize(
     ("target", "shape", "dtype", "through_descriptors"),
     [
-        (90, (768, 2048), torch.bfloat16, {True}),
-        (90, (768, 768), torch.float16, {True}),
+        (90, (384, 1536), torch.bfloat16, {True}),
+        (90, (520, 520), torch.float16, {True}),
         (100, (40, 88), torch.bfloat16, {True}),
         (80, (768, 2048), torch.bfloat16, {False}),
         (89, (768, 768), torch.bfloat16, {False}),
@@ -93,3 +102,132 @@ def test_no_matrices(shape: tuple[int, ...]) -> None:
 @pytest.mark.parametrize("kind", HOSTILE)
 def test_hostile_matrices_on_a_gpu(kind: str, shape: tuple[int, int], dtype: torch.dtype) -> None:
     assert_no_worse_than_the_default(kind, shape, dtype, "cuda")
+
+
+@pytest.mark.skipif(INTERPRETED, reason="Hopper's kernel is not interpreted")
+@pytest.mark.parametrize("descriptors", [0, 1])
+@pytest.mark.parametrize("itemsize", [2, 4])
+@pytest.mark.parametrize("gpu", TARGETS.values(), ids=TARGETS)
+@pytest.mark.parametrize(
+    ("size", "inner", "fits", "large"),
+    [(2048, 5632, 1, 1), (512, 512, 1, 1), (384, 384, 1, 0), (256, 256, 0, 0), (640, 1120, 0, 1), (576, 1152, 0, 1)],
+)
+def test_hopper_has_a_kernel_of_its_own_for_many_whole_tiles(
+    size: int, inner: int, fits: int, large: int, gpu: Gpu, itemsize: int, descriptors: int
+) -> None:
+    shape = {"size": size, "inner": inner, "itemsize": itemsize, "descriptors": descriptors}
+    meta = torch.device("meta")
+    with absent_gpu(gpu):
+        default = triton_impl._launch(meta, **shape)
+        others = {launch.how for launch in triton_impl._alternatives(meta, **shape)}
+    possible = fits and gpu.capability == 90 and itemsize == 2 and descriptors
+    assert default.how == (SPECIALISED if possible and large else TILES)
+    assert (SPECIALISED in others) == bool(possible)
+    assert (TILES in others) == (itemsize == 2)
+
+
+@pytest.mark.parametrize("side", range(1, 20))
+def test_a_program_takes_its_share_of_tiles(side: int) -> None:
+    """As many as there are: two blocks at a time in each row of the lower triangle."""
+    out = torch.empty((1, 128 * side, 128 * side), dtype=torch.float16, device="meta")
+    with absent_gpu(Gpu(10**6, 2**20, 2**16, 90)):
+        assert hopper.programs(out) == sum(row // 2 + 1 for row in range(side))
+    with absent_gpu(TARGETS[90]):
+        assert hopper.programs(out) <= TARGETS[90].multiprocessors
+
+
+@pytest.mark.gpu
+class TestOnHopper:
+    """Warps that wait for each other: the ring must go around more than twice, and end anywhere."""
+
+    @pytest.fixture(autouse=True)
+    def _hopper(self) -> None:
+        if INTERPRETED or gpu_of(torch.device("cuda", 0)).capability != 90:
+            pytest.skip("needs Hopper")
+
+    @pytest.mark.parametrize("added", [False, True])
+    @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+    @pytest.mark.parametrize("programs", [1, 2, 3, 7])
+    @pytest.mark.parametrize(("n", "size", "inner"), [(1, 128, 384), (5, 128, 448), (3, 256, 512), (2, 640, 1152)])
+    def test_it_is_right_however_many_tiles_a_program_takes(
+        self, n: int, size: int, inner: int, programs: int, dtype: torch.dtype, added: bool,
+        monkeypatch: pytest.MonkeyPatch,
+    ) -> None:  # fmt: skip
+        monkeypatch.setattr(hopper, "programs", lambda out: programs)
+        left, right, add = drawn(n, size, inner, dtype)
+        with poisoned_memory():
+            out = torch.empty_like(add)
+            hopper.symmetric_product(left, right, add if added else None, out, 0.5, 0.75, 2.0)
+        exact = 0.5 * left.double() @ right.double().mT + 2.0 * torch.eye(size, device="cuda")
+        exact += 0.75 * add.double() if added else 0.0
+        # Rounded once: half an eps of the dtype.
+        assert ((out - exact).abs() <= 0.51 * torch.finfo(dtype).eps * exact.abs() + 1e-4).all()
+        assert torch.equal(out, out.mT)
+
+    @pytest.mark.parametrize("shape", [(48, 768, 768), (36, 768, 2048), (16, 2048, 2048)])
+    def test_a_whole_gpu_is_right_and_gives_the_same_bits_every_time(self, shape: tuple[int, int, int]) -> None:
+        G = torch.randn(shape, generator=torch.Generator("cuda").manual_seed(0), device="cuda", dtype=torch.bfloat16)
+        newton_schulz = load_function("newton_schulz", get_implementation("newton_schulz", "triton"))
+        with seen_launches() as launches, poisoned_memory():
+            first = newton_schulz(G)
+            for _ in range(10):
+                assert torch.equal(newton_schulz(G), first)
+        assert {values["how"] for values in launches.values() if "how" in values} == {SPECIALISED}
+        truth = reference(G[:4].double())
+        assert (first[:4] - truth).norm() <= 0.01 * truth.norm()
+
+    @pytest.mark.parametrize("bug", bugs("newton_schulz", "HOPPER_BUGS"))
+    def test_a_planted_bug_is_rejected(self, bug: str, tmp_path: Path) -> None:
+        implementation, function = mutant("newton_schulz", bug, tmp_path, "HOPPER_BUGS")
+        verdict = verify(get_op("newton_schulz"), implementation, function, many_tiles(), torch.device("cuda"))
+        assert verdict.status == "wrong", verdict
+
+    def test_without_a_bug_it_is_accepted(self) -> None:
+        op, implementation = get_op("newton_schulz"), get_implementation("newton_schulz", "triton")
+        verdict = verify(op, implementation, implementation.load(), many_tiles(), torch.device("cuda"))
+        assert verdict.status == "verified", verdict
+
+
+def many_tiles() -> list[Call]:
+    """More than there are multiprocessors, in the iteration itself and in that on the Gram matrix."""
+    shapes = [(24, 640, 640), (24, 640, 1280)]
+    return [Call.of("newton_schulz", G=tensor_spec(*shape, dtype=torch.bfloat16)) for shape in shapes]
+
+
+def drawn(n: int, size: int, inner: int, dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor]:
+    """Two matrices whose product is symmetric, and what is added: integers, so that sums are exact."""
+    generator = torch.Generator("cuda").manual_seed(size)
+
+    def whole(*shape: int) -> Tensor:
+        return torch.randint(-2, 3, shape, generator=generator, device="cuda", dtype=dtype)
+
+    left, add = whole(n, size, inner), whole(n, size, size)
+    # The same columns in both, by signs that differ from column to column.
+    return left, left * (1 - 2 * (torch.arange(inner, device="cuda") % 3 == 0).to(dtype)), add.tril() + add.tril(-1).mT
+
+
+@pytest.mark.skipif(INTERPRETED, reason="nothing is compiled under TRITON_INTERPRET=1")
+def test_on_hopper_products_run_beside_each_other_and_nothing_leaves_unfinished(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Nor are mirrored parts written to shared memory by single elements."""
+    compiler = Compiler(tmp_path, monkeypatch, capsys)
+    call = Call.of("newton_schulz", G=tensor_spec(36, 768, 2048, dtype=torch.bfloat16))
+    launches = record_launches("newton_schulz", "triton", [call], targets=[90])
+    launches = [launch for launch in launches if launch.kernel == "newton_schulz_hopper_fwd_kernel"]
+    assert len(launches) == 2  # with an addend, and without one
+    for launch in launches:
+        made = compiler.compile(launch)
+        assert "st.shared.b16" not in made["ptx"]
+        assert "stmatrix.sync.aligned.m8n8.x4.trans" in made["ptx"]
+        # For two groups: eight parts beside and after the sum of a wide tile, eight of a narrow one, and six at the
+        # end. What a buffer held has left; a mirrored part may leave the one before on its way.
+        assert stores(made["ttgir"]) == 2 * (8 + 8 + 6)
+        assert waits_for_stores(made["ttgir"]) == 2 * [*(11 * [0, 1]), 0]
+
+
+@pytest.mark.parametrize("bug", bugs("newton_schulz", "HOPPER_BUGS"))
+def test_a_bug_can_be_planted_for_hopper(bug: str) -> None:
+    before, after = bugs("newton_schulz", "HOPPER_BUGS")[bug]
+    assert sum(source.count(before) for source in sources("newton_schulz").values()) == 1
+    assert before != after

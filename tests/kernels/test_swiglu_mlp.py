@@ -2,17 +2,13 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 import torch
 import torch.nn.functional as F
-import triton
 from torch import Tensor
-from triton.backends.compiler import GPUTarget
-from triton.experimental.gluon._runtime import GluonASTSource
 
 from llmmed.autotune.verify import poisoned_memory, verify
 from llmmed.kernels.ahead_of_time import TARGETS, record_launches
@@ -30,6 +26,7 @@ from llmmed.kernels.swiglu_mlp.triton_impl import (
     swiglu_mlp,
 )
 from llmmed.kernels.tunable import seen_launches
+from tests.kernels.hopper_code import Compiler, stores, waits_for_stores
 from tests.kernels.planted import bugs, mutant, sources
 
 
@@ -179,40 +176,28 @@ def error(found: Tensor, right: Tensor) -> float:
 
 
 @pytest.mark.skipif(INTERPRETED, reason="nothing is compiled under TRITON_INTERPRET=1")
-def test_on_hopper_no_store_reads_what_threads_have_not_handed_over(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+def test_on_hopper_products_run_beside_each_other_and_nothing_leaves_unfinished(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """Such a race need not show in results. Nor does data go through shared memory where a layout should do."""
-    monkeypatch.setattr(triton.knobs.cache, "dir", str(tmp_path))
+    """Nor does data go through shared memory where a layout should do."""
+    compiler = Compiler(tmp_path, monkeypatch, capsys)
     shapes = {"x": (4096, 768), "gate_up_weight": (4096, 768), "down_weight": (768, 2048)}
     specs = {n: tensor_spec(*shape, dtype=torch.bfloat16, requires_grad=True) for n, shape in shapes.items()}
     call = Call.of("swiglu_mlp", **specs)
     launches = record_launches("swiglu_mlp", "triton", [call], targets=[90])
     monkeypatch.setattr(triton_impl, "_KEPT_UP_TO", 0)
     launches += record_launches("swiglu_mlp", "triton", [call], targets=[90])[1:]
-    waits = []
+    found = []
     for launch in launches:
-        kernel = getattr(hopper, launch.kernel)
-        source = GluonASTSource(kernel, launch.signature, launch.constants, launch.attributes)
-        code = triton.compile(source, target=GPUTarget("cuda", 90, 32), options=launch.options).asm["ttgir"]
+        code = compiler.compile(launch)["ttgir"]
         assert "convert_layout" not in code
-        handed_over, stores = True, 0
-        for line in code.splitlines():
-            if "ttg.local_store" in line:
-                handed_over = False
-            elif "fence_async_shared" in line:
-                handed_over = True
-            elif "async_tma_copy_local_to_global" in line:
-                assert handed_over, line
-                stores += 1
-        assert stores > 0
-        waits.append((launch.kernel, re.findall(r"async_tma_store_wait {pendings = (\d+)", code)))
+        found.append((launch.kernel, stores(code), waits_for_stores(code)))
     # Two groups each. Forward, three of its four buffers are on their way; backward, a quarter's two. A third result
     # goes by way of one of these, which must have been read before its own gradient is written there.
-    assert waits == [
-        ("swiglu_mlp_hopper_fwd_kernel", 2 * [*"333333", "0"]),
-        ("swiglu_mlp_hopper_bwd_kernel", 2 * [*"2220"]),
-        ("swiglu_mlp_hopper_bwd_kernel", 2 * [*"11212120"]),
+    assert found == [
+        ("swiglu_mlp_hopper_fwd_kernel", 2 * 6, 2 * [3, 3, 3, 3, 3, 3, 0]),
+        ("swiglu_mlp_hopper_bwd_kernel", 2 * 8, 2 * [2, 2, 2, 0]),
+        ("swiglu_mlp_hopper_bwd_kernel", 2 * 12, 2 * [1, 1, 2, 1, 2, 1, 2, 0]),
     ]
 
 

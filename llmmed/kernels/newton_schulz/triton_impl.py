@@ -3,6 +3,8 @@
 16-bit matrices are kept in float16 throughout, whose mantissa has three bits more than bfloat16's. Where a matrix is
 much wider than high, the iteration is that of its small Gram matrix, and the wide one is multiplied twice instead of
 five times. Products with the matrix itself have no symmetry: cuBLAS's, but for the last, which converts as it stores.
+
+Hopper has a kernel of its own for large symmetric products, in `hopper.py`; the one here runs everywhere.
 """
 
 # Annotations must be real objects: torch infers the operator's schema from them. So no `from __future__` here.
@@ -16,9 +18,12 @@ from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
 from llmmed.kernels.base import Implementation
+from llmmed.kernels.newton_schulz import hopper
 from llmmed.kernels.newton_schulz.reference import COEFFICIENTS, EPSILON, STEPS
 from llmmed.kernels.operator import (
+    INTERPRETED,
     TRITON_DEVICES,
+    capability,
     describable,
     input_precision,
     require_triton,
@@ -32,13 +37,19 @@ GRAM_STEPS = (3, 2)  # before X is multiplied, and the Gram matrix computed, aga
 assert sum(GRAM_STEPS) == STEPS
 
 
+TILES, SPECIALISED = 0, 1
+"""How: a kernel whose programs load and multiply by turns, a tile each; or Hopper's, whose warps have tasks of their
+own."""
+
+
 class Launch(NamedTuple):
-    """Tile sides and resources of the symmetric product."""
+    """How to compute the symmetric product; for `TILES`, a tile's sides and its resources."""
 
     block: int
     block_k: int
     num_warps: int
     num_stages: int
+    how: int = TILES
 
 
 class DenseLaunch(NamedTuple):
@@ -148,6 +159,13 @@ def newton_schulz_triton_fwd_dense_kernel(
 
 def _launch(device: torch.device, size: int, inner: int, itemsize: int, descriptors: int) -> Launch:
     """Of the symmetric product [size, inner] x [inner, size]."""
+    launch = _tiles(size, itemsize, descriptors)
+    if size >= 512 and _specialises(device, size, inner, itemsize, descriptors):  # else there are few tiles
+        launch = launch._replace(how=SPECIALISED)
+    return launch
+
+
+def _tiles(size: int, itemsize: int, descriptors: int) -> Launch:
     if itemsize == 4:
         return Launch(32, 32, 4, 2)
     if size < 512:
@@ -155,10 +173,19 @@ def _launch(device: torch.device, size: int, inner: int, itemsize: int, descript
     return Launch(128, 64, 4 if descriptors else 8, 3)
 
 
+def _specialises(device: torch.device, size: int, inner: int, itemsize: int, descriptors: int) -> bool:
+    fits = itemsize == 2 and hopper.takes(size, inner)
+    return fits and bool(descriptors) and not INTERPRETED and capability(device) == 90
+
+
 def _alternatives(device: torch.device, size: int, inner: int, itemsize: int, descriptors: int) -> Iterator[Launch]:
     """Other tiles and pipelines; in float32, products without tensor cores, none."""
     if itemsize == 4:
         return
+    tiles = _tiles(size, itemsize, descriptors)
+    yield tiles
+    if _specialises(device, size, inner, itemsize, descriptors):
+        yield tiles._replace(how=SPECIALISED)
     yield Launch(128, 64, 8, 3)
     yield Launch(128, 64, 8, 4)
     yield Launch(64, 64, 4, 4)
@@ -195,9 +222,12 @@ def _symmetric_product(
     n, size, inner = left.shape
     out = torch.empty((n, size, size), dtype=left.dtype, device=left.device)
     described = describable(left, right, out)
-    block, block_k, num_warps, num_stages = _PRODUCT(
+    block, block_k, num_warps, num_stages, how = _PRODUCT(
         left.device, size=size, inner=inner, itemsize=left.element_size(), descriptors=int(described)
     )
+    if how == SPECIALISED:
+        hopper.symmetric_product(left, right, add, out, alpha, beta, diagonal)
+        return out
     side = triton.cdiv(size, block)
     tiles = ((left, block_k), (right, block_k), (out, block))
     descriptors = [_descriptor(tensor, block, width) if described else None for tensor, width in tiles]
@@ -308,6 +338,6 @@ IMPL = Implementation(
     load=_load,
     devices=TRITON_DEVICES,
     backward=False,
-    kernel_names=("newton_schulz_triton_fwd_kernel",),
+    kernel_names=("newton_schulz_triton_fwd_kernel", "newton_schulz_hopper_fwd_kernel"),
     tunable=(_PRODUCT, _LAST),
 )

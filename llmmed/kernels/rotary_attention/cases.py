@@ -29,7 +29,7 @@ def cases(dtype: torch.dtype) -> Mapping[str, Call]:
         "odd length": call(2, 37, 2, 1, 32),
         "two positions": call(2, 2, 2, 2, 16),
         "past a block": call(1, 131, 2, 2, 16),
-        "whole blocks": call(1, 128, 1, 1, 64),
+        "whole blocks, grouped query": call(1, 384, 4, 2, 64),
         "head of 48": call(1, 70, 2, 2, 48),
         "smallest head": call(1, 33, 2, 1, 8),
         "head of 128": call(1, 65, 1, 1, 128),

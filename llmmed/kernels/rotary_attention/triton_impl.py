@@ -3,6 +3,8 @@
 Forward rotates the keys in a kernel of their own, because every block of queries reads them, and each block of queries
 where it is used. Backward turns the gradients of both back in registers and writes one gradient of the projection.
 
+Hopper has kernels of its own for the most common shapes, in `hopper.py`; those here run everywhere.
+
 Rotated queries and keys are kept as tiles take them: [batch, heads, seq, first half | second half], each half padded
 with zeros to a power of two. Products over head_dim do not mind the order, and a tile comes apart into its halves.
 """
@@ -30,7 +32,16 @@ from llmmed.kernels.attention.loops import (
     tunable,
 )
 from llmmed.kernels.base import Implementation
-from llmmed.kernels.operator import TRITON_DEVICES, make_operator, require_triton, unit_stride
+from llmmed.kernels.operator import (
+    INTERPRETED,
+    TRITON_DEVICES,
+    capability,
+    describable,
+    make_operator,
+    require_triton,
+    unit_stride,
+)
+from llmmed.kernels.rotary_attention import hopper
 
 _TILE = 4096  # elements that a program of the keys' prepass rotates: 32 a thread with four warps
 
@@ -214,19 +225,26 @@ def _rotate_keys(k: Tensor, cos: Tensor, sin: Tensor, block_d: int) -> Tensor:
     return k_rot
 
 
+def _on_hopper(qkv: Tensor, *others: Tensor) -> bool:
+    """Whether the kernels for Hopper take this projection, and what else they read."""
+    return capability(qkv.device) == 90 and not INTERPRETED and hopper.suits(qkv) and describable(qkv, *others)
+
+
 def _forward(qkv: Tensor, cos: Tensor, sin: Tensor, n_heads: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     qkv, cos, sin = unit_stride(qkv), cos.contiguous(), sin.contiguous()
     q, k, v = _split(qkv, n_heads)
     batch, seq, heads, _ = q.shape
-    launch = _FORWARD(q.device, **launch_shape(q, k))
-    constants = kernel_constants(q, k, launch)
-    k_rot = _rotate_keys(k, cos, sin, constants["BLOCK_D"])
-    q_rot = k_rot.new_empty((batch, heads, seq, constants["BLOCK_D"]))
+    k_rot = _rotate_keys(k, cos, sin, padded(q.shape[3]))
     out = torch.empty(q.shape, dtype=q.dtype, device=q.device)
     lse = torch.empty((batch, heads, seq), dtype=torch.float32, device=q.device)  # in powers of two
+    q_rot = k_rot.new_empty((batch, heads, seq, padded(q.shape[3])))
+    if _on_hopper(qkv):
+        hopper.attend(qkv, k_rot, cos, sin, q_rot, out, lse)
+        return out, lse, q_rot, k_rot
+    launch = _FORWARD(q.device, **launch_shape(q, k))
     rotary_attention_triton_fwd_kernel[(triton.cdiv(seq, launch.rows), batch * heads)](
         q, k_rot, v, cos, sin, q_rot, out, lse, *qkv.stride()[:3], seq,
-        BLOCK_M=launch.rows, BLOCK_N=launch.cols, **constants,
+        BLOCK_M=launch.rows, BLOCK_N=launch.cols, **kernel_constants(q, k, launch),
     )  # fmt: skip
     return out, lse, q_rot, k_rot
 
@@ -251,8 +269,11 @@ def _backward(
     dout = dout.contiguous()  # as a step hands it over
     q, k, v = _split(qkv, n_heads)
     batch, seq, heads, _ = q.shape
-    delta = torch.empty_like(lse)
     dqkv = torch.empty(qkv.shape, dtype=qkv.dtype, device=qkv.device)
+    if _on_hopper(qkv, dout):
+        hopper.differentiate(dout, q_rot, k_rot, qkv, out, lse, cos, sin, dqkv)
+        return (dqkv,)
+    delta = torch.empty_like(lse)
     dq, dk, dv = _split(dqkv, n_heads)
     for_keys, for_queries = (each(q.device, **launch_shape(q, k)) for each in (_KEYS, _QUERIES))
     rotary_attention_triton_bwd_q_kernel[(triton.cdiv(seq, for_queries.rows), batch * heads)](
@@ -308,6 +329,9 @@ IMPL = Implementation(
         "rotary_attention_triton_fwd_kernel",
         "rotary_attention_triton_bwd_q_kernel",
         "rotary_attention_triton_bwd_kv_kernel",
+        "rotary_attention_hopper_fwd_kernel",
+        "rotary_attention_hopper_bwd_q_kernel",
+        "rotary_attention_hopper_bwd_kv_kernel",
     ),
     tunable=(_FORWARD, _KEYS, _QUERIES),
 )

@@ -30,7 +30,10 @@ BUGS = {
     ),
     "inner sum unmasked": ("in_k = ks < inner - start", "in_k = ks < BLOCK_K"),
     "addend left out": ("acc += beta * tl.load", "acc += 0.0 * tl.load"),
-    "diagonal left out": ("cols[None, :], diagonal, 0.0)", "cols[None, :], 0.0, 0.0)"),
+    "diagonal left out": (
+        "tl.where(rows[:, None] == cols[None, :], diagonal,",
+        "tl.where(rows[:, None] < 0, diagonal,",
+    ),
     "last tile not computed": ("[(side * (side + 1) // 2, n)]", "[(max(1, side * (side + 1) // 2 - 1), n)]"),
     "Gram matrix multiplied from one side": (
         "_symmetric_product(_symmetric_product(P, A, 1.0), P, 1.0)",
@@ -51,4 +54,40 @@ BUGS = {
         "    tall = G.size(-2) > G.size(-1)\n",
         "    tall = G.size(-2) > G.size(-1)\n    G.mul_(1.5)\n",
     ),
+}
+
+# Planted into the kernel for Hopper, which no interpreter runs. None of them keeps a warp waiting for ever.
+HOPPER_BUGS = {
+    "upper half not mirrored": ("(left // _M * _M != row)", "(left < 0)"),
+    "mirrored untransposed": ("buffer.permute((1, 0)).store(part)", "buffer.store(part)"),
+    "diagonal left out": ("if row == col:", "if row < 0:"),
+    "diagonal in every block": ("if row == col:", "if row >= 0:"),
+    "addend left out": ("value += beta * add_tile", "value += 0.0 * add_tile"),
+    "addend of the left columns for the right ones": ("col + half * _M\n", "col\n"),
+    "addend of the upper rows for the lower ones": (
+        "add.slice(_M + WHICH * _P, _P, dim=0)",
+        "add.slice(_M, _P, dim=0)",
+    ),
+    "twice as large": ("value = alpha * gl.convert_layout", "value = 2.0 * alpha * gl.convert_layout"),
+    "last step of the sum stale": (
+        "tma.async_copy_global_to_shared(left_desc, [first + row, start]",
+        "tma.async_copy_global_to_shared(left_desc, [first + row, gl.minimum(start, inner - 2 * _K)]",
+    ),
+    "right columns multiplied with the left": ("[first + col + _M, start]", "[first + col, start]"),
+    "both groups at the same rows": ("left_tiles.index(slot).slice(WHICH * _P,", "left_tiles.index(slot).slice(0,"),
+    "both groups store the same rows": ("top, left = row + WHICH * _P, col +", "top, left = row, col +"),
+    "every matrix the first one": ("return index // _tiles(size) * size,", "return 0,"),
+    "stored where the next tile belongs": (
+        "before = (first_before, row_before, col_before, count)",
+        "before = (first, row, col, count)",
+    ),
+    "a program's last tile not stored to its end": (
+        "_send_part(quarter, out_desc, outgoing, first_before, row_before, col_before, count, 2",
+        "_send_part(quarter, out_desc, outgoing, first_before, row_before, col_before, 0, 2",
+    ),
+    "right half of a wide tile not stored": (
+        "count = first, row, col, 2 + 2 * wide",
+        "count = first, row, col, 2 + 0 * wide",
+    ),
+    "quarters exchanged": ("left, right = sums.reshape", "right, left = sums.reshape"),
 }

@@ -57,7 +57,10 @@ BUGS = {
         "k_rot_ptr += (batch * (HEADS // GROUP) + kv_head) * seq",
         "k_rot_ptr += batch * (HEADS // GROUP) * seq",
     ),
-    "groups interleaved": ("head = kv_head * GROUP + member", "head = kv_head + member * KV_HEADS"),
+    "groups interleaved": (
+        "head = kv_head * GROUP + member\n        statistics",
+        "head = kv_head + member * KV_HEADS\n        statistics",
+    ),
     "only one head of a group": ("for member in range(GROUP):", "for member in range(1):"),
     "future visible by one": (
         "BLOCK_D, x_seq, rows, diagonal,\n",
@@ -68,8 +71,8 @@ BUGS = {
         "BLOCK_D, v_seq, rows + 1, diagonal,\n",
     ),
     "scale 2 % too small": (
-        "    constants = kernel_constants(q, k, launch)\n",
-        '    constants = kernel_constants(q, k, launch)\n    constants["SCALE"] *= 0.98\n',
+        "**kernel_constants(q, k, launch),",
+        '**(kernel_constants(q, k, launch) | {"SCALE": 0.98 * q.shape[3] ** -0.5 * 1.4426950408889634}),',
     ),
     "queries' gradient 2 % too large": (
         "dq * (SCALE * 0.6931471805599453)",
@@ -83,5 +86,90 @@ BUGS = {
     "projection overwritten": (
         "    q_rot = k_rot.new_empty(",
         "    qkv.mul_(1.0001)\n    q_rot = k_rot.new_empty(",
+    ),
+}
+
+# Planted into the kernels for Hopper, which no interpreter runs. None of them keeps a warp waiting for ever.
+HOPPER_BUGS = {
+    "queries rotated the other way": (
+        "gl.join(first * cos - second * sin, second * cos + first * sin)",
+        "gl.join(first * cos + second * sin, second * cos - first * sin)",
+    ),
+    "halves of a query exchanged": (
+        "gl.join(first * cos - second * sin, second * cos + first * sin)",
+        "gl.join(second * cos + first * sin, first * cos - second * sin)",
+    ),
+    "queries rotated by their position in the block": (
+        "_rotation(row, cos_ptr, sin_ptr, first, D)",
+        "_rotation(WHICH * _H, cos_ptr, sin_ptr, first, D)",
+    ),
+    "rotated queries kept for another sequence": (
+        "tma.async_copy_shared_to_global(q_rot_desc, [sequence * seq + row, 0], q)",
+        "tma.async_copy_shared_to_global(q_rot_desc, [row, 0], q)",
+    ),
+    "one key of the future": (
+        "gl.where(rows[:, None] >= cols[None, :], scores,",
+        "gl.where(rows[:, None] + 1 >= cols[None, :], scores,",
+    ),
+    "own key left out": (
+        "gl.where(rows[:, None] >= cols[None, :], scores,",
+        "gl.where((rows[:, None] > cols[None, :]) | (cols[None, :] == 0), scores,",
+    ),
+    "sum of weights not rescaled": ("total = total * rescale + gl.sum(p, axis=1)", "total = total + gl.sum(p, axis=1)"),
+    "output not rescaled": ("acc *= gl.convert_layout(rescale,", "acc *= gl.convert_layout(rescale * 0 + 1,"),
+    "output 2 % too large": ("gl.convert_layout(1.0 / total,", "gl.convert_layout(1.02 / total,"),
+    "statistics in natural logarithms": ("peak + gl.log2(total)", "peak + gl.log(total)"),
+    "both groups store the same rows": (
+        "at = sequence // HEADS * seq + row\n",
+        "at = sequence // HEADS * seq + block * _B\n",
+    ),
+    "output of the first head": ("[at, sequence % HEADS * D], buffer)", "[at, 0], buffer)"),
+    "keys of another group": (
+        "sequence // HEADS, sequence % HEADS\n        kv_head = head // GROUP\n",
+        "sequence // HEADS, sequence % HEADS\n        kv_head = head % KV_HEADS\n",
+    ),
+    "keys for values": (
+        "mbarrier.expect(bar, N * D * 2)\n                col = (HEADS + KV_HEADS + kv_head) * D",
+        "mbarrier.expect(bar, N * D * 2)\n                col = (HEADS + kv_head) * D",
+    ),
+    "last block of a pair left out": ("gl.maximum(seq // _B - 1 - 2 * pair, 1)", "gl.maximum(seq // _B - 2 * pair, 1)"),
+    "delta left out for the queries": ("(p * (dp - delta[:, None]))", "(p * dp)"),
+    "delta not handed over to the keys": (
+        "gl.store(delta_ptr + statistics, delta)",
+        "gl.store(delta_ptr + statistics, lse)",
+    ),
+    "queries' gradient sees the future": (
+        "p = gl.where(rows[:, None] >= cols[None, :], p, 0.0)",
+        "p = gl.where(rows[:, None] >= 0 * cols[None, :], p, 0.0)",
+    ),
+    "queries' gradient turned back by its position in the block": (
+        "_turned_back(acc * (SCALE * _LN_2), first + WHICH * _H,",
+        "_turned_back(acc * (SCALE * _LN_2), WHICH * _H,",
+    ),
+    "queries' gradient in powers of two": ("_turned_back(acc * (SCALE * _LN_2),", "_turned_back(acc * SCALE,"),
+    "gradients turned the same way": (
+        "return first * cos + second * sin, second * cos - first * sin",
+        "return first * cos - second * sin, second * cos + first * sin",
+    ),
+    "delta left out for the keys": (
+        "gl.zeros((_H, _H), gl.float32, layout) - delta_tiles",
+        "gl.zeros((_H, _H), gl.float32, layout) - 0 * delta_tiles",
+    ),
+    "weights of the keys 2 % off": ("p = gl.exp2(scores * SCALE)", "p = 1.02 * gl.exp2(scores * SCALE)"),
+    "keys' gradient from the past": (
+        "gl.where(_opaque(gl.arange(0, _H, along))[None, :] >=",
+        "gl.where(_opaque(gl.arange(0, _H, along))[None, :] >= 0 *",
+    ),
+    "values' gradient over the keys'": (
+        "_send(upper, lower, dqkv_desc, at, col + KV_HEADS * D, v, D)",
+        "_send(upper, lower, dqkv_desc, at, col, v, D)",
+    ),
+    "the group's first head alone": (
+        "for member in range(0, GROUP):\n                head = kv_head * GROUP + member\n",
+        "for member in range(0, GROUP):\n                head = kv_head * GROUP\n",
+    ),
+    "halves of a gradient exchanged": (
+        "tma.async_copy_shared_to_global(desc, [row, col], upper)",
+        "tma.async_copy_shared_to_global(desc, [row, col], lower)",
     ),
 }

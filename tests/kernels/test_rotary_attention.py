@@ -1,0 +1,169 @@
+"""The Triton `rotary_attention`: which kernels it launches where, and its kernels for Hopper."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor
+
+from llmmed.autotune.verify import poisoned_memory, verify
+from llmmed.kernels.ahead_of_time import record_launches
+from llmmed.kernels.base import Call, tensor_spec
+from llmmed.kernels.catalog import DEFAULT, get_implementation, get_op, load_function
+from llmmed.kernels.operator import INTERPRETED, gpu_of
+from llmmed.kernels.rotary_attention import hopper
+from llmmed.kernels.rotary_attention.reference import rotary_attention as reference
+from llmmed.kernels.rotary_attention.triton_impl import rotary_attention
+from tests.kernels.hopper_code import Compiler, stores, waits_for_stores
+from tests.kernels.planted import bugs, mutant, sources
+
+compiled = pytest.mark.skipif(INTERPRETED, reason="nothing is compiled under TRITON_INTERPRET=1")
+
+
+def call_of(
+    batch: int, seq: int, n_heads: int, n_kv_heads: int, head_dim: int, dtype: torch.dtype = torch.bfloat16
+) -> Call:
+    qkv = tensor_spec(batch, seq, n_heads + 2 * n_kv_heads, head_dim, dtype=dtype, requires_grad=True)
+    table = tensor_spec(seq, head_dim // 2, dtype=torch.float32)
+    return Call.of("rotary_attention", qkv=qkv, cos=table, sin=table, n_heads=n_heads)
+
+
+def in_a_wider_tensor(call: Call) -> Call:
+    qkv = call.spec("qkv")
+    batch_stride, row, head_stride, _ = qkv.stride
+    wider = replace(qkv, stride=(batch_stride * 2, row * 2, head_stride, 1))
+    return Call.of("rotary_attention", qkv=wider, cos=call.spec("cos"), sin=call.spec("sin"), n_heads=call["n_heads"])
+
+
+@compiled
+@pytest.mark.parametrize(
+    ("call", "target", "kind"),
+    [
+        (call_of(2, 1024, 12, 12, 64), 90, "hopper"),
+        (call_of(2, 384, 8, 2, 128, torch.float16), 90, "hopper"),
+        (call_of(2, 1024, 12, 12, 64), 100, "triton"),
+        (call_of(2, 1024, 12, 12, 64), 86, "triton"),
+        (call_of(2, 1024, 12, 12, 64, torch.float32), 90, "triton"),
+        (call_of(2, 1000, 12, 12, 64), 90, "triton"),
+        (call_of(2, 1024, 8, 8, 48), 90, "triton"),
+        (in_a_wider_tensor(call_of(2, 1024, 12, 12, 64)), 90, "triton"),
+    ],
+)
+def test_hopper_has_kernels_of_its_own_for_whole_blocks(call: Call, target: int, kind: str) -> None:
+    launched = {launch.kernel for launch in record_launches("rotary_attention", "triton", [call], targets=[target])}
+    of_products = {f"rotary_attention_{kind}_{which}_kernel" for which in ("fwd", "bwd_q", "bwd_kv")}
+    assert launched == of_products | {"rotary_attention_triton_keys_kernel"}
+
+
+@compiled
+@pytest.mark.parametrize("head_dim", [64, 128])
+def test_on_hopper_products_run_beside_each_other_and_nothing_leaves_unfinished(
+    head_dim: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    compiler = Compiler(tmp_path, monkeypatch, capsys)
+    found = {}
+    for launch in record_launches("rotary_attention", "triton", [call_of(8, 2048, 8, 4, head_dim)], targets=[90]):
+        if "hopper" in launch.kernel:
+            code = compiler.compile(launch)["ttgir"]
+            found[launch.kernel] = stores(code), waits_for_stores(code)
+    # Two groups each. Forward, queries and the output; then both halves of the queries' gradient, or of keys' and of
+    # values'. A buffer is free when all that was stored from it has left.
+    assert found == {
+        "rotary_attention_hopper_fwd_kernel": (2 * 2, 2 * [0, 0]),
+        "rotary_attention_hopper_bwd_q_kernel": (2 * 2, 2 * [0]),
+        "rotary_attention_hopper_bwd_kv_kernel": (2 * 4, 2 * [0]),
+    }
+
+
+@pytest.mark.parametrize("bug", bugs("rotary_attention", "HOPPER_BUGS"))
+def test_a_bug_can_be_planted_for_hopper(bug: str) -> None:
+    before, after = bugs("rotary_attention", "HOPPER_BUGS")[bug]
+    assert sum(source.count(before) for source in sources("rotary_attention").values()) == 1
+    assert before != after
+
+
+@pytest.mark.gpu
+class TestOnHopper:
+    """Warps that wait for each other: each ring must go around more than twice, and end anywhere."""
+
+    @pytest.fixture(autouse=True)
+    def _hopper(self) -> None:
+        if INTERPRETED or gpu_of(torch.device("cuda", 0)).capability != 90:
+            pytest.skip("needs Hopper")
+
+    @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+    @pytest.mark.parametrize("programs", [1, 2, 3, 7])
+    @pytest.mark.parametrize(
+        ("batch", "seq", "n_heads", "n_kv_heads", "head_dim"),
+        [(1, 128, 1, 1, 64), (2, 256, 2, 2, 128), (1, 384, 4, 2, 128), (3, 640, 2, 1, 64), (1, 1280, 6, 2, 64)],
+    )
+    def test_it_is_right_however_many_blocks_a_program_takes(
+        self, batch: int, seq: int, n_heads: int, n_kv_heads: int, head_dim: int, programs: int, dtype: torch.dtype,
+        monkeypatch: pytest.MonkeyPatch,
+    ) -> None:  # fmt: skip
+        monkeypatch.setattr(hopper, "programs", lambda device, tasks: programs)
+        call = call_of(batch, seq, n_heads, n_kv_heads, head_dim, dtype)
+        for regime in get_op("rotary_attention").regimes:
+            assert_right(call, regime)
+
+    @pytest.mark.parametrize("shape", [(8, 2048, 16, 16, 128), (32, 1024, 12, 12, 64), (2, 8192, 16, 4, 128)])
+    def test_a_whole_gpu_gives_the_same_bits_every_time(self, shape: tuple[int, ...]) -> None:
+        call = call_of(*shape)
+        first = assert_right(call, "bland") if shape[1] <= 2048 else differentiated(call, "bland")
+        for _ in range(10):
+            assert all(map(torch.equal, first, differentiated(call, "bland")))
+
+    @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+    def test_without_a_bug_it_is_accepted(self, dtype: torch.dtype) -> None:
+        op, implementation = get_op("rotary_attention"), get_implementation("rotary_attention", "triton")
+        calls = [call_of(2, 512, 4, 2, 128, dtype), call_of(2, 512, 4, 2, 64, dtype)]
+        verdict = verify(op, implementation, rotary_attention, calls, torch.device("cuda"))
+        assert verdict.status == "verified", verdict
+
+    @pytest.mark.parametrize("bug", bugs("rotary_attention", "HOPPER_BUGS"))
+    def test_a_planted_bug_is_rejected(self, bug: str, tmp_path: Path) -> None:
+        _, function = mutant("rotary_attention", bug, tmp_path, "HOPPER_BUGS")
+        op, implementation = get_op("rotary_attention"), get_implementation("rotary_attention", "triton")
+        verdict = verify(op, implementation, function, [], torch.device("cuda"), dtype=torch.bfloat16)
+        assert verdict.status == "wrong", verdict
+
+
+def assert_right(call: Call, regime: str) -> list[Tensor]:
+    """Not further from float64 than PyTorch is by more than half, in the output and each part of the gradient. Returns
+    the output and the gradient."""
+    found = differentiated(call, regime)
+    default = load_function("rotary_attention", get_implementation("rotary_attention", DEFAULT))
+    theirs, exact = differentiated(call, regime, default), differentiated(call, regime, reference, torch.float64)
+    heads = call.spec("qkv").shape[2] - call["n_heads"]
+    parts = (call["n_heads"], heads // 2, heads // 2)
+    for ours, other, right in zip(
+        *(([out, *grad.split(parts, 2)]) for out, grad in (found, theirs, exact)), strict=True
+    ):
+        assert error(ours, right) <= 1.5 * error(other, right) + 1e-4
+    return found
+
+
+def differentiated(
+    call: Call, regime: str, function: object = rotary_attention, dtype: torch.dtype | None = None
+) -> list[Tensor]:
+    """The output and the gradient of the projection, for inputs and an arriving gradient that depend on the call."""
+    device = torch.device("cuda")
+    given = get_op("rotary_attention").make_inputs(call, regime, torch.Generator(device).manual_seed(0), device)
+    qkv = given["qkv"].detach()
+    generator = torch.Generator(device).manual_seed(1)
+    shape = (*qkv.shape[:2], call["n_heads"], qkv.shape[3])
+    arriving = torch.randn(shape, generator=generator, device=device).to(qkv.dtype)
+    tables = [given["cos"], given["sin"]]
+    if dtype is not None:
+        qkv, arriving, *tables = (tensor.to(dtype) for tensor in (qkv, arriving, *tables))
+    leaf = qkv.requires_grad_()
+    with poisoned_memory():
+        out = function(leaf, *tables, call["n_heads"])  # type: ignore[operator]
+        return [out.detach(), *torch.autograd.grad(out, leaf, arriving)]
+
+
+def error(found: Tensor, right: Tensor) -> float:
+    return float((found.double() - right).norm() / right.norm())
