@@ -13,7 +13,7 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.experimental.gluon._runtime import GluonASTSource
 
-from llmmed.kernels.ahead_of_time import Launch
+from llmmed.kernels.ahead_of_time import Launch, _resources
 
 
 class Compiler:
@@ -24,31 +24,34 @@ class Compiler:
         monkeypatch.setattr(triton.knobs.nvidia, "dump_ptxas_log", True)
         self._capsys = capsys
 
-    def compile(self, launch: Launch) -> Mapping[str, Any]:
-        """Its code by stage. Fails if products wait for registers instead of running beside each other."""
+    def compile(self, launch: Launch, most_spilled: int = 0) -> Mapping[str, Any]:
+        """Its code by stage. Fails if products wait for registers instead of running beside each other, or if a thread
+        spills more than so many bytes, both directions."""
         kernel = getattr(importlib.import_module(launch.module), launch.kernel)
         source = GluonASTSource(kernel, launch.signature, launch.constants, launch.attributes)
         made: Mapping[str, Any] = triton.compile(
             source, target=GPUTarget("cuda", launch.target, 32), options=launch.options
         ).asm
         log = self._capsys.readouterr().out
-        assert "Used 168 registers" in log
+        registers, *spilled = _resources(log, launch.kernel)
+        assert registers == 168
+        assert sum(spilled) <= most_spilled
         assert "serialized" not in log
         return made
 
 
 def stores(code: str) -> int:
-    """How often shared memory is stored by the hardware. Fails where it reads what threads have not handed over: such a
-    race need not show in results."""
+    """How often the hardware stores what lies in shared memory. Fails where it does, or multiplies it, before threads
+    have handed over what they wrote there: such a race need not show in results."""
     handed_over, found = True, 0
     for line in code.splitlines():
         if "ttg.local_store" in line:
             handed_over = False
         elif "fence_async_shared" in line:
             handed_over = True
-        elif "async_tma_copy_local_to_global" in line:
+        elif "async_tma_copy_local_to_global" in line or "ttng.warp_group_dot " in line:
             assert handed_over, line
-            found += 1
+            found += "async_tma" in line
     return found
 
 

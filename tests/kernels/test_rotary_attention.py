@@ -10,10 +10,10 @@ import torch
 from torch import Tensor
 
 from llmmed.autotune.verify import poisoned_memory, verify
-from llmmed.kernels.ahead_of_time import record_launches
+from llmmed.kernels.ahead_of_time import TARGETS, launching_nothing, record_launches, run_on_meta
 from llmmed.kernels.base import Call, tensor_spec
 from llmmed.kernels.catalog import DEFAULT, get_implementation, get_op, load_function
-from llmmed.kernels.operator import INTERPRETED, gpu_of
+from llmmed.kernels.operator import INTERPRETED, absent_gpu, gpu_of
 from llmmed.kernels.rotary_attention import hopper
 from llmmed.kernels.rotary_attention.reference import rotary_attention as reference
 from llmmed.kernels.rotary_attention.triton_impl import rotary_attention
@@ -59,15 +59,31 @@ def test_hopper_has_kernels_of_its_own_for_whole_blocks(call: Call, target: int,
 
 
 @compiled
-@pytest.mark.parametrize("head_dim", [64, 128])
-def test_on_hopper_products_run_beside_each_other_and_nothing_leaves_unfinished(
-    head_dim: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+@pytest.mark.parametrize(("offset", "path"), [(0, ["hopper"]), (1, []), (8, ["hopper"])])
+def test_a_gradient_that_arrives_at_an_odd_address_takes_the_other_kernels(
+    offset: int, path: list[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    taken = []
+    monkeypatch.setattr(hopper, "differentiate", lambda *_: taken.append("hopper"))
+    with absent_gpu(TARGETS[90]), launching_nothing(torch.device("meta")):
+        call = call_of(1, 256, 2, 2, 64)
+        run_on_meta(get_op("rotary_attention"), rotary_attention, call, lambda out: moved(out, offset))
+    assert taken == path
+
+
+@compiled
+@pytest.mark.parametrize(("head_dim", "n_kv_heads", "spilled"), [(64, 4, 0), (128, 8, 0), (128, 4, 300)])
+def test_on_hopper_products_run_beside_each_other_and_nothing_leaves_unfinished(
+    head_dim: int, n_kv_heads: int, spilled: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:  # fmt: skip
+    """With grouped queries at a head of 128 numbers that change once a block are spilled, none within a block."""
     compiler = Compiler(tmp_path, monkeypatch, capsys)
     found = {}
-    for launch in record_launches("rotary_attention", "triton", [call_of(8, 2048, 8, 4, head_dim)], targets=[90]):
+    call = call_of(8, 2048, 8, n_kv_heads, head_dim)
+    for launch in record_launches("rotary_attention", "triton", [call], targets=[90]):
         if "hopper" in launch.kernel:
-            code = compiler.compile(launch)["ttgir"]
+            code = compiler.compile(launch, spilled if launch.kernel.endswith("bwd_kv_kernel") else 0)["ttgir"]
             found[launch.kernel] = stores(code), waits_for_stores(code)
     # Two groups each. Forward, queries and the output; then both halves of the queries' gradient, or of keys' and of
     # values'. A buffer is free when all that was stored from it has left.
@@ -116,6 +132,13 @@ class TestOnHopper:
         for _ in range(10):
             assert all(map(torch.equal, first, differentiated(call, "bland")))
 
+    def test_gradients_that_arrive_anywhere_give_the_same(self) -> None:
+        """At an odd address by the kernels that run everywhere."""
+        call = call_of(2, 256, 4, 2, 64)
+        here, there = (differentiated(call, "bland", offset=offset) for offset in (0, 1))
+        assert torch.equal(here[0], there[0])
+        assert error(there[1], here[1].double()) < 0.01
+
     @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
     def test_without_a_bug_it_is_accepted(self, dtype: torch.dtype) -> None:
         op, implementation = get_op("rotary_attention"), get_implementation("rotary_attention", "triton")
@@ -147,9 +170,10 @@ def assert_right(call: Call, regime: str) -> list[Tensor]:
 
 
 def differentiated(
-    call: Call, regime: str, function: object = rotary_attention, dtype: torch.dtype | None = None
+    call: Call, regime: str, function: object = rotary_attention, dtype: torch.dtype | None = None, offset: int = 0
 ) -> list[Tensor]:
-    """The output and the gradient of the projection, for inputs and an arriving gradient that depend on the call."""
+    """The output and the gradient of the projection, for inputs and an arriving gradient that depend on the call. The
+    latter lies so many elements into its memory."""
     device = torch.device("cuda")
     given = get_op("rotary_attention").make_inputs(call, regime, torch.Generator(device).manual_seed(0), device)
     qkv = given["qkv"].detach()
@@ -162,8 +186,15 @@ def differentiated(
     leaf = qkv.requires_grad_()
     with poisoned_memory():
         out = function(leaf, *tables, call["n_heads"])  # type: ignore[operator]
-        return [out.detach(), *torch.autograd.grad(out, leaf, arriving)]
+        return [out.detach(), *torch.autograd.grad(out, leaf, moved(arriving, offset))]
 
 
 def error(found: Tensor, right: Tensor) -> float:
     return float((found.double() - right).norm() / right.norm())
+
+
+def moved(tensor: Tensor, offset: int) -> Tensor:
+    """The same, contiguous, so many elements into memory of its own."""
+    memory = tensor.new_empty(tensor.numel() + offset)
+    memory[offset:].copy_(tensor.reshape(-1))
+    return memory[offset:].view(tensor.shape)

@@ -12,9 +12,6 @@ Needs 16 bits, and matrices of whole tiles with a sum that is long enough (`take
 """
 
 # Annotations are arguments' kinds, for the compiler. So no `from __future__` here.
-import functools
-
-import torch
 from torch import Tensor
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
@@ -27,6 +24,7 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 )
 from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
+from llmmed.kernels.hopper import RESOURCES, barriers, described
 from llmmed.kernels.operator import gpu_of
 
 BLOCK = 128  # rows of a tile; it has twice as many columns, or as many where a row of tiles would cross the diagonal
@@ -82,14 +80,6 @@ def _tile_of(turn, size):
     row = gl.where(wide, 2 * p - 1 + rest // p, 2 * narrow)
     col = gl.where(wide, rest % p * 2, 2 * narrow)
     return index // _tiles(size) * size, row * _M, col * _M, wide
-
-
-@gluon.jit
-def _barriers(count: gl.constexpr, arrivals: gl.constexpr):
-    bars = gl.allocate_shared_memory(gl.int64, [count, 1], mbarrier.MBarrierLayout())
-    for i in gl.static_range(count):
-        mbarrier.init(bars.index(i), count=arrivals)
-    return bars
 
 
 @gluon.jit
@@ -271,7 +261,7 @@ def newton_schulz_hopper_fwd_kernel(
     right_tiles = gl.allocate_shared_memory(right_desc.dtype, [STAGES, 2 * _M, _K], right_desc.layout)
     upper = gl.allocate_shared_memory(out_desc.dtype, [2, _P, _P], out_desc.layout)
     lower = gl.allocate_shared_memory(out_desc.dtype, [2, _P, _P], out_desc.layout)
-    full, empty = _barriers(STAGES, 1), _barriers(STAGES, 2)  # both groups have read a buffer before it is free
+    full, empty = barriers(STAGES, 1), barriers(STAGES, 2)  # both groups have read a buffer before it is free
     fence_async_shared()
     gl.warp_specialize([
         (_multiply_tiles, (out_desc, left_tiles, right_tiles, upper, full, empty, n, size, inner,
@@ -282,20 +272,9 @@ def newton_schulz_hopper_fwd_kernel(
     ], [4, 1], [240, 24])  # fmt: skip
 
 
-# Four warps of the first group; twelve in all, for whose 168 registers a thread there is room, and which the compiler
-# hands over from the one that fetches to those that multiply.
-_RESOURCES = {"num_warps": 4, "maxnreg": 168}
-
-
-def _described(tensor: Tensor, *block: int) -> TensorDescriptor:
-    """Of all matrices one above the other, of which tiles never cross an edge."""
-    rows = tensor.flatten(0, 1)
-    return TensorDescriptor(rows, list(rows.shape), list(rows.stride()), list(block), _layout(block, tensor.dtype))
-
-
-@functools.cache
-def _layout(block: tuple[int, ...], dtype: torch.dtype) -> gl.NVMMASharedLayout:
-    return gl.NVMMASharedLayout.get_default_for(list(block), getattr(gl, str(dtype).removeprefix("torch.")))
+def _stacked(tensor: Tensor, *block: int) -> TensorDescriptor:
+    """All matrices one above the other, of which tiles never cross an edge."""
+    return described(tensor.flatten(0, 1), *block)
 
 
 def programs(out: Tensor) -> int:
@@ -312,7 +291,7 @@ def symmetric_product(
     """Writes alpha left right^T + beta add + diagonal I to `out` [n, size, size], given [n, size, inner]."""
     n, size, inner = left.shape
     newton_schulz_hopper_fwd_kernel[(programs(out),)](
-        _described(left, BLOCK, _DEPTH), _described(right, BLOCK, _DEPTH),
-        None if add is None else _described(add, BLOCK, _DEPTH), _described(out, _PART, _PART),
-        n, size, inner, alpha, beta, diagonal, STAGES=_STAGES, **_RESOURCES,
+        _stacked(left, BLOCK, _DEPTH), _stacked(right, BLOCK, _DEPTH),
+        None if add is None else _stacked(add, BLOCK, _DEPTH), _stacked(out, _PART, _PART),
+        n, size, inner, alpha, beta, diagonal, STAGES=_STAGES, **RESOURCES,
     )  # fmt: skip

@@ -160,7 +160,7 @@ def newton_schulz_triton_fwd_dense_kernel(
 def _launch(device: torch.device, size: int, inner: int, itemsize: int, descriptors: int) -> Launch:
     """Of the symmetric product [size, inner] x [inner, size]."""
     launch = _tiles(size, itemsize, descriptors)
-    if size >= 512 and _specialises(device, size, inner, itemsize, descriptors):  # else there are few tiles
+    if size >= 512 and _specialises(device, size, inner, itemsize, descriptors):  # a smaller one has few tiles
         launch = launch._replace(how=SPECIALISED)
     return launch
 
@@ -221,7 +221,7 @@ def _symmetric_product(
     """alpha left right^T + beta add + diagonal I where that is symmetric: [n, size, size]. Contiguous tensors."""
     n, size, inner = left.shape
     out = torch.empty((n, size, size), dtype=left.dtype, device=left.device)
-    described = describable(left, right, out)
+    described = describable(left, right, out, *([] if add is None else [add]))
     block, block_k, num_warps, num_stages, how = _PRODUCT(
         left.device, size=size, inner=inner, itemsize=left.element_size(), descriptors=int(described)
     )

@@ -15,12 +15,11 @@ ring has gone around.
 What is a factor goes from registers into the next product; gradients of queries and keys are turned back before they
 leave. No sums are split between programs: the same bits in every run.
 
-All need 16 bits, heads of 64 or 128, sequences of whole blocks, and a contiguous projection (`suits`).
+All need 16 bits, heads of 64 or 128, sequences of whole blocks, and a contiguous projection (`suits`) that begins at a
+multiple of 16 bytes, as the gradient that arrives must.
 """
 
 # Annotations are arguments' kinds, for the compiler. So no `from __future__` here.
-import functools
-
 import torch
 from torch import Tensor
 from triton.experimental import gluon
@@ -35,6 +34,7 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 )
 from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
+from llmmed.kernels.hopper import RESOURCES, barriers, described
 from llmmed.kernels.operator import gpu_of
 
 BLOCK = 128  # queries or keys of a block, half of them for each group of warps
@@ -47,26 +47,19 @@ _LN_2: gl.constexpr = gl.constexpr(0.6931471805599453)
 
 
 @gluon.jit
-def _barriers(count: gl.constexpr, arrivals: gl.constexpr):
-    bars = gl.allocate_shared_memory(gl.int64, [count, 1], mbarrier.MBarrierLayout())
-    for i in gl.static_range(count):
-        mbarrier.init(bars.index(i), count=arrivals)
-    return bars
-
-
-@gluon.jit
 def _other(pair, seq):
     """How far it is from the first block of a pair to the last, or past it where a block is its own pair."""
     return gl.maximum(seq // _B - 1 - 2 * pair, 1)
 
 
 @gluon.jit
-def _fetch_keys(
+def _fetch_for_queries(
     q_desc, k_desc, v_desc, q_tiles, k_tiles, v_tiles, q_full, q_empty, k_full, k_empty, v_full, v_empty,
     tasks, pairs, seq, HEADS: gl.constexpr, GROUP: gl.constexpr, D: gl.constexpr, N: gl.constexpr, STAGES: gl.constexpr,
     dout_desc=None, out_desc=None, dout_tiles=None, out_tiles=None, out_full=None, out_empty=None,
 ):  # fmt: skip
-    """Of each block its queries, and the keys and values up to its diagonal, last ones first."""
+    """Of each block its queries, and the keys and values up to its diagonal, N at a time, last ones first. For backward
+    also the output and its gradient."""
     KV_HEADS: gl.constexpr = HEADS // GROUP
     step = 0
     turn = 0
@@ -163,8 +156,8 @@ def _attend(
             # On the diagonal, where every row has a key of its own: from here on its maximum is finite.
             slot = step % STAGES
             mbarrier.wait(k_full.index(slot), step // STAGES & 1)
-            empty = gl.zeros((_H, _B), gl.float32, scores_layout)
-            scores = warpgroup_mma(q, k_tiles.index(slot).permute((1, 0)), empty, use_acc=False, is_async=True)
+            zeros = gl.zeros((_H, _B), gl.float32, scores_layout)
+            scores = warpgroup_mma(q, k_tiles.index(slot).permute((1, 0)), zeros, use_acc=False, is_async=True)
             scores = warpgroup_mma_wait(0, deps=(scores,))
             mbarrier.arrive(k_empty.index(slot))
             scores = gl.where(rows[:, None] >= cols[None, :], scores, float("-inf"))
@@ -178,7 +171,7 @@ def _attend(
                 after_slot = after % STAGES
                 mbarrier.wait(k_full.index(after_slot), after // STAGES & 1)
                 keys = k_tiles.index(after_slot).permute((1, 0))
-                scores = warpgroup_mma(q, keys, empty, use_acc=False, is_async=True)
+                scores = warpgroup_mma(q, keys, zeros, use_acc=False, is_async=True)
                 mbarrier.wait(v_full.index(slot), step // STAGES & 1)
                 sums = warpgroup_mma(factor, v_tiles.index(slot), acc, is_async=True)
                 scores = warpgroup_mma_wait(1, deps=(scores,))
@@ -194,7 +187,7 @@ def _attend(
                 factor = gl.convert_layout(p.to(dtype), factor_layout)
                 step = after
                 slot = after_slot
-            tma.store_wait(0)  # of the queries, long since
+            tma.store_wait(0)  # these queries and the output of the block before have left, long since
             mbarrier.arrive(q_empty.index(WHICH))
             mbarrier.wait(v_full.index(slot), step // STAGES & 1)
             sums = warpgroup_mma(factor, v_tiles.index(slot), acc, is_async=True)
@@ -205,7 +198,7 @@ def _attend(
 
             gl.store(lse_ptr + sequence * seq + block * _B + rows, peak + gl.log2(total))
             acc *= gl.convert_layout(1.0 / total, gl.SliceLayout(1, out_layout))[:, None]
-            buffer = out_tiles.index(WHICH)  # free: the block's queries were waited for, and left later
+            buffer = out_tiles.index(WHICH)
             buffer.store(acc.to(dtype))
             fence_async_shared()
             at = sequence // HEADS * seq + row
@@ -213,7 +206,7 @@ def _attend(
     tma.store_wait(0)
 
 
-@gluon.jit
+@gluon.jit(do_not_specialize=["tasks", "pairs"])
 def rotary_attention_hopper_fwd_kernel(
     q_desc, k_desc, v_desc, q_rot_desc, out_desc, cos_ptr, sin_ptr, lse_ptr, tasks, pairs, seq,
     HEADS: gl.constexpr, GROUP: gl.constexpr, D: gl.constexpr, STAGES: gl.constexpr, SCALE: gl.constexpr,
@@ -222,16 +215,16 @@ def rotary_attention_hopper_fwd_kernel(
     out_tiles = gl.allocate_shared_memory(q_desc.dtype, [2, _H, D], out_desc.layout)
     k_tiles = gl.allocate_shared_memory(q_desc.dtype, [STAGES, _B, D], k_desc.layout)
     v_tiles = gl.allocate_shared_memory(q_desc.dtype, [STAGES, _B, D], v_desc.layout)
-    q_full, q_empty = _barriers(2, 1), _barriers(2, 1)
-    k_full, k_empty = _barriers(STAGES, 1), _barriers(STAGES, 2)  # both groups have read a buffer before it is free
-    v_full, v_empty = _barriers(STAGES, 1), _barriers(STAGES, 2)
+    q_full, q_empty = barriers(2, 1), barriers(2, 1)
+    k_full, k_empty = barriers(STAGES, 1), barriers(STAGES, 2)  # both groups have read a buffer before it is free
+    v_full, v_empty = barriers(STAGES, 1), barriers(STAGES, 2)
     fence_async_shared()
     gl.warp_specialize([
         (_attend, (q_rot_desc, out_desc, cos_ptr, sin_ptr, lse_ptr, q_tiles, k_tiles, v_tiles, out_tiles,
                    q_full, q_empty, k_full, k_empty, v_full, v_empty, tasks, pairs, seq, HEADS, D, STAGES, SCALE, 0)),
         (_attend, (q_rot_desc, out_desc, cos_ptr, sin_ptr, lse_ptr, q_tiles, k_tiles, v_tiles, out_tiles,
                    q_full, q_empty, k_full, k_empty, v_full, v_empty, tasks, pairs, seq, HEADS, D, STAGES, SCALE, 1)),
-        (_fetch_keys, (q_desc, k_desc, v_desc, q_tiles, k_tiles, v_tiles, q_full, q_empty, k_full, k_empty,
+        (_fetch_for_queries, (q_desc, k_desc, v_desc, q_tiles, k_tiles, v_tiles, q_full, q_empty, k_full, k_empty,
                        v_full, v_empty, tasks, pairs, seq, HEADS, GROUP, D, _B, STAGES)),
     ], [4, 1], [240, 24])  # fmt: skip
 
@@ -257,12 +250,12 @@ def _query_step(
     slot = step % STAGES
     phase = step // STAGES & 1
     layout: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, _H, 16])
-    empty = gl.zeros((_H, _H), gl.float32, layout)
+    zeros = gl.zeros((_H, _H), gl.float32, layout)
     keys = k_tiles.index(slot)
     mbarrier.wait(k_full.index(slot), phase)
-    scores = warpgroup_mma(q, keys.permute((1, 0)), empty, use_acc=False, is_async=True)
+    scores = warpgroup_mma(q, keys.permute((1, 0)), zeros, use_acc=False, is_async=True)
     mbarrier.wait(v_full.index(slot), phase)
-    dp = warpgroup_mma(dout, v_tiles.index(slot).permute((1, 0)), empty, use_acc=False, is_async=True)
+    dp = warpgroup_mma(dout, v_tiles.index(slot).permute((1, 0)), zeros, use_acc=False, is_async=True)
     scores, acc, factor = warpgroup_mma_wait(1, deps=(scores, sums, factor))
     if not MASKED:  # at the diagonal there is no block before
         mbarrier.arrive(k_empty.index((step + STAGES - 1) % STAGES))
@@ -325,14 +318,15 @@ def _differentiate_queries(
             turn += 1
 
             # SCALE carries log2(e) for exp2; the gradient of the scores does not.
-            upper, lower = _turned_back(acc * (SCALE * _LN_2), first + WHICH * _H, cos_ptr, sin_ptr, D)
+            first_half, second_half = _turned_back(acc * (SCALE * _LN_2), first + WHICH * _H, cos_ptr, sin_ptr, D)
             at = sequence // HEADS * seq + first + WHICH * _H
-            _send(upper, lower, dqkv_desc, at, sequence % HEADS * D, out, D)  # the output was read in the beginning
+            # By way of the output, which was read in the beginning.
+            _send(first_half, second_half, dqkv_desc, at, sequence % HEADS * D, out, D)
             tma.store_wait(0)
             mbarrier.arrive(out_empty.index(WHICH))
 
 
-@gluon.jit
+@gluon.jit(do_not_specialize=["tasks", "pairs"])
 def rotary_attention_hopper_bwd_q_kernel(
     q_desc, k_desc, v_desc, dout_desc, out_desc, dqkv_desc, cos_ptr, sin_ptr, lse_ptr, delta_ptr, tasks, pairs, seq,
     HEADS: gl.constexpr, GROUP: gl.constexpr, D: gl.constexpr, STAGES: gl.constexpr, SCALE: gl.constexpr,
@@ -342,9 +336,9 @@ def rotary_attention_hopper_bwd_q_kernel(
     out_tiles = gl.allocate_shared_memory(q_desc.dtype, [2, _H, D], out_desc.layout)
     k_tiles = gl.allocate_shared_memory(q_desc.dtype, [STAGES, _H, D], k_desc.layout)
     v_tiles = gl.allocate_shared_memory(q_desc.dtype, [STAGES, _H, D], v_desc.layout)
-    q_full, q_empty, out_full, out_empty = _barriers(2, 1), _barriers(2, 1), _barriers(2, 1), _barriers(2, 1)
-    k_full, k_empty = _barriers(STAGES, 1), _barriers(STAGES, 2)
-    v_full, v_empty = _barriers(STAGES, 1), _barriers(STAGES, 2)
+    q_full, q_empty, out_full, out_empty = barriers(2, 1), barriers(2, 1), barriers(2, 1), barriers(2, 1)
+    k_full, k_empty = barriers(STAGES, 1), barriers(STAGES, 2)
+    v_full, v_empty = barriers(STAGES, 1), barriers(STAGES, 2)
     fence_async_shared()
     gl.warp_specialize([
         (_differentiate_queries, (dqkv_desc, cos_ptr, sin_ptr, lse_ptr, delta_ptr, q_tiles, k_tiles, v_tiles,
@@ -353,14 +347,14 @@ def rotary_attention_hopper_bwd_q_kernel(
         (_differentiate_queries, (dqkv_desc, cos_ptr, sin_ptr, lse_ptr, delta_ptr, q_tiles, k_tiles, v_tiles,
                                   dout_tiles, out_tiles, q_full, q_empty, k_full, k_empty, v_full, v_empty, out_full,
                                   out_empty, tasks, pairs, seq, HEADS, D, STAGES, SCALE, 1)),
-        (_fetch_keys, (q_desc, k_desc, v_desc, q_tiles, k_tiles, v_tiles, q_full, q_empty, k_full, k_empty,
+        (_fetch_for_queries, (q_desc, k_desc, v_desc, q_tiles, k_tiles, v_tiles, q_full, q_empty, k_full, k_empty,
                        v_full, v_empty, tasks, pairs, seq, HEADS, GROUP, D, _H, STAGES,
                        dout_desc, out_desc, dout_tiles, out_tiles, out_full, out_empty)),
     ], [4, 1], [240, 24])  # fmt: skip
 
 
 @gluon.jit
-def _fetch_queries(
+def _fetch_for_keys(
     q_desc, k_desc, v_desc, dout_desc, lse_desc, delta_desc, q_tiles, k_tiles, v_tiles, dout_tiles, lse_tiles,
     delta_tiles, full, empty, kv_full, kv_empty, tasks, pairs, seq,
     HEADS: gl.constexpr, GROUP: gl.constexpr, D: gl.constexpr, STAGES: gl.constexpr,
@@ -485,15 +479,15 @@ def _differentiate_keys(
             turn += 1
 
             at, col = batch * seq + first + WHICH * _H, (HEADS + kv_head) * D
-            upper, lower = _halves(dv_sum, D)
-            _send(upper, lower, dqkv_desc, at, col + KV_HEADS * D, v, D)
-            upper, lower = _turned_back(dk_sum * (SCALE * _LN_2), first + WHICH * _H, cos_ptr, sin_ptr, D)
-            _send(upper, lower, dqkv_desc, at, col, k, D)
+            first_half, second_half = _halves(dv_sum, D)
+            _send(first_half, second_half, dqkv_desc, at, col + KV_HEADS * D, v, D)
+            first_half, second_half = _turned_back(dk_sum * (SCALE * _LN_2), first + WHICH * _H, cos_ptr, sin_ptr, D)
+            _send(first_half, second_half, dqkv_desc, at, col, k, D)
             tma.store_wait(0)
             mbarrier.arrive(kv_empty.index(WHICH))
 
 
-@gluon.jit
+@gluon.jit(do_not_specialize=["tasks", "pairs"])
 def rotary_attention_hopper_bwd_kv_kernel(
     q_desc, k_desc, v_desc, dout_desc, lse_desc, delta_desc, dqkv_desc, cos_ptr, sin_ptr, tasks, pairs, seq,
     HEADS: gl.constexpr, GROUP: gl.constexpr, D: gl.constexpr, STAGES: gl.constexpr, SCALE: gl.constexpr,
@@ -504,8 +498,8 @@ def rotary_attention_hopper_bwd_kv_kernel(
     dout_tiles = gl.allocate_shared_memory(q_desc.dtype, [STAGES, _H, D], dout_desc.layout)
     lse_tiles = gl.allocate_shared_memory(gl.float32, [STAGES, _H], lse_desc.layout)
     delta_tiles = gl.allocate_shared_memory(gl.float32, [STAGES, _H], delta_desc.layout)
-    full, empty = _barriers(STAGES, 1), _barriers(STAGES, 2)
-    kv_full, kv_empty = _barriers(2, 1), _barriers(2, 1)
+    full, empty = barriers(STAGES, 1), barriers(STAGES, 2)
+    kv_full, kv_empty = barriers(2, 1), barriers(2, 1)
     fence_async_shared()
     gl.warp_specialize([
         (_differentiate_keys, (dqkv_desc, cos_ptr, sin_ptr, q_tiles, k_tiles, v_tiles, dout_tiles,
@@ -514,15 +508,10 @@ def rotary_attention_hopper_bwd_kv_kernel(
         (_differentiate_keys, (dqkv_desc, cos_ptr, sin_ptr, q_tiles, k_tiles, v_tiles, dout_tiles,
                                lse_tiles, delta_tiles, full, empty, kv_full, kv_empty, tasks, pairs, seq,
                                HEADS, GROUP, D, STAGES, SCALE, 1)),
-        (_fetch_queries, (q_desc, k_desc, v_desc, dout_desc, lse_desc, delta_desc, q_tiles, k_tiles, v_tiles,
+        (_fetch_for_keys, (q_desc, k_desc, v_desc, dout_desc, lse_desc, delta_desc, q_tiles, k_tiles, v_tiles,
                           dout_tiles, lse_tiles, delta_tiles, full, empty, kv_full, kv_empty, tasks, pairs, seq,
                           HEADS, GROUP, D, STAGES)),
     ], [4, 1], [240, 24])  # fmt: skip
-
-
-# Four warps of the first group; twelve in all, for whose 168 registers a thread there is room, and which the compiler
-# hands over from the one that fetches to those that compute.
-_RESOURCES = {"num_warps": 4, "maxnreg": 168}
 
 
 def suits(qkv: Tensor) -> bool:
@@ -532,26 +521,14 @@ def suits(qkv: Tensor) -> bool:
     return whole and qkv.element_size() == 2 and qkv.is_contiguous()
 
 
-def _described(tensor: Tensor, *block: int) -> TensorDescriptor:
-    layout = _layout(block, tensor.dtype)
-    return TensorDescriptor(tensor, list(tensor.shape), list(tensor.stride()), list(block), layout)
-
-
-@functools.cache
-def _layout(block: tuple[int, ...], dtype: torch.dtype) -> gl.NVMMASharedLayout:
-    if len(block) == 1:
-        return gl.NVMMASharedLayout(swizzle_byte_width=0, element_bitwidth=32, rank=1)
-    return gl.NVMMASharedLayout.get_default_for(list(block), getattr(gl, str(dtype).removeprefix("torch.")))
-
-
 def _by_position(x: Tensor, rows: int, cols: int | None = None) -> TensorDescriptor:
     """Of [batch, seq, heads, head_dim], contiguous, as a matrix with a row a position; tiles of one head or less."""
-    return _described(x.view(x.shape[0] * x.shape[1], -1), rows, cols or x.shape[-1])
+    return described(x.view(x.shape[0] * x.shape[1], -1), rows, cols or x.shape[-1])
 
 
 def _by_head(x: Tensor, rows: int) -> TensorDescriptor:
     """Of [batch, heads, seq, head_dim], contiguous, as a matrix with a row a position of a head."""
-    return _described(x.view(-1, x.shape[-1]), rows, x.shape[-1])
+    return described(x.view(-1, x.shape[-1]), rows, x.shape[-1])
 
 
 def programs(device: torch.device, tasks: int) -> int:
@@ -572,7 +549,7 @@ def attend(qkv: Tensor, k_rot: Tensor, cos: Tensor, sin: Tensor, q_rot: Tensor, 
         _by_position(qkv, _HALF), _by_head(k_rot, BLOCK), _by_position(qkv, BLOCK), _by_head(q_rot, _HALF),
         _by_position(out, _HALF), cos, sin, lse, pairs * batch * heads, pairs, seq,
         HEADS=heads, GROUP=heads // k_rot.shape[1], D=head_dim, STAGES=2 if head_dim == 128 else 3,
-        SCALE=head_dim**-0.5 * _LOG2_E, **_RESOURCES,
+        SCALE=head_dim**-0.5 * _LOG2_E, **RESOURCES,
     )  # fmt: skip
 
 
@@ -584,15 +561,14 @@ def differentiate(
     batch, heads, seq, head_dim = q_rot.shape
     kv_heads, pairs = k_rot.shape[1], _pairs(seq)
     delta = torch.empty_like(lse)
-    halves = _by_position(dqkv, _HALF, head_dim // 2)
+    read = (_by_head(q_rot, _HALF), _by_head(k_rot, _HALF), _by_position(qkv, _HALF), _by_position(dout, _HALF))
+    written = _by_position(dqkv, _HALF, head_dim // 2)
     constants = {"HEADS": heads, "GROUP": heads // kv_heads, "D": head_dim, "SCALE": head_dim**-0.5 * _LOG2_E}
     rotary_attention_hopper_bwd_q_kernel[(programs(qkv.device, pairs * batch * heads),)](
-        _by_head(q_rot, _HALF), _by_head(k_rot, _HALF), _by_position(qkv, _HALF), _by_position(dout, _HALF),
-        _by_position(out, _HALF), halves, cos, sin, lse, delta, pairs * batch * heads, pairs, seq,
-        STAGES=3, **constants, **_RESOURCES,
+        *read, _by_position(out, _HALF), written, cos, sin, lse, delta, pairs * batch * heads, pairs, seq,
+        STAGES=3, **constants, **RESOURCES,
     )  # fmt: skip
     rotary_attention_hopper_bwd_kv_kernel[(programs(qkv.device, pairs * batch * kv_heads),)](
-        _by_head(q_rot, _HALF), _by_head(k_rot, _HALF), _by_position(qkv, _HALF), _by_position(dout, _HALF),
-        _described(lse.view(-1), _HALF), _described(delta.view(-1), _HALF), halves, cos, sin,
-        pairs * batch * kv_heads, pairs, seq, STAGES=4, **constants, **_RESOURCES,
+        *read, described(lse.view(-1), _HALF), described(delta.view(-1), _HALF), written, cos, sin,
+        pairs * batch * kv_heads, pairs, seq, STAGES=4, **constants, **RESOURCES,
     )  # fmt: skip

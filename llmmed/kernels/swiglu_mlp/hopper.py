@@ -13,9 +13,6 @@ Both need 16 bits, hidden units in whole blocks of 128, and rows that the hardwa
 """
 
 # Annotations are arguments' kinds, for the compiler. So no `from __future__` here.
-import functools
-
-import torch
 from torch import Tensor
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
@@ -26,8 +23,8 @@ from triton.experimental.gluon.language.nvidia.hopper import (
     warpgroup_mma,
     warpgroup_mma_wait,
 )
-from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
+from llmmed.kernels.hopper import RESOURCES, barriers, described
 from llmmed.kernels.operator import gpu_of
 
 BLOCK = 128  # rows of a tile, and its hidden units
@@ -66,14 +63,6 @@ def _sigmoid(x):
     return gl.inline_asm_elementwise(
         "rcp.approx.ftz.f32 $0, $1;", "=f,f", [inverse], dtype=gl.float32, is_pure=True, pack=1
     )
-
-
-@gluon.jit
-def _barriers(count: gl.constexpr, arrivals: gl.constexpr):
-    bars = gl.allocate_shared_memory(gl.int64, [count, 1], mbarrier.MBarrierLayout())
-    for i in gl.static_range(count):
-        mbarrier.init(bars.index(i), count=arrivals)
-    return bars
 
 
 @gluon.jit
@@ -153,7 +142,7 @@ def swiglu_mlp_hopper_fwd_kernel(
     weight_tiles = gl.allocate_shared_memory(weight_desc.dtype, [STAGES, 2 * _M, _K], weight_desc.layout)
     upper = gl.allocate_shared_memory(hidden_desc.dtype, [UNITS, _P, _P], hidden_desc.layout)
     lower = gl.allocate_shared_memory(hidden_desc.dtype, [UNITS, _P, _P], hidden_desc.layout)
-    full, empty = _barriers(STAGES, 1), _barriers(STAGES, 2)  # both groups have read a buffer before it is free
+    full, empty = barriers(STAGES, 1), barriers(STAGES, 2)  # both groups have read a buffer before it is free
     fence_async_shared()
     gl.warp_specialize([
         (_activate_tiles, (gate_up_desc, hidden_desc, x_tiles, weight_tiles, upper, full, empty,
@@ -284,8 +273,8 @@ def swiglu_mlp_hopper_bwd_kernel(
     weight_tiles = gl.allocate_shared_memory(weight_desc.dtype, [STAGES, _K, _M], weight_desc.layout)
     gates = gl.allocate_shared_memory(gate_up_desc.dtype, [4, _P, _P], gate_up_desc.layout)
     ups = gl.allocate_shared_memory(gate_up_desc.dtype, [4, _P, _P], gate_up_desc.layout)
-    full, empty = _barriers(STAGES, 1), _barriers(STAGES, 1)
-    read, written, turns = _barriers(8, 1), _barriers(4, 1), _barriers(2, 1)  # `read` has four for each group
+    full, empty = barriers(STAGES, 1), barriers(STAGES, 1)
+    read, written, turns = barriers(8, 1), barriers(4, 1), barriers(2, 1)  # `read` has four for each group
     fence_async_shared()
     gl.warp_specialize([
         (_differentiate_tiles, (dgate_up_desc, hidden_desc, dy_tiles, weight_tiles, gates, ups, full, empty,
@@ -297,22 +286,6 @@ def swiglu_mlp_hopper_bwd_kernel(
     ], [4, 1, 1], [240, 24, 24])  # fmt: skip
 
 
-# Four warps of the first group; twelve in all, for whose 168 registers a thread there is room, and which the compiler
-# hands over from those that fetch to those that compute.
-_RESOURCES = {"num_warps": 4, "maxnreg": 168}
-
-
-def _described(tensor: Tensor, *block: int) -> TensorDescriptor:
-    return TensorDescriptor(
-        tensor, list(tensor.shape), list(tensor.stride()), list(block), _layout(block, tensor.dtype)
-    )
-
-
-@functools.cache
-def _layout(block: tuple[int, ...], dtype: torch.dtype) -> gl.NVMMASharedLayout:
-    return gl.NVMMASharedLayout.get_default_for(list(block), getattr(gl, str(dtype).removeprefix("torch.")))
-
-
 def programs(x: Tensor, d_ff: int) -> int:
     """One a multiprocessor, whose shared memory it fills, or one a tile."""
     return min(-(-x.shape[0] // BLOCK) * (d_ff // BLOCK), gpu_of(x.device).multiprocessors)
@@ -322,8 +295,8 @@ def activate(x: Tensor, weight: Tensor, gate_up: Tensor, hidden: Tensor) -> None
     """Writes x weight^T to `gate_up` [rows, 2 d_ff] and the activation's result to `hidden` [rows, d_ff]."""
     (n_rows, width), d_ff = x.shape, hidden.shape[1]
     swiglu_mlp_hopper_fwd_kernel[(programs(x, d_ff),)](
-        _described(x, BLOCK, _DEPTH), _described(weight, BLOCK, _DEPTH), _described(gate_up, _PART, _PART),
-        _described(hidden, _PART, _PART), n_rows, d_ff, width, STAGES=_FORWARD_STAGES, UNITS=_UNITS, **_RESOURCES,
+        described(x, BLOCK, _DEPTH), described(weight, BLOCK, _DEPTH), described(gate_up, _PART, _PART),
+        described(hidden, _PART, _PART), n_rows, d_ff, width, STAGES=_FORWARD_STAGES, UNITS=_UNITS, **RESOURCES,
     )  # fmt: skip
 
 
@@ -332,7 +305,7 @@ def differentiate(dy: Tensor, weight: Tensor, gate_up: Tensor, dgate_up: Tensor,
     once more the activation's result to `hidden`, if it is given."""
     n_rows, (width, d_ff) = dy.shape[0], weight.shape
     swiglu_mlp_hopper_bwd_kernel[(programs(dy, d_ff),)](
-        _described(dy, BLOCK, _DEPTH), _described(weight, _DEPTH, BLOCK), _described(gate_up, _PART, _PART),
-        _described(dgate_up, _PART, _PART), None if hidden is None else _described(hidden, _PART, _PART),
-        n_rows, d_ff, width, STAGES=_BACKWARD_STAGES, **_RESOURCES,
+        described(dy, BLOCK, _DEPTH), described(weight, _DEPTH, BLOCK), described(gate_up, _PART, _PART),
+        described(dgate_up, _PART, _PART), None if hidden is None else described(hidden, _PART, _PART),
+        n_rows, d_ff, width, STAGES=_BACKWARD_STAGES, **RESOURCES,
     )  # fmt: skip

@@ -161,8 +161,8 @@ HOPPER_BUGS = {
         "gl.where(_opaque(gl.arange(0, _H, along))[None, :] >= 0 *",
     ),
     "values' gradient over the keys'": (
-        "_send(upper, lower, dqkv_desc, at, col + KV_HEADS * D, v, D)",
-        "_send(upper, lower, dqkv_desc, at, col, v, D)",
+        "_send(first_half, second_half, dqkv_desc, at, col + KV_HEADS * D, v, D)",
+        "_send(first_half, second_half, dqkv_desc, at, col, v, D)",
     ),
     "the group's first head alone": (
         "for member in range(0, GROUP):\n                head = kv_head * GROUP + member\n",
