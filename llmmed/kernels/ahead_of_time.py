@@ -56,6 +56,8 @@ class CompiledKernel:
         registers: Of a thread.
         spill_stores, spill_loads: Bytes a thread moves because registers ran out.
         shared_bytes: Shared memory of a program.
+        serialized: Whether products wait for each other because registers ran out.
+        code: Of kernels in Gluon, what the compiler made by stage: `ttgir` and `ptx`.
     """
 
     op: str
@@ -67,6 +69,8 @@ class CompiledKernel:
     spill_stores: int
     spill_loads: int
     shared_bytes: int
+    serialized: bool = False
+    code: Mapping[str, str] = field(default_factory=dict, repr=False)
 
     @property
     def spills(self) -> int:
@@ -233,6 +237,7 @@ def _compile(launch: Launch) -> CompiledKernel:
     log = io.StringIO()
     with contextlib.redirect_stdout(log):
         compiled = triton.compile(source, target=GPUTarget("cuda", launch.target, 32), options=launch.options)
+    code = {stage: compiled.asm[stage] for stage in ("ttgir", "ptx")} if function.is_gluon() else {}
     return CompiledKernel(
         launch.op,
         launch.implementation,
@@ -241,6 +246,8 @@ def _compile(launch: Launch) -> CompiledKernel:
         _describe_constants(launch, inspect.signature(function.fn)),
         *_resources(log.getvalue(), launch.kernel),
         compiled.metadata.shared,
+        "wgmma.mma_async instructions are serialized" in log.getvalue(),
+        code,
     )
 
 

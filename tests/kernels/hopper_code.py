@@ -1,43 +1,8 @@
-"""What the compiler made of kernels for Hopper, and what must hold of all that hand data over between warps."""
+"""What must hold of the code of kernels for Hopper, whose warps hand data over to each other and to the hardware."""
 
 from __future__ import annotations
 
-import importlib
 import re
-from collections.abc import Mapping
-from pathlib import Path
-from typing import Any
-
-import pytest
-import triton
-from triton.backends.compiler import GPUTarget
-from triton.experimental.gluon._runtime import GluonASTSource
-
-from llmmed.kernels.ahead_of_time import Launch, _resources
-
-
-class Compiler:
-    """Compiles launches of Gluon kernels for sm_90, into a cache of its own, and reads ptxas' log."""
-
-    def __init__(self, folder: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
-        monkeypatch.setattr(triton.knobs.cache, "dir", str(folder))
-        monkeypatch.setattr(triton.knobs.nvidia, "dump_ptxas_log", True)
-        self._capsys = capsys
-
-    def compile(self, launch: Launch, most_spilled: int = 0) -> Mapping[str, Any]:
-        """Its code by stage. Fails if products wait for registers instead of running beside each other, or if a thread
-        spills more than so many bytes, both directions."""
-        kernel = getattr(importlib.import_module(launch.module), launch.kernel)
-        source = GluonASTSource(kernel, launch.signature, launch.constants, launch.attributes)
-        made: Mapping[str, Any] = triton.compile(
-            source, target=GPUTarget("cuda", launch.target, 32), options=launch.options
-        ).asm
-        log = self._capsys.readouterr().out
-        registers, *spilled = _resources(log, launch.kernel)
-        assert registers == 168
-        assert sum(spilled) <= most_spilled
-        assert "serialized" not in log
-        return made
 
 
 def stores(code: str) -> int:

@@ -18,7 +18,6 @@ from llmmed.kernels.newton_schulz.reference import newton_schulz as reference
 from llmmed.kernels.newton_schulz.triton_impl import SPECIALISED, TILES
 from llmmed.kernels.operator import INTERPRETED, Gpu, absent_gpu, gpu_of
 from llmmed.kernels.tunable import seen_launches
-from tests.kernels.hopper_code import Compiler, stores, waits_for_stores
 from tests.kernels.planted import bugs, mutant, sources
 
 SHAPES = [(48, 48), (24, 96), (33, 97)]  # the iteration itself; on the Gram matrix; on that without descriptors
@@ -204,26 +203,6 @@ def drawn(n: int, size: int, inner: int, dtype: torch.dtype) -> tuple[Tensor, Te
     left, add = whole(n, size, inner), whole(n, size, size)
     # The same columns in both, by signs that differ from column to column.
     return left, left * (1 - 2 * (torch.arange(inner, device="cuda") % 3 == 0).to(dtype)), add.tril() + add.tril(-1).mT
-
-
-@pytest.mark.skipif(INTERPRETED, reason="nothing is compiled under TRITON_INTERPRET=1")
-def test_on_hopper_products_run_beside_each_other_and_nothing_leaves_unfinished(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
-    """Nor are mirrored parts written to shared memory by single elements."""
-    compiler = Compiler(tmp_path, monkeypatch, capsys)
-    call = Call.of("newton_schulz", G=tensor_spec(36, 768, 2048, dtype=torch.bfloat16))
-    launches = record_launches("newton_schulz", "triton", [call], targets=[90])
-    launches = [launch for launch in launches if launch.kernel == "newton_schulz_hopper_fwd_kernel"]
-    assert len(launches) == 2  # with an addend, and without one
-    for launch in launches:
-        made = compiler.compile(launch)
-        assert "st.shared.b16" not in made["ptx"]
-        assert "stmatrix.sync.aligned.m8n8.x4.trans" in made["ptx"]
-        # For two groups: eight parts beside and after the sum of a wide tile, eight of a narrow one, and six at the
-        # end. What a buffer held has left; a mirrored part may leave the one before on its way.
-        assert stores(made["ttgir"]) == 2 * (8 + 8 + 6)
-        assert waits_for_stores(made["ttgir"]) == 2 * [*(11 * [0, 1]), 0]
 
 
 @pytest.mark.parametrize("bug", bugs("newton_schulz", "HOPPER_BUGS"))

@@ -17,7 +17,6 @@ from llmmed.kernels.operator import INTERPRETED, absent_gpu, gpu_of
 from llmmed.kernels.rotary_attention import hopper
 from llmmed.kernels.rotary_attention.reference import rotary_attention as reference
 from llmmed.kernels.rotary_attention.triton_impl import rotary_attention
-from tests.kernels.hopper_code import Compiler, stores, waits_for_stores
 from tests.kernels.planted import bugs, mutant, sources
 
 compiled = pytest.mark.skipif(INTERPRETED, reason="nothing is compiled under TRITON_INTERPRET=1")
@@ -69,29 +68,6 @@ def test_a_gradient_that_arrives_at_an_odd_address_takes_the_other_kernels(
         call = call_of(1, 256, 2, 2, 64)
         run_on_meta(get_op("rotary_attention"), rotary_attention, call, lambda out: moved(out, offset))
     assert taken == path
-
-
-@compiled
-@pytest.mark.parametrize(("head_dim", "n_kv_heads", "spilled"), [(64, 4, 0), (128, 8, 0), (128, 4, 300)])
-def test_on_hopper_products_run_beside_each_other_and_nothing_leaves_unfinished(
-    head_dim: int, n_kv_heads: int, spilled: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
-    capsys: pytest.CaptureFixture[str],
-) -> None:  # fmt: skip
-    """With grouped queries at a head of 128 numbers that change once a block are spilled, none within a block."""
-    compiler = Compiler(tmp_path, monkeypatch, capsys)
-    found = {}
-    call = call_of(8, 2048, 8, n_kv_heads, head_dim)
-    for launch in record_launches("rotary_attention", "triton", [call], targets=[90]):
-        if "hopper" in launch.kernel:
-            code = compiler.compile(launch, spilled if launch.kernel.endswith("bwd_kv_kernel") else 0)["ttgir"]
-            found[launch.kernel] = stores(code), waits_for_stores(code)
-    # Two groups each. Forward, queries and the output; then both halves of the queries' gradient, or of keys' and of
-    # values'. A buffer is free when all that was stored from it has left.
-    assert found == {
-        "rotary_attention_hopper_fwd_kernel": (2 * 2, 2 * [0, 0]),
-        "rotary_attention_hopper_bwd_q_kernel": (2 * 2, 2 * [0]),
-        "rotary_attention_hopper_bwd_kv_kernel": (2 * 4, 2 * [0]),
-    }
 
 
 @pytest.mark.parametrize("bug", bugs("rotary_attention", "HOPPER_BUGS"))

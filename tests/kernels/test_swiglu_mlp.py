@@ -11,8 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from llmmed.autotune.verify import poisoned_memory, verify
-from llmmed.kernels.ahead_of_time import TARGETS, record_launches
-from llmmed.kernels.base import Call, tensor_spec
+from llmmed.kernels.ahead_of_time import TARGETS
 from llmmed.kernels.catalog import get_implementation, get_op
 from llmmed.kernels.operator import INTERPRETED, Gpu, absent_gpu, gpu_of
 from llmmed.kernels.swiglu_mlp import hopper, triton_impl
@@ -26,7 +25,6 @@ from llmmed.kernels.swiglu_mlp.triton_impl import (
     swiglu_mlp,
 )
 from llmmed.kernels.tunable import seen_launches
-from tests.kernels.hopper_code import Compiler, stores, waits_for_stores
 from tests.kernels.planted import bugs, mutant, sources
 
 
@@ -173,32 +171,6 @@ def differentiated(function: Callable[..., Tensor], given: list[Tensor], dy: Ten
 
 def error(found: Tensor, right: Tensor) -> float:
     return float((found.double() - right).norm() / right.norm())
-
-
-@pytest.mark.skipif(INTERPRETED, reason="nothing is compiled under TRITON_INTERPRET=1")
-def test_on_hopper_products_run_beside_each_other_and_nothing_leaves_unfinished(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
-    """Nor does data go through shared memory where a layout should do."""
-    compiler = Compiler(tmp_path, monkeypatch, capsys)
-    shapes = {"x": (4096, 768), "gate_up_weight": (4096, 768), "down_weight": (768, 2048)}
-    specs = {n: tensor_spec(*shape, dtype=torch.bfloat16, requires_grad=True) for n, shape in shapes.items()}
-    call = Call.of("swiglu_mlp", **specs)
-    launches = record_launches("swiglu_mlp", "triton", [call], targets=[90])
-    monkeypatch.setattr(triton_impl, "_KEPT_UP_TO", 0)
-    launches += record_launches("swiglu_mlp", "triton", [call], targets=[90])[1:]
-    found = []
-    for launch in launches:
-        code = compiler.compile(launch)["ttgir"]
-        assert "convert_layout" not in code
-        found.append((launch.kernel, stores(code), waits_for_stores(code)))
-    # Two groups each. Forward, three of its four buffers are on their way; backward, a quarter's two. A third result
-    # goes by way of one of these, which must have been read before its own gradient is written there.
-    assert found == [
-        ("swiglu_mlp_hopper_fwd_kernel", 2 * 6, 2 * [3, 3, 3, 3, 3, 3, 0]),
-        ("swiglu_mlp_hopper_bwd_kernel", 2 * 8, 2 * [2, 2, 2, 0]),
-        ("swiglu_mlp_hopper_bwd_kernel", 2 * 12, 2 * [1, 1, 2, 1, 2, 1, 2, 0]),
-    ]
 
 
 @pytest.mark.parametrize("bug", bugs("swiglu_mlp", "HOPPER_BUGS"))
