@@ -9,7 +9,7 @@ import functools
 import importlib
 import re
 import textwrap
-from collections.abc import Mapping
+from collections.abc import Iterable
 from dataclasses import replace
 from pathlib import Path
 
@@ -79,18 +79,13 @@ def production_calls() -> dict[str, list[Call]]:
     return by_op
 
 
-@pytest.fixture(scope="module")
-def compiled() -> Mapping[Launch, CompiledKernel]:
-    """All at once, so that what is launched in several ways is compiled once, by processes that start once."""
-    launches = [*shipped_launches(), *searched_launches(), *far_launches(), *grouped_launches()]
-    return dict(zip(launches, compile_launches(launches), strict=True))
-
-
 @pytest.mark.slow
 @pytest.mark.timeout(600)
-@pytest.mark.xdist_group("ahead of time")
-def test_all_compile_for_every_target_and_do_not_spill(compiled: Mapping[Launch, CompiledKernel]) -> None:
-    shipped, searched, far = shipped_launches(), searched_launches(), far_launches()
+def test_all_compile_for_every_target_and_do_not_spill() -> None:
+    """In one test, so that what is launched in several ways is compiled once, by processes that start once."""
+    shipped, searched, far, grouped = shipped_launches(), searched_launches(), far_launches(), grouped_launches()
+    launches = [*shipped, *searched, *far, *grouped]
+    compiled = dict(zip(launches, compile_launches(launches), strict=True))
     for op, name in CANDIDATES:
         found = {compiled[launch].target for launch in shipped if (launch.op, launch.implementation) == (op, name)}
         assert found == targets(op), (op, name)
@@ -98,22 +93,16 @@ def test_all_compile_for_every_target_and_do_not_spill(compiled: Mapping[Launch,
     assert {launch.kernel for launch in far} >= set(get_implementation("attention", "triton").kernel_names)
     assert all("LONG=True" in compiled[launch].constants for launch in far)
     spilling = [compiled[k] for k in (*shipped, *searched) if compiled[k].spills > SPILL_CEILINGS.get(k.kernel, 0)]
-    spilling += [
-        compiled[k] for k in grouped_launches() if compiled[k].spills > GROUPED_SPILL_CEILINGS.get(k.kernel, 0)
-    ]
+    spilling += [compiled[k] for k in grouped if compiled[k].spills > GROUPED_SPILL_CEILINGS.get(k.kernel, 0)]
     too_large = [kernel for kernel in compiled.values() if not kernel.fits]
     assert not spilling + too_large, "\n".join(kernel.describe() for kernel in spilling + too_large)
+    assert_products_run_beside_each_other_and_nothing_leaves_unfinished(compiled.values())
 
 
-@pytest.mark.slow
-@pytest.mark.timeout(600)
-@pytest.mark.xdist_group("ahead of time")
-def test_on_hopper_products_run_beside_each_other_and_nothing_leaves_unfinished(
-    compiled: Mapping[Launch, CompiledKernel],
-) -> None:
-    """In kernels whose warps have tasks of their own."""
+def assert_products_run_beside_each_other_and_nothing_leaves_unfinished(compiled: Iterable[CompiledKernel]) -> None:
+    """In the kernels for Hopper, whose warps have tasks of their own."""
     found: dict[str, set[tuple[int, str]]] = {}
-    for kernel in compiled.values():
+    for kernel in compiled:
         if kernel.code:
             assert kernel.registers == 168, kernel.describe()
             assert not kernel.serialized, kernel.describe()
