@@ -48,8 +48,8 @@ def test_a_planted_bug_is_rejected_in_16_bits(op: str, bug: str, tmp_path: Path)
 @pytest.mark.interpreter
 @pytest.mark.parametrize(("op", "name"), TRITON)
 def test_correct_kernels_are_accepted_in_float32(op: str, name: str) -> None:
-    slow = op in ("newton_schulz", "linear_cross_entropy", "cross_entropy", "attention", "rotary_attention")
-    assert_accepted(op, name, torch.float32, torch.device("cpu"), seeds=1 if slow else 2)
+    """With one seed: the interpreter is slow, and the same kernels are tried with more on a GPU."""
+    assert_accepted(op, name, torch.float32, torch.device("cpu"), seeds=1)
 
 
 @pytest.mark.gpu
