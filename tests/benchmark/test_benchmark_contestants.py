@@ -154,6 +154,7 @@ def test_a_group_takes_no_longer_than_its_kernels_did() -> None:
         *(event(adam.name, DeviceType.CUDA, 10.0) for _ in range(2)),
         *(event(copy.name, DeviceType.CUDA, 4.0) for _ in range(2)),
         *(event("muon_kernel", DeviceType.CUDA, 5.0) for _ in range(2)),
+        event("void cudnn::fusion::convert_dq_to_16bits<true>(void const*)", DeviceType.CUDA, 3.0),
         event("Optimizer.step#AdamW.step", DeviceType.CPU, kernels=[adam, adam, copy, muon]),
         event("aten::_fused_adamw_", DeviceType.CPU, kernels=[adam, adam, adam, adam]),
         event("aten::silu", DeviceType.CPU, kernels=[copy]),
@@ -161,5 +162,6 @@ def test_a_group_takes_no_longer_than_its_kernels_did() -> None:
     ]
     found = group_events(events, on_gpu=True)
     # Both copies are silu's, whatever the range tells; of Muon's kernels one was launched by nobody.
-    assert found == pytest.approx({"optimizer": 30.0, "swiglu": 8.0, "other": 0.0})
-    assert list(largest_kernels(events).items()) == [(adam.name, 20.0), ("muon_kernel", 10.0), (copy.name, 8.0)]
+    assert found == pytest.approx({"optimizer": 30.0, "swiglu": 8.0, "attention": 3.0, "other": 0.0})
+    cudnn = ("void cudnn::fusion::convert_dq_to_16bits<true>(void const*)", 3.0)
+    assert list(largest_kernels(events).items()) == [(adam.name, 20.0), ("muon_kernel", 10.0), (copy.name, 8.0), cudnn]

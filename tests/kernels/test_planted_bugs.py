@@ -17,6 +17,9 @@ from llmmed.kernels.catalog import get_implementation, get_op, implementation_na
 from tests.kernels.planted import bugs, mutant, ops_with_triton, sources
 
 PLANTED = [(op, bug) for op in ops_with_triton() for bug in bugs(op)]
+PLANTED_FOR_HOPPER = [
+    (op, bug) for op in ops_with_triton() if "hopper" in sources(op) for bug in bugs(op, "HOPPER_BUGS")
+]
 TRITON = [(op, name) for op in op_names() for name in implementation_names(op) if name.startswith("triton")]
 SEEDS = 20
 
@@ -24,11 +27,15 @@ SEEDS = 20
 @pytest.mark.parametrize("op", ops_with_triton())
 def test_there_are_enough_bugs(op: str) -> None:
     assert len(bugs(op)) >= 8
+    assert ("hopper" in sources(op)) == any(op == planted for planted, _ in PLANTED_FOR_HOPPER)
 
 
-@pytest.mark.parametrize(("op", "bug"), PLANTED)
-def test_a_bug_can_be_planted(op: str, bug: str) -> None:
-    before, after = bugs(op)[bug]
+@pytest.mark.parametrize(
+    ("table", "op", "bug"),
+    [*(("BUGS", *each) for each in PLANTED), *(("HOPPER_BUGS", *each) for each in PLANTED_FOR_HOPPER)],
+)
+def test_a_bug_can_be_planted(table: str, op: str, bug: str) -> None:
+    before, after = bugs(op, table)[bug]
     assert sum(source.count(before) for source in sources(op).values()) == 1
     assert before != after
 

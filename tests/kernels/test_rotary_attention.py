@@ -13,11 +13,11 @@ from llmmed.autotune.verify import poisoned_memory, verify
 from llmmed.kernels.ahead_of_time import TARGETS, launching_nothing, record_launches, run_on_meta
 from llmmed.kernels.base import Call, tensor_spec
 from llmmed.kernels.catalog import DEFAULT, get_implementation, get_op, load_function
-from llmmed.kernels.operator import INTERPRETED, absent_gpu, gpu_of
+from llmmed.kernels.operator import INTERPRETED, absent_gpu
 from llmmed.kernels.rotary_attention import hopper
 from llmmed.kernels.rotary_attention.reference import rotary_attention as reference
 from llmmed.kernels.rotary_attention.triton_impl import rotary_attention
-from tests.kernels.planted import bugs, mutant, sources
+from tests.kernels.planted import bugs, mutant
 
 compiled = pytest.mark.skipif(INTERPRETED, reason="nothing is compiled under TRITON_INTERPRET=1")
 
@@ -70,21 +70,10 @@ def test_a_gradient_that_arrives_at_an_odd_address_takes_the_other_kernels(
     assert taken == path
 
 
-@pytest.mark.parametrize("bug", bugs("rotary_attention", "HOPPER_BUGS"))
-def test_a_bug_can_be_planted_for_hopper(bug: str) -> None:
-    before, after = bugs("rotary_attention", "HOPPER_BUGS")[bug]
-    assert sum(source.count(before) for source in sources("rotary_attention").values()) == 1
-    assert before != after
-
-
 @pytest.mark.gpu
+@pytest.mark.usefixtures("on_hopper")
 class TestOnHopper:
     """Warps that wait for each other: each ring must go around more than twice, and end anywhere."""
-
-    @pytest.fixture(autouse=True)
-    def _hopper(self) -> None:
-        if INTERPRETED or gpu_of(torch.device("cuda", 0)).capability != 90:
-            pytest.skip("needs Hopper")
 
     @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
     @pytest.mark.parametrize("programs", [1, 2, 3, 7])
