@@ -40,6 +40,7 @@ _FEW_ROUNDS, _FEW_ROUNDS_SECONDS = 40, 15.0  # but of slow steps on a GPU so man
 _SETTLING_SECONDS = {"cuda": 0.5, "cpu": 0.0}  # before: a GPU that has idled runs faster than it can go on
 _SAMPLE_SECONDS = {"cuda": 0.008, "cpu": 0.02}  # of each timed stretch; a single step if that takes longer
 _ROUNDS = {"cuda": (15, 60), "cpu": (6, 60)}  # fewer than six tell no difference with 95 %
+_LOSS_ROUNDS = 7  # where a clear loss is all that is asked for: with fewer the interval is the whole range
 _LOOK_EVERY = 3  # rounds: at what is known; each look is a chance to stop at a wrong moment
 _PRECISE = 0.002  # of the step: with the difference known to this, more rounds would decide nothing
 _RESOLUTION = {"cuda": _PRECISE, "cpu": 0.02}  # of the step: what takes less than this is not looked for
@@ -245,6 +246,8 @@ class StepClock:
         most = max(least, min(most, allowed))
         if first == second:
             most = least  # there is no difference to find, and their time is known well enough
+        elif enough == "loss":
+            least = min(least, _LOSS_ROUNDS)
         pairs: list[tuple[float, float]] = []
         while len(pairs) < least or (
             len(pairs) < most and ((len(pairs) - least) % _LOOK_EVERY or not _known(pairs, enough))

@@ -251,6 +251,21 @@ def test_slow_steps_of_a_gpu_have_rounds_as_far_as_seconds_allow(
     assert len(clock._pairs(lambda: None, lambda: None)) == pytest.approx(rounds, abs=1)
 
 
+def test_a_clear_loss_on_a_gpu_takes_few_rounds(clock: StepClock, monkeypatch: pytest.MonkeyPatch) -> None:
+    clock.device = torch.device("cuda")
+
+    def rounds(gain: float, **how: Any) -> int:
+        chance, took = random.Random(0), {"slow": 60.0 + gain, "fast": 60.0}
+        monkeypatch.setattr(clock, "_sample", lambda run, number: took[run()] + chance.uniform(0.0, 1.0))
+        return len(clock._pairs(lambda: "slow", lambda: "fast", **how))
+
+    least, _ = _ROUNDS["cuda"]
+    assert rounds(-3.0, enough="loss") == 7
+    assert rounds(-3.0, enough="sign") == least
+    assert rounds(3.0, enough="loss") >= least
+    assert rounds(-0.1, enough="loss") > least
+
+
 def test_memory_is_measured_where_times_are_taken(clock: StepClock, monkeypatch: pytest.MonkeyPatch) -> None:
     """A plan that is only checked, as those of two layers are once the whole model is tried, needs no pass for it."""
     measured: list[int] = []
