@@ -41,6 +41,7 @@ from llmmed.kernels.tunable import Launches
 from llmmed.processes import end_with_parent
 
 _NICE = 15  # the process that judges goes first
+_LONG = 10  # the weight of what takes as long as all the rest on all cores
 
 
 def main() -> None:
@@ -106,17 +107,20 @@ class _Unit:
         return ALL if self.compiled or _per_shape(self.op.name, self.name) else self.op.name
 
     def order(self) -> tuple[int, int, int]:
-        """First what runs on the GPU, which those who judge want for themselves; then op by op, as they come."""
-        stage = {ALL: 0, CLOCK: 2}.get(self.awaited_by, 1)
-        return stage, self.position if stage == 1 else 0, -self.weight()
+        """First what runs on the GPU, which those who judge want for themselves; then op by op, as they come, after the
+        few that would hold up all by themselves."""
+        stage, weight = {ALL: 0, CLOCK: 2}.get(self.awaited_by, 1), self.weight()
+        return stage, self.position if stage == 1 and weight < _LONG else -1, -weight
 
     def weight(self) -> int:
-        """What takes longest comes first: `torch.compile`, then products in float32, unrolled without tensor cores."""
+        """What takes longest comes first: `torch.compile`, then products in float32, unrolled without tensor cores, in
+        tiles that hold whole heads even more so."""
         cost = self.op.cost(self.call)
         products = cost.forward_flops + cost.backward_flops > 0
         whole = self.compiled or _per_shape(self.op.name, self.name)
         exact = products and self.call.compute_dtype == torch.float32
-        return 3 * whole - bool(self.launches) + 2 * exact + products
+        head_dim = max((spec.shape[-1] for spec in self.call.tensors.values() if len(spec.shape) == 4), default=0)
+        return 3 * whole - bool(self.launches) + (2 + head_dim // 16) * exact + products
 
     def run(self, device: torch.device) -> None:
         implementation = get_implementation(self.op.name, self.name)

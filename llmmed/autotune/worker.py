@@ -2,7 +2,7 @@
 
 `child.py` starts it with the path of its job. It may die of a candidate at any time: what it found until then is in the
 journal, and the next process goes on without the culprit. Where others compile ahead, it verifies an op as soon as they
-are done with it, and takes times when they are done with all.
+are done with it, whichever that is, and takes times when they are done with all.
 """
 
 from __future__ import annotations
@@ -57,6 +57,7 @@ from llmmed.kernels.tunable import Launches, Site
 from llmmed.processes import end_with_parent
 
 _SECOND_LOOKS = 0.4  # of the budget: until then, flips that were close are tried again once the plan has changed
+_POLL_SECONDS = 0.02
 _SECONDS_A_LAUNCH = {"cuda": 0.03, "cpu": 0.2}  # of timed passes
 
 
@@ -95,16 +96,14 @@ class Worker:
 
     def run(self) -> None:
         passed = {task.op: dict(task.verified) for task in self._tasks}
-        for task in self._tasks:
+        for task in self._as_compiled([task for task in self._tasks if task.verify]):
             op, calls = get_op(task.op), task.counts()
-            if task.verify:
-                self._wait_for_compilers(*((ALL, task.op) if has_room(self._device) else ()))
             for name in task.verify:
                 candidate = self._verify(op, name, calls, task.cases(name))
                 if candidate.status == "verified":
                     passed[task.op][name] = candidate
             forget()
-        self._wait_for_compilers()  # before any time is taken
+        self._wait_while(self._compilers_are_at)  # before any time is taken
         if self._device.type == "cuda" and self._ceilings is None and any(task.measure for task in self._tasks):
             self._ceilings = self._measure_ceilings()
         self._searches_left = sum(len(_unsearched(task, passed[task.op])) for task in self._tasks)
@@ -120,14 +119,29 @@ class Worker:
             self._confirm(self._step)
         self._journal.write(Done())
 
-    def _wait_for_compilers(self, *units: str) -> None:
-        """Until those who compile ahead are done with these units, or with all: they would be compiled twice, and what
-        runs on the GPU beside would spoil times."""
-        if self._board is None or not self._board.is_awaited(*units):
+    def _as_compiled(self, tasks: Sequence[Task]) -> Iterator[Task]:
+        """In their order, but none waits for another's compilation: the first whose own is done comes next."""
+        left = list(tasks)
+        while left:
+            if has_room(self._device):
+                self._wait_while(lambda: all(self._compilers_are_at(ALL, task.op) for task in left))
+            else:
+                self._wait_while(self._compilers_are_at)
+            task = next(task for task in left if not self._compilers_are_at(ALL, task.op))
+            left.remove(task)
+            yield task
+
+    def _compilers_are_at(self, *units: str) -> bool:
+        """Whether those who compile ahead are still at any of these units, or at any: they would be compiled twice, and
+        what runs on the GPU beside would spoil times."""
+        return self._board is not None and self._board.is_awaited(*units)
+
+    def _wait_while(self, condition: Callable[[], bool]) -> None:
+        if not condition():
             return
         self._journal.write(Begun(stage="warm"))
-        while self._board.is_awaited(*units):
-            time.sleep(0.02)
+        while condition():
+            time.sleep(_POLL_SECONDS)
 
     def _measure_ceilings(self) -> Ceilings | None:
         self._journal.write(Begun(stage="ceilings"))

@@ -89,6 +89,22 @@ def test_every_launch_of_the_search_is_covered(job: Job, norms: Workload) -> Non
     assert [u.launches for u in again if u.launches] == [u.launches for u in units if u.launches]
 
 
+@pytest.mark.skipif(INTERPRETED, reason="float32 alone is exact under TRITON_INTERPRET=1")
+def test_what_takes_longest_is_begun_with_whichever_op_it_belongs_to() -> None:
+    """A tile of heads of 128 in float32 takes as long to compile as all the rest on all cores."""
+    ops = ("add_rms_norm", "attention", "rotary", "rotary_attention")
+    first = {op: next(iter(get_op(op).cases(torch.bfloat16).values())) for op in ops}
+    tasks = [Task.of(op, {call: 1}, ["triton"], measure=False) for op, call in first.items()]
+    with absent_gpu(TARGETS[90]):
+        units = sorted(warm._units(tasks, "eager", torch.device("cpu")), key=warm._Unit.order)
+    long, rest = units[:2], [unit for unit in units[2:] if unit.awaited_by != CLOCK]
+    assert {(unit.op.name, unit.call.compute_dtype) for unit in long} == {
+        ("attention", torch.float32), ("rotary_attention", torch.float32)
+    }  # fmt: skip
+    assert all("x128 float32" in unit.call.describe() for unit in long)
+    assert list(dict.fromkeys(unit.op.name for unit in rest)) == list(ops)
+
+
 def test_two_processes_share_the_work(job: Job, tmp_path: Path) -> None:
     board = tmp_path / "board"
     job.write(tmp_path / "job.json")

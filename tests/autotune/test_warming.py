@@ -181,6 +181,36 @@ def test_verdicts_wait_for_their_units_and_times_for_all(
     assert begun()[3:5] == ["load", "measure"]
 
 
+def test_no_op_waits_for_what_only_another_needs(job: Job, board: Board, monkeypatch: pytest.MonkeyPatch) -> None:
+    tasks = [job.tasks[0].model_copy(update={"op": op}) for op in ("attention", "rotary", "swiglu")]
+    board.announce({ALL: 1, "attention": 1, "rotary": 1, "swiglu": 1, CLOCK: 1})
+    board.finish("swiglu", "2", "")
+    ends = iter([lambda: board.finish(ALL, "0", ""), lambda: board.finish("rotary", "1", "")])
+    monkeypatch.setattr(worker.time, "sleep", lambda seconds: next(ends, lambda: board.finish("attention", "3", ""))())
+    with JournalWriter(job.journal) as journal:
+        order = Worker(job, journal)._as_compiled(tasks)
+        assert [next(order).op for _ in tasks] == ["swiglu", "rotary", "attention"]
+    waits = [event.stage for event in JournalReader(job.journal).read() if isinstance(event, Begun)]
+    assert waits == ["warm", "warm", "warm"]
+
+
+def test_without_room_for_both_all_is_compiled_first(job: Job, board: Board, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(worker, "has_room", lambda device: False)
+    board.announce({ALL: 1, "rms_norm": 1, CLOCK: 1})
+    for awaited_by in (ALL, "rms_norm"):
+        board.finish(awaited_by, "0", "")
+    waited: list[float] = []
+
+    def sleep(seconds: float) -> None:
+        waited.append(seconds)
+        board.finish(CLOCK, "1", "")
+
+    monkeypatch.setattr(worker.time, "sleep", sleep)
+    with JournalWriter(job.journal) as journal:
+        assert [task.op for task in Worker(job, journal)._as_compiled(job.tasks)] == ["rms_norm"]
+    assert len(waited) == 1
+
+
 def test_the_time_that_a_process_takes_to_start_counts(
     main: Callable[..., None], monkeypatch: pytest.MonkeyPatch
 ) -> None:

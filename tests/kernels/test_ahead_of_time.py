@@ -297,7 +297,13 @@ def test_launches_follow_the_shape_and_are_told_apart() -> None:
 
 
 class Driver:
-    """A GPU as far as compiling asks for one."""
+    """A GPU as far as compiling asks for one; `launchers` names the kernels for which one was made."""
+
+    def __init__(self) -> None:
+        self.launchers: list[str] = []
+
+    def launcher_cls(self, source: ASTSource, metadata: object) -> None:
+        self.launchers.append(source.name)
 
     def get_current_device(self) -> int:
         return 0
@@ -318,10 +324,13 @@ def test_a_launch_that_only_compiles_leaves_its_kernel_in_the_cache(
     from triton.runtime.driver import driver
 
     monkeypatch.setattr(knobs.cache, "dir", str(tmp_path))
-    monkeypatch.setattr(driver, "_active", Driver())
+    gpu = Driver()
+    monkeypatch.setattr(driver, "_active", gpu)
     with compiling_only(torch.device("cpu")):
         function = load_function("rms_norm", get_implementation("rms_norm", "triton"))
         call = next(iter(get_op("rms_norm").cases(torch.bfloat16).values()))
-        run_on_meta(get_op("rms_norm"), function, call)
+        for _ in range(2):
+            run_on_meta(get_op("rms_norm"), function, call)
     compiled = {path.stem for path in tmp_path.rglob("*.cubin")}
     assert compiled == KERNELS_OF_RMS_NORM
+    assert sorted(gpu.launchers) == sorted(KERNELS_OF_RMS_NORM)
