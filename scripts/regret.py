@@ -1,7 +1,8 @@
 """Shows what the tuner's greed costs: its plan against all plans near it, and near PyTorch's.
 
     python scripts/regret.py model=small                     one flip from the plan; one and two from PyTorch's
-    python scripts/regret.py model=large pairs=false seconds=300 out=regret.json
+    python scripts/regret.py model=large pairs=false seconds=300 out=large.json
+    python scripts/regret.py show=small.json,large.json      what was found before, as tables in Markdown
 
 Takes the overrides of `scripts/train.py`. The plan comes from the tuning cache if it is there, or from a finished run's
 `kernels.json`, with `plan=<path>`: its verdicts are then taken as they are. The exit code is 1 if a neighbour is faster
@@ -41,18 +42,22 @@ from llmmed.errors import UserError
 from llmmed.files import write_json
 from llmmed.kernels.catalog import DEFAULT
 from llmmed.machine import cores
+from llmmed.reporting.regret_table import markdown
 from llmmed.training import prepare_backend, resolve_compile
 
 _LIMIT = 0.01
 _COMPILING_SECONDS = 120.0  # of one plan
 _NICER = 4  # than the process that times
-_OWN = {"pairs": "true", "seconds": "600", "plan": "", "out": ""}
+_OWN = {"pairs": "true", "seconds": "600", "plan": "", "out": "", "show": ""}
 
 
 def main(arguments: list[str]) -> int:
     console = consoles.output()
     own = _OWN | {key: value for key, _, value in (a.partition("=") for a in arguments) if key in _OWN}
     try:
+        if own["show"]:
+            print(markdown([Path(path) for path in own["show"].split(",")]))
+            return 0
         config = compose([a for a in arguments if a.partition("=")[0] not in _OWN])
         if own["pairs"] not in ("true", "false"):
             raise UserError(f"pairs={own['pairs']}: true or false")

@@ -38,7 +38,8 @@ def write_page(folders: Sequence[Path], page: Path) -> list[Path]:
     for path, result in found:
         pictures = draw(result, path.parent)
         written += pictures
-        name = result.kind if result.kind not in kept else f"{result.kind}_{1 + len(kept)}"
+        name = _folder(result)
+        name = name if name not in kept else f"{name}_{1 + len(kept)}"
         kept.append(name)
         target = page.with_suffix("") / name
         results.write(result, target)
@@ -65,12 +66,22 @@ def _section(result: Result, target: Path, pictures: Sequence[Path], page: Path)
     yield from _ops(result) if isinstance(result, OpsResult) else _step(result)
 
 
+def _folder(result: Result) -> str:
+    """`ops`, or `step_small_base_adamw`."""
+    return "_".join([result.kind, *(_trained(result) if isinstance(result, StepResult) else ())])
+
+
 def _heading(result: Result) -> str:
     if isinstance(result, OpsResult):
         return f"Kernels on {result.origin.hardware.device}"
-    models = " and ".join(dict.fromkeys(shape.size for shape in result.shapes))
-    optimizers = " and ".join(dict.fromkeys(shape.optimizer for shape in result.shapes))
-    return f"Training steps of {models} with {optimizers} on {result.origin.hardware.device}"
+    *models, optimizer = _trained(result)
+    return f"Training steps of {' and '.join(models)} with {optimizer} on {result.origin.hardware.device}"
+
+
+def _trained(result: StepResult) -> list[str]:
+    """The sizes, and the optimizer, which a benchmark has one of."""
+    told = [*(shape.size for shape in result.shapes), *(shape.optimizer for shape in result.shapes)]
+    return list(dict.fromkeys(told))
 
 
 def _origin(origin: Origin, seconds: float) -> Iterator[str]:
