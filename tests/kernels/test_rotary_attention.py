@@ -9,6 +9,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from llmmed.autotune.launch_search import open_sites
 from llmmed.autotune.verify import poisoned_memory, verify
 from llmmed.kernels.ahead_of_time import TARGETS, launching_nothing, record_launches, run_on_meta
 from llmmed.kernels.base import Call, tensor_spec
@@ -16,7 +17,7 @@ from llmmed.kernels.catalog import DEFAULT, get_implementation, get_op, load_fun
 from llmmed.kernels.operator import INTERPRETED, absent_gpu
 from llmmed.kernels.rotary_attention import hopper
 from llmmed.kernels.rotary_attention.reference import rotary_attention as reference
-from llmmed.kernels.rotary_attention.triton_impl import rotary_attention
+from llmmed.kernels.rotary_attention.triton_impl import LOOPS, SPECIALISED, rotary_attention
 from tests.kernels.planted import bugs, mutant
 
 compiled = pytest.mark.skipif(INTERPRETED, reason="nothing is compiled under TRITON_INTERPRET=1")
@@ -55,6 +56,30 @@ def test_hopper_has_kernels_of_its_own_for_whole_blocks(call: Call, target: int,
     launched = {launch.kernel for launch in record_launches("rotary_attention", "triton", [call], targets=[target])}
     of_products = {f"rotary_attention_{kind}_{which}_kernel" for which in ("fwd", "bwd_q", "bwd_kv")}
     assert launched == of_products | {"rotary_attention_triton_keys_kernel"}
+
+
+@compiled
+def test_a_search_may_take_the_loops_in_either_pass() -> None:
+    """With few sequences Hopper's long programs leave multiprocessors idle."""
+    implementation, device = get_implementation("rotary_attention", "triton"), torch.device("cpu")
+    call = call_of(2, 2048, 16, 4, 128)
+    with absent_gpu(TARGETS[90]):
+        opened = open_sites(get_op("rotary_attention"), implementation, rotary_attention, [call], device)
+    assert [(dict(each.site.at), each.backward) for each in opened] == [
+        ({"head_dim": 128, "seq": 2048, "sequences": 32, "kv_sequences": 8}, backward) for backward in (False, True)
+    ]
+    kernels = {False: {"fwd"}, True: {"bwd_q", "bwd_kv"}}
+    for each in opened:
+        assert (each.default, each.alternatives) == ({"how": SPECIALISED}, [{"how": LOOPS}])
+        implementation.take_launches({each.site: {"how": LOOPS}})
+        try:
+            launches = record_launches("rotary_attention", "triton", [call], targets=[90])
+        finally:
+            implementation.take_launches({})
+        found = {launch.kernel for launch in launches} - {"rotary_attention_triton_keys_kernel"}
+        assert found == {f"rotary_attention_triton_{which}_kernel" for which in kernels[each.backward]} | {
+            f"rotary_attention_hopper_{which}_kernel" for which in kernels[not each.backward]
+        }
 
 
 @compiled

@@ -3,15 +3,16 @@
 Forward rotates the keys in a kernel of their own, because every block of queries reads them, and each block of queries
 where it is used. Backward turns the gradients of both back in registers and writes one gradient of the projection.
 
-Hopper has kernels of its own for the most common shapes, in `hopper.py`; those here run everywhere.
+Hopper has kernels of its own for the most common shapes, in `hopper.py`; those here run everywhere, and where a search
+finds them faster.
 
 Rotated queries and keys are kept as tiles take them: [batch, heads, seq, first half | second half], each half padded
 with zeros to a power of two. Products over head_dim do not mind the order, and a tile comes apart into its halves.
 """
 
 # Annotations must be real objects: torch infers the operator's schema from them. So no `from __future__` here.
-from collections.abc import Callable
-from typing import Any
+from collections.abc import Callable, Iterable
+from typing import Any, NamedTuple
 
 import torch
 import triton
@@ -42,6 +43,17 @@ from llmmed.kernels.operator import (
     unit_stride,
 )
 from llmmed.kernels.rotary_attention import hopper
+from llmmed.kernels.tunable import Tunable
+
+LOOPS, SPECIALISED = 0, 1
+"""How: in the loops that run everywhere, or in Hopper's kernels, whose warps have tasks of their own."""
+
+
+class Pass(NamedTuple):
+    """How to compute a pass that Hopper's kernels can compute."""
+
+    how: int
+
 
 _TILE = 4096  # elements that a program of the keys' prepass rotates: 32 a thread with four warps
 
@@ -225,9 +237,30 @@ def _rotate_keys(k: Tensor, cos: Tensor, sin: Tensor, block_d: int) -> Tensor:
     return k_rot
 
 
-def _on_hopper(qkv: Tensor, *others: Tensor) -> bool:
-    """Whether the kernels for Hopper take this projection, and what else they read."""
-    return capability(qkv.device) == 90 and not INTERPRETED and hopper.suits(qkv) and describable(qkv, *others)
+def _pass(name: str) -> Tunable[Pass]:
+    """How many programs there are for the multiprocessors decides, and how long they are."""
+
+    def default(device: torch.device, head_dim: int, seq: int, sequences: int, kv_sequences: int) -> Pass:
+        return Pass(SPECIALISED)
+
+    def alternatives(device: torch.device, **at: int) -> Iterable[Pass]:
+        return (Pass(LOOPS),)
+
+    return Tunable(name, default, alternatives)
+
+
+_FORWARD_PASS = _pass("rotary_attention_hopper_fwd_kernel")
+_BACKWARD_PASS = _pass("rotary_attention_hopper_bwd_kv_kernel")  # and the queries'
+
+
+def _on_hopper(how: Tunable[Pass], n_heads: int, qkv: Tensor, *others: Tensor) -> bool:
+    """Whether a pass that reads this projection, and these, takes the kernels for Hopper."""
+    if capability(qkv.device) != 90 or INTERPRETED or not hopper.suits(qkv) or not describable(qkv, *others):
+        return False
+    batch, seq, heads, head_dim = qkv.shape
+    sequences, kv_sequences = batch * n_heads, batch * (heads - n_heads) // 2
+    at = {"head_dim": head_dim, "seq": seq, "sequences": sequences, "kv_sequences": kv_sequences}
+    return how(qkv.device, **at) == Pass(SPECIALISED)
 
 
 def _forward(qkv: Tensor, cos: Tensor, sin: Tensor, n_heads: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
@@ -238,7 +271,7 @@ def _forward(qkv: Tensor, cos: Tensor, sin: Tensor, n_heads: int) -> tuple[Tenso
     out = torch.empty(q.shape, dtype=q.dtype, device=q.device)
     lse = torch.empty((batch, heads, seq), dtype=torch.float32, device=q.device)  # in powers of two
     q_rot = k_rot.new_empty((batch, heads, seq, padded(q.shape[3])))
-    if _on_hopper(qkv):
+    if _on_hopper(_FORWARD_PASS, n_heads, qkv):
         hopper.attend(qkv, k_rot, cos, sin, q_rot, out, lse)
         return out, lse, q_rot, k_rot
     launch = _FORWARD(q.device, **launch_shape(q, k))
@@ -270,7 +303,7 @@ def _backward(
     q, k, v = _split(qkv, n_heads)
     batch, seq, heads, _ = q.shape
     dqkv = torch.empty(qkv.shape, dtype=qkv.dtype, device=qkv.device)
-    if _on_hopper(qkv, dout):
+    if _on_hopper(_BACKWARD_PASS, n_heads, qkv, dout):
         hopper.differentiate(dout, q_rot, k_rot, qkv, out, lse, cos, sin, dqkv)
         return (dqkv,)
     delta = torch.empty_like(lse)
@@ -333,5 +366,5 @@ IMPL = Implementation(
         "rotary_attention_hopper_bwd_q_kernel",
         "rotary_attention_hopper_bwd_kv_kernel",
     ),
-    tunable=(_FORWARD, _KEYS, _QUERIES),
+    tunable=(_FORWARD_PASS, _BACKWARD_PASS, _FORWARD, _KEYS, _QUERIES),
 )
