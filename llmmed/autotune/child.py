@@ -179,7 +179,7 @@ def tune_in_child(
     findings: Findings | None = None,
     start: Starter | None = None,
 ) -> Findings:
-    """Tries every candidate of every task, in order, then, if asked to, the best of them in the step.
+    """Tries every candidate of every task, then, if asked to, the best of them in the step.
 
     Each candidate gets a verdict, the last resort being `not_tried`. What a task names as verified is measured with the
     rest, and not verified again. `timed` is told what is known whenever an op's times have come. `findings` is what is

@@ -81,7 +81,7 @@ class StepTask(_Frozen):
 
 
 class Job(_Frozen):
-    """What one tuning process is to do, in order."""
+    """What one tuning process is to do, in order; of ops that are up for choice it verifies first what is compiled."""
 
     journal: Path
     device: Literal["cuda", "cpu"]

@@ -8,6 +8,7 @@ are done with it, whichever that is, and takes times when they are done with all
 from __future__ import annotations
 
 import contextlib
+import functools
 import gc
 import math
 import os
@@ -57,7 +58,7 @@ from llmmed.kernels.tunable import Launches, Site
 from llmmed.processes import end_with_parent
 
 _SECOND_LOOKS = 0.4  # of the budget: until then, flips that were close are tried again once the plan has changed
-_POLL_SECONDS = 0.02
+_POLL_SECONDS = 0.05
 _SECONDS_A_LAUNCH = {"cuda": 0.03, "cpu": 0.2}  # of timed passes
 
 
@@ -120,16 +121,19 @@ class Worker:
         self._journal.write(Done())
 
     def _as_compiled(self, tasks: Sequence[Task]) -> Iterator[Task]:
-        """In their order, but none waits for another's compilation: the first whose own is done comes next."""
+        """In their order, but of the ops that are up for choice the first that is compiled: none waits for another's
+        compilation. Those that were asked for come before, since the run cannot begin without them."""
         left = list(tasks)
         while left:
-            if has_room(self._device):
-                self._wait_while(lambda: all(self._compilers_are_at(ALL, task.op) for task in left))
-            else:
-                self._wait_while(self._compilers_are_at)
-            task = next(task for task in left if not self._compilers_are_at(ALL, task.op))
+            few = left if left[0].measure else left[:1]
+            room = has_room(self._device)
+            self._wait_while(functools.partial(self._compilers_are_at_all, few) if room else self._compilers_are_at)
+            task = next(task for task in few if not self._compilers_are_at(task.op))
             left.remove(task)
             yield task
+
+    def _compilers_are_at_all(self, tasks: Sequence[Task]) -> bool:
+        return self._compilers_are_at(ALL) or all(self._compilers_are_at(task.op) for task in tasks)
 
     def _compilers_are_at(self, *units: str) -> bool:
         """Whether those who compile ahead are still at any of these units, or at any: they would be compiled twice, and

@@ -16,12 +16,14 @@ def markdown(paths: Sequence[Path]) -> str:
     """Single flips, and the best pairs of flips from PyTorch's plan: what each saves a step, ms with its 95 % interval.
 
     Raises:
-        UserError: a file is none of `scripts/regret.py`'s.
+        UserError: a file is none of `scripts/regret.py`'s, or two are of the same model.
     """
     singles: dict[str, dict[str, Neighbour]] = {}  # by model and name
     pairs: dict[str, dict[str, Neighbour]] = {}
     for path in paths:
         model, neighbours = _read(path)
+        if model in singles or model in pairs:
+            raise UserError(f"show={path}: a second file of {model}; give one of each model")
         for each in neighbours:
             single = each.from_chosen or len(each.flips) < 2
             (singles if single else pairs).setdefault(model, {})[each.name] = each
@@ -65,5 +67,5 @@ def _cell(each: Neighbour | None) -> str:
     if each is None:
         return ""
     if each.gain_ms is None:
-        return each.reason
+        return each.reason.replace("|", "\\|")
     return f"{each.gain_ms:.2f} ({each.gain_ms_low:.2f} to {each.gain_ms_high:.2f})"

@@ -181,17 +181,24 @@ def test_verdicts_wait_for_their_units_and_times_for_all(
     assert begun()[3:5] == ["load", "measure"]
 
 
-def test_no_op_waits_for_what_only_another_needs(job: Job, board: Board, monkeypatch: pytest.MonkeyPatch) -> None:
-    tasks = [job.tasks[0].model_copy(update={"op": op}) for op in ("attention", "rotary", "swiglu")]
+@pytest.mark.parametrize(
+    ("asked_for", "order"),
+    [((), ["swiglu", "rotary", "attention"]), (("attention", "rotary"), ["attention", "rotary", "swiglu"])],
+)
+def test_no_op_waits_for_what_only_another_needs(
+    asked_for: tuple[str, ...], order: list[str], job: Job, board: Board, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """But what was asked for comes first, since without its verdict the run cannot begin."""
+    names = sorted(("attention", "rotary", "swiglu"), key=lambda op: op not in asked_for)
+    tasks = [job.tasks[0].model_copy(update={"op": op, "measure": op not in asked_for}) for op in names]
     board.announce({ALL: 1, "attention": 1, "rotary": 1, "swiglu": 1, CLOCK: 1})
     board.finish("swiglu", "2", "")
-    ends = iter([lambda: board.finish(ALL, "0", ""), lambda: board.finish("rotary", "1", "")])
-    monkeypatch.setattr(worker.time, "sleep", lambda seconds: next(ends, lambda: board.finish("attention", "3", ""))())
+    ends = iter([(ALL, "0"), ("rotary", "1"), ("attention", "3")])
+    monkeypatch.setattr(worker.time, "sleep", lambda seconds: board.finish(*next(ends), ""))
     with JournalWriter(job.journal) as journal:
-        order = Worker(job, journal)._as_compiled(tasks)
-        assert [next(order).op for _ in tasks] == ["swiglu", "rotary", "attention"]
+        assert [task.op for task in Worker(job, journal)._as_compiled(tasks)] == order
     waits = [event.stage for event in JournalReader(job.journal).read() if isinstance(event, Begun)]
-    assert waits == ["warm", "warm", "warm"]
+    assert waits == ["warm"] * (1 if asked_for else 3)
 
 
 def test_without_room_for_both_all_is_compiled_first(job: Job, board: Board, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -20,6 +20,7 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
 from llmmed.autotune.launch_search import open_sites
+from llmmed.autotune.trials import _within
 from llmmed.autotune.workload import record_workload
 from llmmed.compose import compose
 from llmmed.kernels.ahead_of_time import (
@@ -252,6 +253,19 @@ def test_every_kernel_that_a_trace_is_searched_for_is_launched() -> None:
         launched = {launch.kernel for launch in launched_anywhere(op, name)}
         expected = get_implementation(op, name).kernel_names
         assert all(any(part in kernel for kernel in launched) for part in expected), (op, name, launched)
+
+
+@pytest.mark.parametrize(("op_name", "name"), CANDIDATES)
+def test_what_a_search_finds_can_be_proved_with_fewer_rows(op_name: str, name: str) -> None:
+    """The gate takes fewer rows of a large call, and believes only in launches that it has made."""
+    op, implementation = get_op(op_name), get_implementation(op_name, name)
+    call = production_calls()[op_name][-1]
+    smaller = _within(op, call, 2**24)
+    assert smaller != call or "newton_schulz" in op_name
+    with absent_gpu(TARGETS[90]):
+        function = load_function(op_name, implementation)
+        found = [open_sites(op, implementation, function, [each], torch.device("cpu")) for each in (call, smaller)]
+    assert [each.site for each in found[0]] == [each.site for each in found[1]]
 
 
 def test_a_kernel_that_needs_too_many_registers_is_seen_to_spill(

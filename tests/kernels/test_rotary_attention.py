@@ -66,7 +66,7 @@ def test_a_search_may_take_the_loops_in_either_pass() -> None:
     with absent_gpu(TARGETS[90]):
         opened = open_sites(get_op("rotary_attention"), implementation, rotary_attention, [call], device)
     assert [(dict(each.site.at), each.backward) for each in opened] == [
-        ({"head_dim": 128, "seq": 2048, "sequences": 32, "kv_sequences": 8}, backward) for backward in (False, True)
+        ({"head_dim": 128, "itemsize": 2, "seq": 2048, "group": 4}, backward) for backward in (False, True)
     ]
     kernels = {False: {"fwd"}, True: {"bwd_q", "bwd_kv"}}
     for each in opened:

@@ -24,7 +24,7 @@ def test_a_row_for_each_plan_and_of_pairs_the_best_first(tmp_path: Path, reposit
     chosen = Neighbour({"rotary": "pytorch"}, True, -1.0, -1.25, -0.5)
     pair = Neighbour({"rotary": "triton", "swiglu": "triton"}, False, -3.0, -3.5, -2.5)
     better = Neighbour({"rotary": "triton", "rms_norm": "triton"}, False, 0.125, -0.5, 1.0)
-    failed = Neighbour({"swiglu": "triton"}, reason="out of memory in the step")
+    failed = Neighbour({"swiglu": "triton"}, reason="out of memory | in the step")
     small = written(tmp_path, "small", [failed, chosen, Neighbour({}, False, -2.0, -2.0, -2.0), pair, better])
     base = written(tmp_path, "base", [chosen])
     expected = """\
@@ -32,7 +32,7 @@ def test_a_row_for_each_plan_and_of_pairs_the_best_first(tmp_path: Path, reposit
 |---|---:|---:|
 | the chosen, but rotary pytorch | -1.00 (-1.25 to -0.50) | -1.00 (-1.25 to -0.50) |
 | PyTorch's plan | -2.00 (-2.00 to -2.00) |  |
-| swiglu triton | out of memory in the step |  |
+| swiglu triton | out of memory \\| in the step |  |
 
 | pair | small |
 |---|---:|
@@ -48,6 +48,9 @@ def test_what_is_no_result_is_told_in_a_line(tmp_path: Path) -> None:
         write_json(tmp_path / "a.json", content)
         with pytest.raises(UserError, match=r"show=.*a\.json: not what scripts/regret\.py writes"):
             markdown([tmp_path / "a.json"])
+    small = written(tmp_path, "small", [Neighbour({}, False, -2.0, -2.0, -2.0)])
+    with pytest.raises(UserError, match=r"show=.*small\.json: a second file of small"):
+        markdown([small, small])
     with pytest.raises(UserError, match=r"show=.*none\.json"):
         markdown([tmp_path / "none.json"])
 

@@ -238,9 +238,7 @@ def _rotate_keys(k: Tensor, cos: Tensor, sin: Tensor, block_d: int) -> Tensor:
 
 
 def _pass(name: str) -> Tunable[Pass]:
-    """How many programs there are for the multiprocessors decides, and how long they are."""
-
-    def default(device: torch.device, head_dim: int, seq: int, sequences: int, kv_sequences: int) -> Pass:
+    def default(device: torch.device, head_dim: int, itemsize: int, seq: int, group: int) -> Pass:
         return Pass(SPECIALISED)
 
     def alternatives(device: torch.device, **at: int) -> Iterable[Pass]:
@@ -257,10 +255,8 @@ def _on_hopper(how: Tunable[Pass], n_heads: int, qkv: Tensor, *others: Tensor) -
     """Whether a pass that reads this projection, and these, takes the kernels for Hopper."""
     if capability(qkv.device) != 90 or INTERPRETED or not hopper.suits(qkv) or not describable(qkv, *others):
         return False
-    batch, seq, heads, head_dim = qkv.shape
-    sequences, kv_sequences = batch * n_heads, batch * (heads - n_heads) // 2
-    at = {"head_dim": head_dim, "seq": seq, "sequences": sequences, "kv_sequences": kv_sequences}
-    return how(qkv.device, **at) == Pass(SPECIALISED)
+    q, k, _ = _split(qkv, n_heads)
+    return how(qkv.device, **launch_shape(q, k)) == Pass(SPECIALISED)
 
 
 def _forward(qkv: Tensor, cos: Tensor, sin: Tensor, n_heads: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
