@@ -251,11 +251,10 @@ _FORWARD_PASS = _pass("rotary_attention_hopper_fwd_kernel")
 _BACKWARD_PASS = _pass("rotary_attention_hopper_bwd_kv_kernel")  # and the queries'
 
 
-def _on_hopper(how: Tunable[Pass], n_heads: int, qkv: Tensor, *others: Tensor) -> bool:
-    """Whether a pass that reads this projection, and these, takes the kernels for Hopper."""
+def _on_hopper(how: Tunable[Pass], q: Tensor, k: Tensor, qkv: Tensor, *others: Tensor) -> bool:
+    """Whether a pass that reads this projection, of queries and keys, and these takes the kernels for Hopper."""
     if capability(qkv.device) != 90 or INTERPRETED or not hopper.suits(qkv) or not describable(qkv, *others):
         return False
-    q, k, _ = _split(qkv, n_heads)
     return how(qkv.device, **launch_shape(q, k)) == Pass(SPECIALISED)
 
 
@@ -267,7 +266,7 @@ def _forward(qkv: Tensor, cos: Tensor, sin: Tensor, n_heads: int) -> tuple[Tenso
     out = torch.empty(q.shape, dtype=q.dtype, device=q.device)
     lse = torch.empty((batch, heads, seq), dtype=torch.float32, device=q.device)  # in powers of two
     q_rot = k_rot.new_empty((batch, heads, seq, padded(q.shape[3])))
-    if _on_hopper(_FORWARD_PASS, n_heads, qkv):
+    if _on_hopper(_FORWARD_PASS, q, k, qkv):
         hopper.attend(qkv, k_rot, cos, sin, q_rot, out, lse)
         return out, lse, q_rot, k_rot
     launch = _FORWARD(q.device, **launch_shape(q, k))
@@ -299,7 +298,7 @@ def _backward(
     q, k, v = _split(qkv, n_heads)
     batch, seq, heads, _ = q.shape
     dqkv = torch.empty(qkv.shape, dtype=qkv.dtype, device=qkv.device)
-    if _on_hopper(_BACKWARD_PASS, n_heads, qkv, dout):
+    if _on_hopper(_BACKWARD_PASS, q, k, qkv, dout):
         hopper.differentiate(dout, q_rot, k_rot, qkv, out, lse, cos, sin, dqkv)
         return (dqkv,)
     delta = torch.empty_like(lse)
