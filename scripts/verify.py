@@ -1,4 +1,5 @@
-"""Verifies kernels: `python scripts/verify.py`, or `op=rms_norm impl=triton dtype=bfloat16 seeds=3` for some of them.
+"""Verifies kernels: `python scripts/verify.py`, or `op=rms_norm impl=triton dtype=bfloat16 seeds=3` for some of them,
+and with `random=100` at so many random shapes and strides, too.
 
 What a kernel author runs first. Prints each implementation's verdict with its error; the exit code is 0 if none is
 wrong. Several values are separated by commas. Triton kernels run on a CPU too, in float32: TRITON_INTERPRET=1.

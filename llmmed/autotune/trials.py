@@ -50,8 +50,9 @@ def trials(
     *,
     few_shapes: bool = False,
     cases: Collection[str] | None = None,
+    whose: str = "the run's",
 ) -> Iterator[Trial]:
-    """Everything that a candidate is tried at, the cheap first."""
+    """Everything that a candidate is tried at, the cheap first; `whose` the calls are, for people."""
     own = dtype or (calls[0].compute_dtype if calls else torch.float32)
     for case_dtype in dict.fromkeys([own] if few_shapes else [own, torch.float32]):
         short = str(case_dtype).removeprefix("torch.")
@@ -68,7 +69,7 @@ def trials(
     for call in calls:
         smaller = _within(op, call, _most_elements(device))
         for regime in op.regimes[:2]:
-            label = f"the run's {smaller.describe()}, {regime} values"
+            label = f"{whose} {smaller.describe()}, {regime} values"
             poison = regime != op.regimes[0] and not few_shapes  # at least once the kernels that the run will take
             yield Trial(smaller, regime, 1.0, "contiguous", label, own=True, poison=poison)
 

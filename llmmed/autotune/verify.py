@@ -58,6 +58,7 @@ def verify(
     dtype: torch.dtype | None = None,
     cases: Collection[str] | None = None,
     to_the_end: bool = False,
+    whose: str = "the run's",
 ) -> Verdict:
     """Judges a candidate. Never raises for what the candidate does.
 
@@ -72,6 +73,7 @@ def verify(
         dtype: The compute dtype, where there are no calls to tell it.
         cases: The op's cases to try, by name; None for all.
         to_the_end: Whether to go on after a wrong result, to find the worst.
+        whose: Whose calls they are, for people.
     """
     worst = Finding(0.0, "")
     own = list(calls)
@@ -80,7 +82,7 @@ def verify(
     few_shapes = implementation.per_shape
     try:
         with exact_products():
-            for trial in trials(op, own, dtype, device, few_shapes=few_shapes, cases=cases):
+            for trial in trials(op, own, dtype, device, few_shapes=few_shapes, cases=cases, whose=whose):
                 if trial.call.compute_dtype not in implementation.dtypes:
                     continue
                 facts = _remembered(op, seed, device)(trial)

@@ -1,12 +1,13 @@
 """The contract of the kernels: what an operation (`Op`) is, what an `Implementation` is, and what a `Call` of one is.
 
 An op's folder holds the op (`__init__.py`), its truth (`reference.py`), inputs and costs (`cases.py`) and one module an
-implementation. Of the project those folders import this file, `operator.py`, `tunable.py`, and the folders of ops that
-an op is made of.
+implementation. Of the project those folders import this file, `draw.py`, `operator.py`, `tunable.py`, and the folders
+of ops that an op is made of.
 """
 
 from __future__ import annotations
 
+import random
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any
@@ -155,6 +156,7 @@ class Op:
         cost: The least traffic and arithmetic of a call.
         parts: Optional. Further parts by which the error is judged: `(inputs, tensor name, tensor) -> {part: mask}`,
             where the tensor name is `output0`, ... or `grad_<argument>` and the mask is boolean, of the tensor's shape.
+        draw: Optional. A small call of random shapes and strides, for `scripts/verify.py random=100`.
     """
 
     name: str
@@ -165,6 +167,7 @@ class Op:
     make_inputs: Callable[[Call, str, torch.Generator, torch.device], Inputs]
     cost: Callable[[Call], Cost]
     parts: Callable[[Inputs, str, Tensor], Mapping[str, Tensor]] | None = None
+    draw: Callable[[random.Random, torch.dtype], Call] | None = None
 
 
 @dataclass(frozen=True)

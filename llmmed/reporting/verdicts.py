@@ -30,12 +30,14 @@ _FAILED = ("wrong", "no_backward", "crashed", "failed_to_compile", "out_of_memor
 
 @dataclass(frozen=True)
 class Request:
-    """What to verify. `named`: the user asked for these implementations, so one that is unavailable is a failure."""
+    """What to verify. `named`: the user asked for these implementations, so one that is unavailable is a failure.
+    `random`: at how many random shapes besides the cases."""
 
     candidates: tuple[tuple[str, str], ...]
     dtypes: tuple[torch.dtype, ...]
     seeds: int
     named: bool
+    random: int = 0
 
 
 def main(arguments: Sequence[str]) -> int:
@@ -72,13 +74,13 @@ def main(arguments: Sequence[str]) -> int:
 
 
 def parse(arguments: Sequence[str], device: torch.device) -> Request:
-    """`op=a,b impl=c dtype=float32 seeds=3`. Raises `UserError`."""
+    """`op=a,b impl=c dtype=float32 seeds=3 random=100`. Raises `UserError`."""
     given: dict[str, str] = {}
     for argument in arguments:
         key, equals, value = argument.partition("=")
-        if key not in ("op", "impl", "dtype", "seeds") or not equals or not value:
+        if key not in ("op", "impl", "dtype", "seeds", "random") or not equals or not value:
             raise UserError(
-                f"'{argument}': write op=..., impl=..., dtype=... or seeds=...; nothing verifies everything"
+                f"'{argument}': write op=..., impl=..., dtype=..., seeds=... or random=...; nothing verifies everything"
             )
         given[key] = value
     ops = given["op"].split(",") if "op" in given else list(op_names())
@@ -95,10 +97,13 @@ def parse(arguments: Sequence[str], device: torch.device) -> Request:
     names = given["dtype"].split(",") if "dtype" in given else ["float32"] if device.type == "cpu" else list(_DTYPES)
     if not set(names) <= set(_DTYPES):
         raise UserError(f"dtype={given['dtype']}: allowed are {', '.join(_DTYPES)}")
-    seeds = given.get("seeds", "1")
+    seeds, shapes = given.get("seeds", "1"), given.get("random", "0")
     if not seeds.isdigit() or int(seeds) < 1:
         raise UserError(f"seeds={seeds}: give a whole number from 1 up")
-    return Request(tuple(candidates), tuple(_DTYPES[name] for name in names), int(seeds), wanted is not None)
+    if not shapes.isdigit():
+        raise UserError(f"random={shapes}: give a whole number, of shapes")
+    dtypes = tuple(_DTYPES[name] for name in names)
+    return Request(tuple(candidates), dtypes, int(seeds), wanted is not None, int(shapes))
 
 
 def verdicts(
@@ -110,7 +115,8 @@ def verdicts(
         with tempfile.TemporaryDirectory(prefix="llmmed-verify-") as folder:
             job, answers = Path(folder) / "job.json", Path(folder) / "answers.jsonl"
             answers.touch()
-            write_json(job, {"left": [(op, name, _words(dtype)) for op, name, dtype in left], "seeds": request.seeds})
+            todo = [(op, name, _words(dtype)) for op, name, dtype in left]
+            write_json(job, {"left": todo, "seeds": request.seeds, "random": request.random})
             with (
                 started_process("llmmed.reporting.verdict_worker", [str(job), str(answers)], None) as process,
                 answers.open("rb") as file,

@@ -23,6 +23,11 @@ def wrong(x: Tensor, weight: Tensor, eps: float) -> Tensor:
     return right(x, weight, eps) * 1.02
 
 
+def wrong_if_one_short(x: Tensor, weight: Tensor, eps: float) -> Tensor:
+    """Of a multiple of four, as no case of the op is."""
+    return wrong(x, weight, eps) if x.shape[-1] % 4 == 3 else right(x, weight, eps)
+
+
 def slow(x: Tensor, weight: Tensor, eps: float) -> Tensor:
     time.sleep(0.005)
     return right(x, weight, eps)
@@ -152,6 +157,7 @@ def _implementation(name: str, function: Any) -> Implementation:
 
 RIGHT = _implementation("right", right)
 WRONG = _implementation("wrong", wrong)
+WRONG_IF_ONE_SHORT = _implementation("wrong_if_one_short", wrong_if_one_short)
 SLOW = _implementation("slow", slow)
 NO_GRADIENT = _implementation("no_gradient", no_gradient)
 MUTATES = _implementation("mutates", mutates)

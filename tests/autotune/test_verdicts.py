@@ -14,6 +14,7 @@ import pytest
 import torch
 
 from llmmed.autotune.verify import Verdict
+from llmmed.errors import UserError
 from llmmed.files import read_json, write_json
 from llmmed.reporting import verdict_worker, verdicts
 from llmmed.reporting.verdict_worker import RESTART
@@ -46,7 +47,7 @@ def test_one_that_damages_the_gpu_is_the_last_of_its_process(tmp_path: Path, mon
     monkeypatch.setattr(verdict_worker, "end_with_parent", lambda: None)
     monkeypatch.setattr(verdict_worker.os, "_exit", end)
     job, answers = tmp_path / "job.json", tmp_path / "answers.jsonl"
-    write_json(job, {"left": [["rms_norm", name, "float32"] for name in "abc"], "seeds": 1})
+    write_json(job, {"left": [["rms_norm", name, "float32"] for name in "abc"], "seeds": 1, "random": 0})
     monkeypatch.setattr(verdict_worker.sys, "argv", ["", str(job), str(answers)])
     with pytest.raises(SystemExit):
         verdict_worker.main()
@@ -80,6 +81,29 @@ def test_an_exit_code_like_a_restarts_is_none_without_a_verdict(monkeypatch: pyt
     monkeypatch.setattr(verdicts, "started_process", lambda *args: contextlib.nullcontext(ended))
     request = verdicts.Request((("rms_norm", "a"), ("rms_norm", "b")), (torch.float32,), 1, named=True)
     assert [verdict.status for _, _, _, verdict in verdicts.verdicts(request)] == ["crashed", "crashed"]
+
+
+def test_random_shapes_are_asked_for_by_their_number() -> None:
+    cpu = torch.device("cpu")
+    assert verdicts.parse(["op=rms_norm", "random=100"], cpu).random == 100
+    assert verdicts.parse(["op=rms_norm"], cpu).random == 0
+    for value in ("-1", "many", "1.5"):
+        with pytest.raises(UserError, match=f"random={value}: give a whole number, of shapes"):
+            verdicts.parse([f"random={value}"], cpu)
+
+
+def test_random_shapes_reach_the_process_that_tries_them(
+    plant: Callable[..., None], capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("COLUMNS", "200")
+    plant("wrong_if_one_short")
+    asked = ["op=rms_norm", "impl=wrong_if_one_short"]
+    assert verdicts.main(asked) == 0
+    assert verdicts.main([*asked, "random=4"]) == 1
+    lines = [" ".join(line.split()) for line in capfd.readouterr().out.splitlines()]
+    told = [line for line in lines if line.startswith("rms_norm ")]
+    assert [" wrong " in line for line in told] == [False, True]
+    assert "(a random x " in "".join(lines)
 
 
 def test_a_line_that_is_not_whole_waits() -> None:

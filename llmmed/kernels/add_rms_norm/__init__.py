@@ -11,4 +11,5 @@ OP = Op(
     regimes=cases.REGIMES,
     make_inputs=cases.make_inputs,
     cost=cases.cost,
+    draw=cases.draw,
 )

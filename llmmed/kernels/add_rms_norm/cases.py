@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import random
 from collections.abc import Mapping
 
 import torch
 
 from llmmed.kernels.base import Call, Cost, Inputs, TensorSpec, tensor_spec
+from llmmed.kernels.draw import apart, rows, size
 
 REGIMES = ("bland", "near_epsilon", "outliers", "row_scales", "small_branch", "far_weights")
 
@@ -40,6 +42,13 @@ def cases(dtype: torch.dtype) -> Mapping[str, Call]:
         "residual in a wider tensor": call(33, 80, residual_stride=(192, 1)),
         "transposed": call(40, 24, stride=(1, 40)),
     }
+
+
+def draw(dice: random.Random, dtype: torch.dtype) -> Call:
+    """A small call of random shapes and strides."""
+    plain = tensor_spec(*rows(dice), size(dice, 600), dtype=dtype, requires_grad=True)
+    weight = tensor_spec(plain.shape[-1], dtype=torch.float32, requires_grad=True)
+    return Call.of("add_rms_norm", x=apart(dice, plain), residual=apart(dice, plain), weight=weight, eps=1e-6)
 
 
 def make_inputs(call: Call, regime: str, generator: torch.Generator, device: torch.device) -> Inputs:

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import random
 from collections.abc import Mapping
 from dataclasses import replace
 
 import torch
 
 from llmmed.kernels.base import Call, Cost, Inputs, TensorSpec, tensor_spec
+from llmmed.kernels.draw import size
 
 REGIMES = ("bland", "peaked", "growing_keys")
 
@@ -32,6 +34,16 @@ def cases(dtype: torch.dtype) -> Mapping[str, Call]:
         "grouped query": call(2, 45, 6, 2, 16),
         "views of a fused projection": call(2, 64, 4, 2, 32, fused=True),
     }
+
+
+def draw(dice: random.Random, dtype: torch.dtype) -> Call:
+    """A small call of random shapes and strides."""
+    batch, seq, head_dim = dice.randint(1, 2), size(dice, 140, least=2), 8 * dice.randint(1, 10)
+    n_kv_heads = dice.randint(1, 3)
+    n_heads = n_kv_heads * dice.randint(1, 3)
+    q = tensor_spec(batch, seq, n_heads, head_dim, dtype=dtype, requires_grad=True)
+    k = tensor_spec(batch, seq, n_kv_heads, head_dim, dtype=dtype, requires_grad=True)
+    return Call.of("attention", q=q, k=k, v=k)
 
 
 def make_inputs(call: Call, regime: str, generator: torch.Generator, device: torch.device) -> Inputs:

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import random
 from collections.abc import Mapping
 
 import torch
 from torch import Tensor
 
 from llmmed.kernels.base import Call, Cost, Inputs, TensorSpec, tensor_spec
+from llmmed.kernels.draw import apart, size
 
 REGIMES = ("bland", "peaked", "flat", "far", "some_ignored", "all_ignored")
 
@@ -41,6 +43,18 @@ def cases(dtype: torch.dtype) -> Mapping[str, Call]:
         "large vocabulary": call(3, 33001),
         "transposed": Call.from_json(transposed),
     }
+
+
+def draw(dice: random.Random, dtype: torch.dtype) -> Call:
+    """A small call of random shapes and strides."""
+    logits = apart(dice, tensor_spec(size(dice, 70), size(dice, 600, least=2), dtype=dtype, requires_grad=True))
+    return Call.of(
+        "cross_entropy",
+        logits=logits,
+        targets=tensor_spec(logits.shape[0], dtype=torch.int64),
+        ignore_index=dice.choice((-100, 0)),
+        scale=dice.choice((None, tensor_spec(dtype=torch.float32))),
+    )
 
 
 def make_inputs(call: Call, regime: str, generator: torch.Generator, device: torch.device) -> Inputs:

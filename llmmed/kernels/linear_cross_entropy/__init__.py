@@ -11,5 +11,6 @@ OP = Op(
     regimes=cases.REGIMES,
     make_inputs=cases.make_inputs,
     cost=cases.cost,
+    draw=cases.draw,
     parts=cases.parts,
 )

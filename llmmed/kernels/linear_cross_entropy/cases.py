@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import random
 from collections.abc import Mapping
 
 import torch
 from torch import Tensor
 
 from llmmed.kernels.base import Call, Cost, Inputs, TensorSpec, tensor_spec
+from llmmed.kernels.draw import apart, size
 
 REGIMES = ("bland", "peaked", "flat", "far", "some_ignored", "all_ignored")
 
@@ -41,6 +43,20 @@ def cases(dtype: torch.dtype) -> Mapping[str, Call]:
         "past a block": call(7, 16, 4099),
         "large vocabulary": call(3, 8, 33001),
     }
+
+
+def draw(dice: random.Random, dtype: torch.dtype) -> Call:
+    """A small call of random shapes and strides."""
+    hidden_states = apart(dice, tensor_spec(size(dice, 70), size(dice, 130), dtype=dtype, requires_grad=True))
+    rows, width = hidden_states.shape
+    return Call.of(
+        "linear_cross_entropy",
+        hidden_states=hidden_states,
+        weight=tensor_spec(size(dice, 400, least=2), width, dtype=torch.float32, requires_grad=True),
+        targets=tensor_spec(rows, dtype=torch.int64),
+        ignore_index=dice.choice((-100, 0)),
+        scale=dice.choice((None, tensor_spec(dtype=torch.float32))),
+    )
 
 
 def make_inputs(call: Call, regime: str, generator: torch.Generator, device: torch.device) -> Inputs:

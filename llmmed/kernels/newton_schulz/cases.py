@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import random
 from collections.abc import Mapping
 
 import torch
 
 from llmmed.kernels.base import Call, Cost, Inputs, tensor_spec
+from llmmed.kernels.draw import size
 
 REGIMES = ("bland", "low_rank", "tiny", "scales")
 
@@ -25,6 +27,12 @@ def cases(dtype: torch.dtype) -> Mapping[str, Call]:
         "one matrix": call(1, 64, 64),
         "past a block": call(1, 140, 150),
     }
+
+
+def draw(dice: random.Random, dtype: torch.dtype) -> Call:
+    """A small call of random shapes and strides."""
+    shape = (dice.randint(1, 3), size(dice, 160), size(dice, 160))
+    return Call.of("newton_schulz", G=tensor_spec(*shape, dtype=dtype))
 
 
 def make_inputs(call: Call, regime: str, generator: torch.Generator, device: torch.device) -> Inputs:

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import random
 from collections.abc import Mapping
 
 import torch
 
 from llmmed.kernels.base import Call, Cost, Inputs, TensorSpec, tensor_spec
+from llmmed.kernels.draw import apart, rows, size
 
 REGIMES = ("bland", "near_epsilon", "outliers", "row_scales", "far_weights")
 
@@ -32,6 +34,13 @@ def cases(dtype: torch.dtype) -> Mapping[str, Call]:
         "weight of every other element": call(5, 24, weight_stride=2),
         "transposed": call(40, 24, stride=(1, 40)),
     }
+
+
+def draw(dice: random.Random, dtype: torch.dtype) -> Call:
+    """A small call of random shapes and strides."""
+    x = apart(dice, tensor_spec(*rows(dice), size(dice, 600), dtype=dtype, requires_grad=True))
+    weight = tensor_spec(x.shape[-1], dtype=torch.float32, requires_grad=True)
+    return Call.of("rms_norm", x=x, weight=weight, eps=1e-6)
 
 
 def make_inputs(call: Call, regime: str, generator: torch.Generator, device: torch.device) -> Inputs:

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import random
 from collections.abc import Mapping
 from dataclasses import replace
 
 import torch
 
 from llmmed.kernels.base import Call, Cost, Inputs, TensorSpec, tensor_spec
+from llmmed.kernels.draw import size
 
 REGIMES = ("bland", "outliers", "head_scales")
 
@@ -36,6 +38,17 @@ def cases(dtype: torch.dtype) -> Mapping[str, Call]:
         "views of a fused projection": call(2, 17, 4, 2, 32, fused=True),
         "heads before positions": Call.of("rotary", **{**dict(heads_first.arguments), **strided}),
     }
+
+
+def draw(dice: random.Random, dtype: torch.dtype) -> Call:
+    """A small call of random shapes and strides."""
+    batch, seq, head_dim = dice.randint(1, 3), size(dice, 140), 2 * dice.randint(1, 40)
+    q, k = (
+        tensor_spec(batch, seq, heads, head_dim, dtype=dtype, requires_grad=True)
+        for heads in dice.choices(range(1, 7), k=2)
+    )
+    table = tensor_spec(seq, head_dim // 2, dtype=torch.float32)
+    return Call.of("rotary", q=q, k=k, cos=table, sin=table)
 
 
 def make_inputs(call: Call, regime: str, generator: torch.Generator, device: torch.device) -> Inputs:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import random
 from collections.abc import Mapping
 from dataclasses import replace
 
@@ -9,6 +10,7 @@ import torch
 from torch import Tensor
 
 from llmmed.kernels.base import Call, Cost, Inputs, tensor_spec
+from llmmed.kernels.draw import size
 
 REGIMES = ("bland", "peaked", "growing_keys")
 
@@ -36,6 +38,24 @@ def cases(dtype: torch.dtype) -> Mapping[str, Call]:
         "grouped query": call(2, 45, 6, 2, 16),
         "view of a wider tensor": call(2, 64, 4, 2, 32, wider=24),
     }
+
+
+def draw(dice: random.Random, dtype: torch.dtype) -> Call:
+    """A small call of random shapes and strides."""
+    batch, seq, head_dim = dice.randint(1, 2), size(dice, 140, least=2), 8 * dice.randint(1, 10)
+    n_kv_heads = dice.randint(1, 3)
+    n_heads = n_kv_heads * dice.randint(1, 3)
+    heads = n_heads + 2 * n_kv_heads
+    qkv = tensor_spec(batch, seq, heads, head_dim, dtype=dtype, requires_grad=True)
+    row = heads * head_dim + dice.choice((0, 0, 8, 24))
+    table = tensor_spec(seq, head_dim // 2, dtype=torch.float32)
+    return Call.of(
+        "rotary_attention",
+        qkv=replace(qkv, stride=(seq * row, row, head_dim, 1)),
+        cos=table,
+        sin=table,
+        n_heads=n_heads,
+    )
 
 
 def make_inputs(call: Call, regime: str, generator: torch.Generator, device: torch.device) -> Inputs:

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import random
 from collections.abc import Mapping
 from dataclasses import replace
 
 import torch
 
 from llmmed.kernels.base import Call, Cost, Inputs, TensorSpec, tensor_spec
+from llmmed.kernels.draw import apart, rows, size
 
 REGIMES = ("bland", "saturated", "outliers", "row_scales")
 
@@ -44,6 +46,13 @@ def cases(dtype: torch.dtype) -> Mapping[str, Call]:
         "fused, transposed": fused(40, 48, stride=(1, 40)),
         "fused, rows apart": fused(33, 160, stride=(256, 1)),
     }
+
+
+def draw(dice: random.Random, dtype: torch.dtype) -> Call:
+    """A small call of random shapes and strides."""
+    fused = dice.random() < 0.5
+    plain = tensor_spec(*rows(dice), size(dice, 300) * (1 + fused), dtype=dtype, requires_grad=True)
+    return Call.of("swiglu", gate=apart(dice, plain), up=None if fused else apart(dice, plain))
 
 
 def make_inputs(call: Call, regime: str, generator: torch.Generator, device: torch.device) -> Inputs:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import random
 from collections.abc import Mapping
 from dataclasses import replace
 
@@ -9,6 +10,7 @@ import torch
 from torch import Tensor
 
 from llmmed.kernels.base import Call, Cost, Inputs, tensor_spec
+from llmmed.kernels.draw import apart, rows, size
 
 REGIMES = ("bland", "saturated", "row_scales")
 
@@ -39,6 +41,17 @@ def cases(dtype: torch.dtype) -> Mapping[str, Call]:
         "long sum, odd hidden width": call(9, d_model=1032, d_ff=37),
         "rows of a wider tensor": call(19, d_model=32, d_ff=48, row_stride=64),
     }
+
+
+def draw(dice: random.Random, dtype: torch.dtype) -> Call:
+    """A small call of random shapes and strides."""
+    d_model, d_ff = size(dice, 150), size(dice, 150)
+    return Call.of(
+        "swiglu_mlp",
+        x=apart(dice, tensor_spec(*rows(dice), d_model, dtype=dtype, requires_grad=True)),
+        gate_up_weight=tensor_spec(2 * d_ff, d_model, dtype=dtype, requires_grad=True),
+        down_weight=tensor_spec(d_model, d_ff, dtype=dtype, requires_grad=True),
+    )
 
 
 def make_inputs(call: Call, regime: str, generator: torch.Generator, device: torch.device) -> Inputs:
