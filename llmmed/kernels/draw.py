@@ -23,6 +23,13 @@ def rows(dice: random.Random) -> list[int]:
     return [size(dice, 70)] if dice.random() < 0.7 else [size(dice, 5), size(dice, 20)]
 
 
+def head_shape(dice: random.Random) -> tuple[int, int, int, int, int]:
+    """Of attention: batch, seq, n_heads, n_kv_heads, head_dim. A single position has nothing to attend to."""
+    batch, seq, head_dim = dice.randint(1, 2), size(dice, 140, least=2), 8 * dice.randint(1, 10)
+    n_kv_heads = dice.randint(1, 3)
+    return batch, seq, n_kv_heads * dice.randint(1, 3), n_kv_heads, head_dim
+
+
 def apart(dice: random.Random, spec: TensorSpec) -> TensorSpec:
     """As it is, which is contiguous; or with rows of a wider tensor; or, of two dimensions, transposed."""
     *rows, width = spec.shape

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import random
 from collections.abc import Mapping
 from dataclasses import replace
@@ -9,22 +10,14 @@ from dataclasses import replace
 import torch
 
 from llmmed.kernels.base import Call, Cost, Inputs, TensorSpec, tensor_spec
-from llmmed.kernels.draw import size
+from llmmed.kernels.draw import head_shape
 
 REGIMES = ("bland", "peaked", "growing_keys")
 
 
 def cases(dtype: torch.dtype) -> Mapping[str, Call]:
     """Small calls by name, for a compute dtype. Head sizes are multiples of 8, as every fused backend asks."""
-
-    def call(batch: int, seq: int, n_heads: int, n_kv_heads: int, head_dim: int, fused: bool = False) -> Call:
-        def states(heads: int) -> TensorSpec:
-            spec = tensor_spec(batch, seq, heads, head_dim, dtype=dtype, requires_grad=True)
-            row = (n_heads + 2 * n_kv_heads) * head_dim
-            return replace(spec, stride=(seq * row, row, head_dim, 1)) if fused else spec
-
-        return Call.of("attention", q=states(n_heads), k=states(n_kv_heads), v=states(n_kv_heads))
-
+    call = functools.partial(_call, dtype)
     return {
         "two positions": call(2, 2, 2, 2, 16),
         "odd length": call(2, 37, 2, 2, 32),
@@ -38,12 +31,18 @@ def cases(dtype: torch.dtype) -> Mapping[str, Call]:
 
 def draw(dice: random.Random, dtype: torch.dtype) -> Call:
     """A small call of random shapes and strides."""
-    batch, seq, head_dim = dice.randint(1, 2), size(dice, 140, least=2), 8 * dice.randint(1, 10)
-    n_kv_heads = dice.randint(1, 3)
-    n_heads = n_kv_heads * dice.randint(1, 3)
-    q = tensor_spec(batch, seq, n_heads, head_dim, dtype=dtype, requires_grad=True)
-    k = tensor_spec(batch, seq, n_kv_heads, head_dim, dtype=dtype, requires_grad=True)
-    return Call.of("attention", q=q, k=k, v=k)
+    return _call(dtype, *head_shape(dice))
+
+
+def _call(
+    dtype: torch.dtype, batch: int, seq: int, n_heads: int, n_kv_heads: int, head_dim: int, fused: bool = False
+) -> Call:
+    def states(heads: int) -> TensorSpec:
+        spec = tensor_spec(batch, seq, heads, head_dim, dtype=dtype, requires_grad=True)
+        row = (n_heads + 2 * n_kv_heads) * head_dim
+        return replace(spec, stride=(seq * row, row, head_dim, 1)) if fused else spec
+
+    return Call.of("attention", q=states(n_heads), k=states(n_kv_heads), v=states(n_kv_heads))
 
 
 def make_inputs(call: Call, regime: str, generator: torch.Generator, device: torch.device) -> Inputs:

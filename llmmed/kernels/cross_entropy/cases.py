@@ -23,13 +23,7 @@ def cases(dtype: torch.dtype) -> Mapping[str, Call]:
         logits = tensor_spec(rows, vocab, dtype=dtype, requires_grad=True)
         if row_stride:
             logits = TensorSpec(logits.shape, dtype, (row_stride, 1), requires_grad=True)
-        return Call.of(
-            "cross_entropy",
-            logits=logits,
-            targets=tensor_spec(rows, dtype=torch.int64),
-            ignore_index=ignore_index,
-            scale=tensor_spec(dtype=torch.float32) if scaled else None,
-        )
+        return _call(logits, ignore_index, scaled)
 
     transposed = call(24, 40).to_json()
     transposed["arguments"]["logits"]["stride"] = (1, 24)
@@ -48,12 +42,16 @@ def cases(dtype: torch.dtype) -> Mapping[str, Call]:
 def draw(dice: random.Random, dtype: torch.dtype) -> Call:
     """A small call of random shapes and strides."""
     logits = apart(dice, tensor_spec(size(dice, 70), size(dice, 600, least=2), dtype=dtype, requires_grad=True))
+    return _call(logits, ignore_index=dice.choice((-100, 0)), scaled=dice.choice((False, True)))
+
+
+def _call(logits: TensorSpec, ignore_index: int, scaled: bool) -> Call:
     return Call.of(
         "cross_entropy",
         logits=logits,
         targets=tensor_spec(logits.shape[0], dtype=torch.int64),
-        ignore_index=dice.choice((-100, 0)),
-        scale=dice.choice((None, tensor_spec(dtype=torch.float32))),
+        ignore_index=ignore_index,
+        scale=tensor_spec(dtype=torch.float32) if scaled else None,
     )
 
 

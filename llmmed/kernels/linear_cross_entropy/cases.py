@@ -25,14 +25,7 @@ def cases(dtype: torch.dtype) -> Mapping[str, Call]:
         hidden_states = tensor_spec(rows, width, dtype=dtype, requires_grad=True)
         if row_stride:
             hidden_states = TensorSpec((rows, width), dtype, (row_stride, 1), requires_grad=True)
-        return Call.of(
-            "linear_cross_entropy",
-            hidden_states=hidden_states,
-            weight=tensor_spec(vocab, width, dtype=torch.float32, requires_grad=True),
-            targets=tensor_spec(rows, dtype=torch.int64),
-            ignore_index=ignore_index,
-            scale=tensor_spec(dtype=torch.float32) if scaled else None,
-        )
+        return _call(hidden_states, vocab, ignore_index, scaled)
 
     return {
         "one row": call(1, 16, 64),
@@ -48,14 +41,19 @@ def cases(dtype: torch.dtype) -> Mapping[str, Call]:
 def draw(dice: random.Random, dtype: torch.dtype) -> Call:
     """A small call of random shapes and strides."""
     hidden_states = apart(dice, tensor_spec(size(dice, 70), size(dice, 130), dtype=dtype, requires_grad=True))
+    vocab = size(dice, 400, least=2)
+    return _call(hidden_states, vocab, ignore_index=dice.choice((-100, 0)), scaled=dice.choice((False, True)))
+
+
+def _call(hidden_states: TensorSpec, vocab: int, ignore_index: int, scaled: bool) -> Call:
     rows, width = hidden_states.shape
     return Call.of(
         "linear_cross_entropy",
         hidden_states=hidden_states,
-        weight=tensor_spec(size(dice, 400, least=2), width, dtype=torch.float32, requires_grad=True),
+        weight=tensor_spec(vocab, width, dtype=torch.float32, requires_grad=True),
         targets=tensor_spec(rows, dtype=torch.int64),
-        ignore_index=dice.choice((-100, 0)),
-        scale=dice.choice((None, tensor_spec(dtype=torch.float32))),
+        ignore_index=ignore_index,
+        scale=tensor_spec(dtype=torch.float32) if scaled else None,
     )
 
 

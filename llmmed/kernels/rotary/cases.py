@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import random
 from collections.abc import Mapping
 from dataclasses import replace
@@ -16,16 +17,7 @@ REGIMES = ("bland", "outliers", "head_scales")
 
 def cases(dtype: torch.dtype) -> Mapping[str, Call]:
     """Small calls by name, for a compute dtype."""
-
-    def call(batch: int, seq: int, n_heads: int, n_kv_heads: int, head_dim: int, fused: bool = False) -> Call:
-        def states(heads: int) -> TensorSpec:
-            spec = tensor_spec(batch, seq, heads, head_dim, dtype=dtype, requires_grad=True)
-            row = (n_heads + 2 * n_kv_heads) * head_dim
-            return replace(spec, stride=(seq * row, row, head_dim, 1)) if fused else spec
-
-        table = tensor_spec(seq, head_dim // 2, dtype=torch.float32)
-        return Call.of("rotary", q=states(n_heads), k=states(n_kv_heads), cos=table, sin=table)
-
+    call = functools.partial(_call, dtype)
     heads_first = call(2, 19, 3, 3, 32)
     strided = {n: replace(s, stride=(s.stride[0], 32, 19 * 32, 1)) for n, s in heads_first.tensors.items() if n in "qk"}
     return {
@@ -43,12 +35,20 @@ def cases(dtype: torch.dtype) -> Mapping[str, Call]:
 def draw(dice: random.Random, dtype: torch.dtype) -> Call:
     """A small call of random shapes and strides."""
     batch, seq, head_dim = dice.randint(1, 3), size(dice, 140), 2 * dice.randint(1, 40)
-    q, k = (
-        tensor_spec(batch, seq, heads, head_dim, dtype=dtype, requires_grad=True)
-        for heads in dice.choices(range(1, 7), k=2)
-    )
+    n_heads, n_kv_heads = dice.choices(range(1, 7), k=2)
+    return _call(dtype, batch, seq, n_heads, n_kv_heads, head_dim)
+
+
+def _call(
+    dtype: torch.dtype, batch: int, seq: int, n_heads: int, n_kv_heads: int, head_dim: int, fused: bool = False
+) -> Call:
+    def states(heads: int) -> TensorSpec:
+        spec = tensor_spec(batch, seq, heads, head_dim, dtype=dtype, requires_grad=True)
+        row = (n_heads + 2 * n_kv_heads) * head_dim
+        return replace(spec, stride=(seq * row, row, head_dim, 1)) if fused else spec
+
     table = tensor_spec(seq, head_dim // 2, dtype=torch.float32)
-    return Call.of("rotary", q=q, k=k, cos=table, sin=table)
+    return Call.of("rotary", q=states(n_heads), k=states(n_kv_heads), cos=table, sin=table)
 
 
 def make_inputs(call: Call, regime: str, generator: torch.Generator, device: torch.device) -> Inputs:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import random
 from collections.abc import Mapping
 from dataclasses import replace
@@ -10,23 +11,14 @@ import torch
 from torch import Tensor
 
 from llmmed.kernels.base import Call, Cost, Inputs, tensor_spec
-from llmmed.kernels.draw import size
+from llmmed.kernels.draw import head_shape
 
 REGIMES = ("bland", "peaked", "growing_keys")
 
 
 def cases(dtype: torch.dtype) -> Mapping[str, Call]:
     """Small calls by name, for a compute dtype. Head sizes are multiples of 8, as every fused backend asks."""
-
-    def call(batch: int, seq: int, n_heads: int, n_kv_heads: int, head_dim: int, wider: int = 0) -> Call:
-        heads = n_heads + 2 * n_kv_heads
-        qkv = tensor_spec(batch, seq, heads, head_dim, dtype=dtype, requires_grad=True)
-        if wider:  # the rows of a tensor with as many columns more
-            row = heads * head_dim + wider
-            qkv = replace(qkv, stride=(seq * row, row, head_dim, 1))
-        table = tensor_spec(seq, head_dim // 2, dtype=torch.float32)
-        return Call.of("rotary_attention", qkv=qkv, cos=table, sin=table, n_heads=n_heads)
-
+    call = functools.partial(_call, dtype)
     return {
         "odd length": call(2, 37, 2, 1, 32),
         "two positions": call(2, 2, 2, 2, 16),
@@ -42,20 +34,19 @@ def cases(dtype: torch.dtype) -> Mapping[str, Call]:
 
 def draw(dice: random.Random, dtype: torch.dtype) -> Call:
     """A small call of random shapes and strides."""
-    batch, seq, head_dim = dice.randint(1, 2), size(dice, 140, least=2), 8 * dice.randint(1, 10)
-    n_kv_heads = dice.randint(1, 3)
-    n_heads = n_kv_heads * dice.randint(1, 3)
+    return _call(dtype, *head_shape(dice), wider=dice.choice((0, 0, 8, 24)))
+
+
+def _call(
+    dtype: torch.dtype, batch: int, seq: int, n_heads: int, n_kv_heads: int, head_dim: int, wider: int = 0
+) -> Call:
     heads = n_heads + 2 * n_kv_heads
     qkv = tensor_spec(batch, seq, heads, head_dim, dtype=dtype, requires_grad=True)
-    row = heads * head_dim + dice.choice((0, 0, 8, 24))
+    if wider:  # the rows of a tensor with as many columns more
+        row = heads * head_dim + wider
+        qkv = replace(qkv, stride=(seq * row, row, head_dim, 1))
     table = tensor_spec(seq, head_dim // 2, dtype=torch.float32)
-    return Call.of(
-        "rotary_attention",
-        qkv=replace(qkv, stride=(seq * row, row, head_dim, 1)),
-        cos=table,
-        sin=table,
-        n_heads=n_heads,
-    )
+    return Call.of("rotary_attention", qkv=qkv, cos=table, sin=table, n_heads=n_heads)
 
 
 def make_inputs(call: Call, regime: str, generator: torch.Generator, device: torch.device) -> Inputs:

@@ -9,7 +9,7 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
-from llmmed.kernels.base import Call, Cost, Inputs, tensor_spec
+from llmmed.kernels.base import Call, Cost, Inputs, TensorSpec, tensor_spec
 from llmmed.kernels.draw import apart, rows, size
 
 REGIMES = ("bland", "saturated", "row_scales")
@@ -22,12 +22,7 @@ def cases(dtype: torch.dtype) -> Mapping[str, Call]:
         x = tensor_spec(*rows, d_model, dtype=dtype, requires_grad=True)
         if row_stride:
             x = replace(x, stride=(row_stride, 1))
-        return Call.of(
-            "swiglu_mlp",
-            x=x,
-            gate_up_weight=tensor_spec(2 * d_ff, d_model, dtype=dtype, requires_grad=True),
-            down_weight=tensor_spec(d_model, d_ff, dtype=dtype, requires_grad=True),
-        )
+        return _call(x, d_ff)
 
     return {
         "one row": call(1, d_model=16, d_ff=24),
@@ -46,11 +41,16 @@ def cases(dtype: torch.dtype) -> Mapping[str, Call]:
 def draw(dice: random.Random, dtype: torch.dtype) -> Call:
     """A small call of random shapes and strides."""
     d_model, d_ff = size(dice, 150), size(dice, 150)
+    return _call(apart(dice, tensor_spec(*rows(dice), d_model, dtype=dtype, requires_grad=True)), d_ff)
+
+
+def _call(x: TensorSpec, d_ff: int) -> Call:
+    d_model = x.shape[-1]
     return Call.of(
         "swiglu_mlp",
-        x=apart(dice, tensor_spec(*rows(dice), d_model, dtype=dtype, requires_grad=True)),
-        gate_up_weight=tensor_spec(2 * d_ff, d_model, dtype=dtype, requires_grad=True),
-        down_weight=tensor_spec(d_model, d_ff, dtype=dtype, requires_grad=True),
+        x=x,
+        gate_up_weight=tensor_spec(2 * d_ff, d_model, dtype=x.dtype, requires_grad=True),
+        down_weight=tensor_spec(d_model, d_ff, dtype=x.dtype, requires_grad=True),
     )
 
 
