@@ -127,12 +127,12 @@ class Worker:
         while left:
             few = left if left[0].measure else left[:1]
             room = has_room(self._device)
-            self._wait_while(functools.partial(self._compilers_are_at_all, few) if room else self._compilers_are_at)
+            self._wait_while(functools.partial(self._none_is_compiled, few) if room else self._compilers_are_at)
             task = next(task for task in few if not self._compilers_are_at(task.op))
             left.remove(task)
             yield task
 
-    def _compilers_are_at_all(self, tasks: Sequence[Task]) -> bool:
+    def _none_is_compiled(self, tasks: Sequence[Task]) -> bool:
         return self._compilers_are_at(ALL) or all(self._compilers_are_at(task.op) for task in tasks)
 
     def _compilers_are_at(self, *units: str) -> bool:

@@ -114,6 +114,12 @@ def test_the_page_and_the_plots_come_from_the_json_alone(tmp_path: Path) -> None
     write_page([Path(folder) for folder in command[1].split(",")], page)
     assert page.read_text() == text
 
+    # Two of the same kind do not write over each other.
+    write(step_result(), tmp_path / "c")
+    write_page([tmp_path / "b", tmp_path / "a", tmp_path / "c"], page)
+    folders = {path.name for path in page.with_suffix("").iterdir()}
+    assert folders == {"ops", "step_base_adamw", "step_base_adamw_3"}
+
     assert "".join(_origin(origin_on_cpu(), 1.0)).count("A CPU") == 1
     of_a_run = {"remark": "A busy machine."}
     assert "**Remark.** A busy machine." in "".join(_origin(origin_on_cpu().model_copy(update=of_a_run), 1.0))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import random
 from collections.abc import Callable
 from dataclasses import replace
@@ -11,10 +12,11 @@ import pytest
 import torch
 from torch import Tensor
 
-from llmmed.autotune.verify import verify
+from llmmed.autotune.verify import Verdict, verify
 from llmmed.kernels.base import Call, Op
 from llmmed.kernels.catalog import get_implementation, get_op, implementation_names, load_function, op_names
 from llmmed.kernels.rms_norm.pytorch import rms_norm
+from llmmed.reporting import verdict_worker
 from llmmed.reporting.verdict_worker import at_random
 
 CPU, FLOAT32 = torch.device("cpu"), torch.float32
@@ -70,6 +72,23 @@ def test_what_chance_explains_is_no_mistake() -> None:
     assert verdict.status == "wrong"
 
 
+@pytest.mark.parametrize(
+    ("dtype", "ratio", "status"),
+    [(FLOAT32, 8.0, "verified"), (FLOAT32, 8.1, "wrong"), (FLOAT32, math.inf, "wrong"), (FLOAT32, None, "wrong"),
+     (torch.bfloat16, 1.1, "wrong")],
+)  # fmt: skip
+def test_chance_explains_little_and_in_float32_alone(
+    dtype: torch.dtype, ratio: float | None, status: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    said = Verdict("wrong", "it is", 1.0, ratio, 1)
+    monkeypatch.setattr(verdict_worker, "verify", lambda *args, **how: said)
+    op, implementation = get_op("rms_norm"), get_implementation("rms_norm", "pytorch")
+    assert [v.status for v in at_random(op, implementation, rms_norm, dtype, CPU, shapes=5)] == 5 * [status]
+    # What is compiled for seconds at each shape is tried at three.
+    slow = replace(implementation, per_shape=True)
+    assert len(list(at_random(op, slow, rms_norm, dtype, CPU, shapes=5))) == 3
+
+
 def one_short() -> Call:
     op, dice = get_op("rms_norm"), random.Random(0)
     assert op.draw is not None
@@ -90,3 +109,7 @@ def test_shapes_and_strides_differ_and_come_again(op_name: str) -> None:
     assert calls == draw(op, torch.bfloat16)
     assert {call.compute_dtype for call in calls} == {torch.bfloat16}
     assert all(value.numel < 2**20 for call in calls for value in call.tensors.values())
+    dense = [all(spec.stride == spec.empty("meta").contiguous().stride() for spec in call.tensors.values())
+             for call in calls]  # fmt: skip
+    assert any(dense)
+    assert all(dense) == (op_name in ("attention", "newton_schulz", "rotary"))
