@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib
 import importlib.util
+import re
 import sys
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -37,7 +38,9 @@ def mutant(op: str, bug: str, folder: Path, table: str = "BUGS") -> tuple[Implem
         changed = source.replace(before, after).replace('"llmmed::', f'"{prefix}::')
         for other in found:
             changed = changed.replace(f"from llmmed.kernels.{op}.{other} import", f"from {prefix}{other} import")
-            changed = changed.replace(f"from llmmed.kernels.{op} import {other}", f"import {prefix}{other} as {other}")
+            changed = re.sub(
+                rf"from llmmed\.kernels\.{op} import {other}\b", f"import {prefix}{other} as {other}", changed
+            )
         _load_module(prefix + stem, changed, folder)
     implementation: Implementation = sys.modules[f"{prefix}triton_impl"].IMPL
     return implementation, load_function(op, implementation)
@@ -46,7 +49,7 @@ def mutant(op: str, bug: str, folder: Path, table: str = "BUGS") -> tuple[Implem
 def sources(op: str) -> dict[str, str]:
     """What an op's Triton implementation is made of, by module, in the order of their imports."""
     folder = op_folder(op)
-    found = [folder / f"{stem}.py" for stem in ("loops", "hopper", "triton_impl")]
+    found = [folder / f"{stem}.py" for stem in ("loops", "hopper", "hopper_forward", "hopper_backward", "triton_impl")]
     return {path.stem: path.read_text(encoding="utf-8") for path in found if path.exists()}
 
 

@@ -126,10 +126,10 @@ def assert_products_run_beside_each_other_and_nothing_leaves_unfinished(compiled
         # held has left; a mirrored part may leave the one before on its way.
         "newton_schulz_hopper_fwd_kernel": {(2 * (8 + 8 + 6), 2 * (11 * "01" + "0"))},
         # Queries and the output; then both halves of the queries' gradient, or of keys' and of values'. A buffer is
-        # free when all that was stored from it has left.
+        # free when all that was stored from it has left, which is seen to in the next block, and after the last.
         "rotary_attention_hopper_fwd_kernel": {(2 * 2, 2 * "00")},
-        "rotary_attention_hopper_bwd_q_kernel": {(2 * 2, 2 * "0")},
-        "rotary_attention_hopper_bwd_kv_kernel": {(2 * 4, 2 * "0")},
+        "rotary_attention_hopper_bwd_q_kernel": {(2 * 2, 2 * "00")},
+        "rotary_attention_hopper_bwd_kv_kernel": {(2 * 4, 2 * "00")},
     }
 
 

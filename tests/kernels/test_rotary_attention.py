@@ -15,7 +15,7 @@ from llmmed.kernels.ahead_of_time import TARGETS, launching_nothing, record_laun
 from llmmed.kernels.base import Call, tensor_spec
 from llmmed.kernels.catalog import DEFAULT, get_implementation, get_op, load_function
 from llmmed.kernels.operator import INTERPRETED, absent_gpu
-from llmmed.kernels.rotary_attention import hopper
+from llmmed.kernels.rotary_attention import hopper_backward, hopper_forward, triton_impl
 from llmmed.kernels.rotary_attention.reference import rotary_attention as reference
 from llmmed.kernels.rotary_attention.triton_impl import LOOPS, SPECIALISED, rotary_attention
 from tests.kernels.planted import bugs, mutant
@@ -88,7 +88,7 @@ def test_a_gradient_that_arrives_at_an_odd_address_takes_the_other_kernels(
     offset: int, path: list[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     taken = []
-    monkeypatch.setattr(hopper, "differentiate", lambda *_: taken.append("hopper"))
+    monkeypatch.setattr(triton_impl, "differentiate", lambda *_: taken.append("hopper"))
     with absent_gpu(TARGETS[90]), launching_nothing(torch.device("meta")):
         call = call_of(1, 256, 2, 2, 64)
         run_on_meta(get_op("rotary_attention"), rotary_attention, call, lambda out: moved(out, offset))
@@ -110,7 +110,8 @@ class TestOnHopper:
         self, batch: int, seq: int, n_heads: int, n_kv_heads: int, head_dim: int, programs: int, dtype: torch.dtype,
         monkeypatch: pytest.MonkeyPatch,
     ) -> None:  # fmt: skip
-        monkeypatch.setattr(hopper, "programs", lambda device, tasks: programs)
+        for module in (hopper_forward, hopper_backward):
+            monkeypatch.setattr(module, "programs", lambda device, tasks: programs)
         call = call_of(batch, seq, n_heads, n_kv_heads, head_dim, dtype)
         for regime in get_op("rotary_attention").regimes:
             assert_right(call, regime)

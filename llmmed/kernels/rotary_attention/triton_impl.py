@@ -3,7 +3,7 @@
 Forward rotates the keys in a kernel of their own, because every block of queries reads them, and each block of queries
 where it is used. Backward turns the gradients of both back in registers and writes one gradient of the projection.
 
-Hopper has kernels of its own for the most common shapes, in `hopper.py`; those here run everywhere, and where a search
+Hopper has kernels of its own for the most common shapes, in `hopper*.py`; those here run everywhere, and where a search
 finds them faster.
 
 Rotated queries and keys are kept as tiles take them: [batch, heads, seq, first half | second half], each half padded
@@ -42,7 +42,9 @@ from llmmed.kernels.operator import (
     require_triton,
     unit_stride,
 )
-from llmmed.kernels.rotary_attention import hopper
+from llmmed.kernels.rotary_attention.hopper import suits
+from llmmed.kernels.rotary_attention.hopper_backward import differentiate
+from llmmed.kernels.rotary_attention.hopper_forward import attend as attend_on_hopper
 from llmmed.kernels.tunable import Tunable
 
 LOOPS, SPECIALISED = 0, 1
@@ -253,7 +255,7 @@ _BACKWARD_PASS = _pass("rotary_attention_hopper_bwd_kv_kernel")  # and the queri
 
 def _on_hopper(how: Tunable[Pass], q: Tensor, k: Tensor, qkv: Tensor, *others: Tensor) -> bool:
     """Whether a pass that reads this projection, of queries and keys, and these takes the kernels for Hopper."""
-    if capability(qkv.device) != 90 or INTERPRETED or not hopper.suits(qkv) or not describable(qkv, *others):
+    if capability(qkv.device) != 90 or INTERPRETED or not suits(qkv) or not describable(qkv, *others):
         return False
     return how(qkv.device, **launch_shape(q, k)) == Pass(SPECIALISED)
 
@@ -267,7 +269,7 @@ def _forward(qkv: Tensor, cos: Tensor, sin: Tensor, n_heads: int) -> tuple[Tenso
     lse = torch.empty((batch, heads, seq), dtype=torch.float32, device=q.device)  # in powers of two
     q_rot = k_rot.new_empty((batch, heads, seq, padded(q.shape[3])))
     if _on_hopper(_FORWARD_PASS, q, k, qkv):
-        hopper.attend(qkv, k_rot, cos, sin, q_rot, out, lse)
+        attend_on_hopper(qkv, k_rot, cos, sin, q_rot, out, lse)
         return out, lse, q_rot, k_rot
     launch = _FORWARD(q.device, **launch_shape(q, k))
     rotary_attention_triton_fwd_kernel[(triton.cdiv(seq, launch.rows), batch * heads)](
@@ -299,7 +301,7 @@ def _backward(
     batch, seq, heads, _ = q.shape
     dqkv = torch.empty(qkv.shape, dtype=qkv.dtype, device=qkv.device)
     if _on_hopper(_BACKWARD_PASS, q, k, qkv, dout):
-        hopper.differentiate(dout, q_rot, k_rot, qkv, out, lse, cos, sin, dqkv)
+        differentiate(dout, q_rot, k_rot, qkv, out, lse, cos, sin, dqkv)
         return (dqkv,)
     delta = torch.empty_like(lse)
     dq, dk, dv = _split(dqkv, n_heads)

@@ -100,8 +100,16 @@ HOPPER_BUGS = {
         "gl.join(second * cos + first * sin, first * cos - second * sin)",
     ),
     "queries rotated by their position in the block": (
-        "_rotation(row, cos_ptr, sin_ptr, first, D)",
-        "_rotation(WHICH * _H, cos_ptr, sin_ptr, first, D)",
+        "rotation(after * _B + WHICH * _H,",
+        "rotation(WHICH * _H,",
+    ),
+    "a program's first queries rotated as the first of all": (
+        "rotation(gl.program_id(0) % pairs * _B + WHICH * _H,",
+        "rotation(WHICH * _H,",
+    ),
+    "queries rotated as those of the next pair": (
+        "after = gl.where(block < last, last,",
+        "after = gl.where(block < 0, last,",
     ),
     "rotated queries kept for another sequence": (
         "tma.async_copy_shared_to_global(q_rot_desc, [sequence * seq + row, 0], q)",
@@ -143,8 +151,12 @@ HOPPER_BUGS = {
         "p = gl.where(rows[:, None] >= 0 * cols[None, :], p, 0.0)",
     ),
     "queries' gradient turned back by its position in the block": (
-        "_turned_back(acc * (SCALE * _LN_2), first + WHICH * _H,",
-        "_turned_back(acc * (SCALE * _LN_2), WHICH * _H,",
+        "statistics = sequence * seq + first + WHICH * _H + rows\n            lse = gl.load(lse_ptr + statistics)\n"
+        "            if D == 64:  # registers hold them from here on\n"
+        "                cos, sin = rotation(first + WHICH * _H,",
+        "statistics = sequence * seq + first + WHICH * _H + rows\n            lse = gl.load(lse_ptr + statistics)\n"
+        "            if D == 64:  # registers hold them from here on\n"
+        "                cos, sin = rotation(WHICH * _H,",
     ),
     "queries' gradient in powers of two": ("_turned_back(acc * (SCALE * _LN_2),", "_turned_back(acc * SCALE,"),
     "gradients turned the same way": (
@@ -161,8 +173,12 @@ HOPPER_BUGS = {
         "gl.where(_opaque(gl.arange(0, _H, along))[None, :] >= 0 *",
     ),
     "values' gradient over the keys'": (
-        "_send(first_half, second_half, dqkv_desc, at, col + KV_HEADS * D, v, D)",
-        "_send(first_half, second_half, dqkv_desc, at, col, v, D)",
+        "_send(first_half, second_half, dqkv_desc, at, col + KV_HEADS * D, v_tiles.index(kv_slot), D)",
+        "_send(first_half, second_half, dqkv_desc, at, col, v_tiles.index(kv_slot), D)",
+    ),
+    "keys of the block before": (
+        "kv_slot, _ = place(_opaque(turn), WHICH, 2)",
+        "kv_slot, _ = place(_opaque(turn) + 1, WHICH, 2)",
     ),
     "the group's first head alone": (
         "for member in range(0, GROUP):\n                head = kv_head * GROUP + member\n",
