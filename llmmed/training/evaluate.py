@@ -4,7 +4,9 @@ of sequence, whatever its micro-batch is."""
 from __future__ import annotations
 
 import math
+import sys
 from collections.abc import Callable
+from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
@@ -61,6 +63,22 @@ class Evaluator:
         if self._bytes_per_token:
             found["val/bits_per_byte"] = loss_value / math.log(2) / self._bytes_per_token
         return found
+
+
+@dataclass
+class Best:
+    """The best validation loss, the step it was seen at, and the evaluations since."""
+
+    step: int = 0
+    loss: float = sys.float_info.max  # infinity is no JSON
+    waited: int = 0
+
+    def see(self, step: int, loss: float) -> bool:
+        if loss < self.loss:
+            self.step, self.loss, self.waited = step, loss, 0
+            return True
+        self.waited += 1
+        return False
 
 
 def count_right(hidden_states: Tensor, head: Tensor, targets: Tensor, chunk: int = _CHUNK) -> Tensor:

@@ -6,10 +6,9 @@ import contextlib
 import logging
 import math
 import statistics
-import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -30,8 +29,9 @@ from llmmed.optim import learning_rate
 from llmmed.run_folder import shown
 from llmmed.signals import Interrupted, StopRequest
 from llmmed.training import checkpoint, memory
-from llmmed.training.evaluate import Evaluator
+from llmmed.training.evaluate import Best, Evaluator
 from llmmed.training.executed import launched_kernels, prepare_tracing
+from llmmed.training.in_flight import InFlight, Reading
 from llmmed.training.metrics import JsonLines, SampleSink, Sink, draw_loss, peak_tflops
 from llmmed.training.micro_step import build_micro_step
 from llmmed.training.prefetch import Prefetcher
@@ -112,22 +112,6 @@ def train(
     return run.result()
 
 
-@dataclass
-class Best:
-    """The best validation loss, the step it was seen at, and the evaluations since."""
-
-    step: int = 0
-    loss: float = sys.float_info.max  # infinity is no JSON
-    waited: int = 0
-
-    def see(self, step: int, loss: float) -> bool:
-        if loss < self.loss:
-            self.step, self.loss, self.waited = step, loss, 0
-            return True
-        self.waited += 1
-        return False
-
-
 class _Run:
     """The state of one training run."""
 
@@ -155,7 +139,8 @@ class _Run:
         self.first_step_seconds = 0.0
         self.speeds: list[float] = []  # tokens a second, of each log interval after the first
         self.last: dict[str, float] = {}
-        self.losses: list[Tensor] = []  # of the steps since the last that was logged
+        self.losses: list[Tensor] = []  # of the steps since the last log step
+        self.in_flight = InFlight(self.device)
         self.best = Best()
         self.first = self.done = 0  # steps behind it when this process began, and now
         self.owed = False  # what was due after the last step: a stopped run leaves it to the one that goes on
@@ -193,45 +178,44 @@ class _Run:
             self._save(first)
             if first < train.max_steps or self.owed:
                 stop.wait_no_more()
-        begun = interval_begun = time.perf_counter()
-        interval_first = first
+        begun = time.perf_counter()
         with Prefetcher(self.batches, first * self.count, train.max_steps * self.count, self.device) as source:
             for step in range(first, train.max_steps):
                 if 0 < train.patience <= self.best.waited:
                     progress.note(f"step {step}: {self.best.waited} evaluations without a better validation loss")
                     return
                 trace.before(step)
-                loss, norm = self._step(step, source, traced=step == first + _TRACED_STEP and not trace.recording)
-                self.losses.append(loss)
+                try:
+                    loss, norm = self._step(step, source, traced=step == first + _TRACED_STEP and not trace.recording)
+                except Exception:
+                    with contextlib.suppress(RuntimeError):  # a device that has failed fails at this too
+                        self._log_finished(progress)
+                    raise
                 done = self.done = step + 1
                 progress.advance(done)
                 if step == first:
                     self._synchronize()
                     self.first_step_seconds = time.perf_counter() - self.started
-                    interval_begun, interval_first = time.perf_counter(), done
+                    self.in_flight.restart(done)
                     stop.waits = True  # from here on there is something to lose
                 told = trace.after(done)
                 if told:
                     progress.note(told)
-                if done % train.log_every == 0 or done in (1, train.max_steps):
-                    metrics = self._read(norm, step)
-                    now = time.perf_counter()
-                    if done > interval_first:
-                        speed = (done - interval_first) * train.global_batch_tokens / (now - interval_begun)
-                        self.speeds.append(speed)
-                    self._log(done, metrics, progress)
-                    self.losses.clear()
-                    interval_begun, interval_first = time.perf_counter(), done
+                self._keep_track(done, loss, norm)
+                self._log_finished(progress, left=train.log_every)
                 paused = self._evaluate_and_sample(done, stop, progress)
                 stopping = stop.name  # read once: a signal that comes later waits for the next step
-                self.training_seconds = self.seconds_before + time.perf_counter() - begun
                 due = train.checkpoint_every and done % train.checkpoint_every == 0
                 ends = done == train.max_steps or 0 < train.patience <= self.best.waited
-                if due or ends or stopping or self.best.step == done:
+                saves = due or ends or stopping or self.best.step == done
+                if saves:
+                    self._log_finished(progress)
+                self.training_seconds = self.seconds_before + time.perf_counter() - begun
+                if saves:
                     paused = True
                     self._save(done)
                 if paused or told:
-                    interval_begun, interval_first = time.perf_counter(), done
+                    self.in_flight.restart(done)
                 if stopping and (done < train.max_steps or self.owed):
                     raise Interrupted(f"{stopping} after step {done}; its checkpoint is written")
 
@@ -255,6 +239,7 @@ class _Run:
         samples = self.sampler is not None and done % train.sample_every == 0
         if not (evaluates or samples):
             return False
+        self._log_finished(progress)
         found = self.evaluator.run(lambda: stop.name is not None) if evaluates else {}
         if stop.name is not None:  # also if it came after the last batch: what is owed is done as a whole
             self.owed = True
@@ -308,24 +293,51 @@ class _Run:
             diverged=not math.isfinite(self.last.get("val/loss", 0.0)),
         )
 
-    def _read(self, norm: Tensor, step: int) -> dict[str, float]:
-        """The one place where the host waits for the device."""
-        values = torch.stack([torch.stack(self.losses).mean(), norm, *(x.float() for x in self._counters())]).tolist()
-        loss, norm_value, skipped, in_a_row, scale = values
-        if in_a_row >= self.config.train.max_skipped_steps:
+    def _keep_track(self, done: int, loss: Tensor, norm: Tensor) -> None:
+        """A step was issued; of a log step the values are copied, in the order in which `_log` takes them apart."""
+        self.losses.append(loss)
+        if done % self.config.train.log_every and done not in (1, self.config.train.max_steps):
+            self.in_flight.add(done)
+            return
+        counters = (self.stepper.skipped, self.stepper.skipped_in_a_row, self.stepper.scale)
+        values = torch.stack([torch.stack(self.losses).mean(), norm, *(counter.float() for counter in counters)])
+        self.in_flight.add(done, values, self._memory_gib())
+        self.losses.clear()
+
+    def _log_finished(self, progress: TrainingProgress, left: int = 0) -> None:
+        """Logs what finished steps have to tell. Waits while more than `left` are unfinished."""
+        for reading in self.in_flight.finished(left):
+            self._log(reading, progress)
+
+    def _log(self, reading: Reading, progress: TrainingProgress) -> None:
+        """Raises `UserError` if by then too many steps in a row had been skipped."""
+        loss, norm, skipped, in_a_row, scale = reading.values
+        train, step = self.config.train, reading.step - 1
+        if in_a_row >= train.max_skipped_steps:
             raise UserError(
-                f"training broke down at step {step + 1}: loss or gradients of {in_a_row:.0f} steps in a row were not "
-                f"finite; lower optimizer.lr={self.config.optimizer.lr:g}, or use train.precision=bf16 or fp32; the "
-                f"batch is in {self._keep_batch(step)}"
+                f"training broke down at step {reading.step}: loss or gradients of {in_a_row:.0f} steps in a row were "
+                f"not finite; lower optimizer.lr={self.config.optimizer.lr:g}, or use train.precision=bf16 or fp32; "
+                f"the batch is in {self._keep_batch(step)}"
             )
+        if reading.steps_per_second is not None:
+            self.speeds.append(reading.steps_per_second * train.global_batch_tokens)
+        speed = self.speeds[-1] if self.speeds else 0.0
         metrics = {
             "loss": loss,
-            "grad_norm": norm_value,
-            "lr": learning_rate(step, self.config.optimizer, self.config.train.max_steps),
-            "tokens": float((step + 1) * self.config.train.global_batch_tokens),
+            "grad_norm": norm,
+            "lr": learning_rate(step, self.config.optimizer, train.max_steps),
+            "tokens": float(reading.step * train.global_batch_tokens),
             "skipped_steps": skipped,
+            **({"loss_scale": scale} if train.precision == "fp16" else {}),
+            "tokens_per_second": speed,
         }
-        return metrics | ({"loss_scale": scale} if self.config.train.precision == "fp16" else {})
+        if (mfu := self._mfu(speed)) is not None:
+            metrics["mfu"] = mfu
+        if reading.memory_gib is not None:
+            metrics["memory_gib"] = reading.memory_gib
+        self.last |= metrics
+        self._write(reading.step, metrics)
+        progress.show(reading.step, metrics)
 
     def _keep_batch(self, step: int) -> str:
         """Writes the tokens of a step that was skipped, [sequences, seq + 1]; returns where."""
@@ -334,20 +346,6 @@ class _Run:
         path = self.folder / "bad_batch.safetensors"
         write_atomically(path, save({"tokens": tokens}, metadata={"step": str(step + 1)}))
         return shown(path)
-
-    def _counters(self) -> tuple[Tensor, Tensor, Tensor]:
-        return self.stepper.skipped, self.stepper.skipped_in_a_row, self.stepper.scale
-
-    def _log(self, done: int, metrics: dict[str, float], progress: TrainingProgress) -> None:
-        speed = self.speeds[-1] if self.speeds else 0.0
-        metrics["tokens_per_second"] = speed
-        if (mfu := self._mfu(speed)) is not None:
-            metrics["mfu"] = mfu
-        if (memory := self._memory_gib()) is not None:
-            metrics["memory_gib"] = memory
-        self.last |= metrics
-        self._write(done, metrics)
-        progress.show(done, metrics)
 
     def _write(self, step: int, metrics: Mapping[str, float]) -> None:
         assert self.file is not None
