@@ -5,11 +5,12 @@ from __future__ import annotations
 import contextlib
 import importlib
 import os
+import select
 import signal
 import subprocess
 import sys
 import threading
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import IO, Protocol
@@ -82,22 +83,29 @@ def command(module: str, arguments: list[str]) -> list[str]:
     return [sys.executable, "-P", "-m", __name__, module, *arguments]
 
 
-def end(process: Process) -> None:
-    """Ends a process of `started_process` and all that it started, however far they are."""
-    process.poll()  # it may have come in the meantime
-    if process.stdin is not None:
-        process.stdin.close()
-    if process.pid is not None:
-        with contextlib.suppress(ProcessLookupError):
-            os.killpg(process.pid, signal.SIGKILL)
-    process.wait()
+def end(*processes: Process) -> None:
+    """Ends processes of `started_process` and all that they started, however far they are."""
+    for process in processes:
+        process.poll()  # it may have come in the meantime
+        if process.stdin is not None:
+            process.stdin.close()
+        if process.pid is not None:
+            with contextlib.suppress(ProcessLookupError):
+                os.killpg(process.pid, signal.SIGKILL)
+    for process in processes:
+        process.wait()
 
 
-def end_with_parent() -> None:
-    """The parent holds the other end of standard input. When that closes, this process group ends, compilers too."""
+def end_with_parent(heard: Callable[[bytes], None] = lambda line: None) -> None:
+    """The parent holds the other end of standard input. When that closes, this process group ends, compilers too.
+
+    Until then `heard` is called, in another thread, with each line that the parent writes: at most `select.PIPE_BUF`
+    bytes, and the next once the one before has been answered.
+    """
 
     def wait() -> None:
-        os.read(sys.stdin.fileno(), 1)
+        while line := os.read(sys.stdin.fileno(), select.PIPE_BUF):
+            heard(line)
         os.killpg(0, signal.SIGKILL)
 
     threading.Thread(target=wait, daemon=True).start()

@@ -34,10 +34,15 @@ def take_settings(job: Job) -> None:
     """What compiled kernels depend on, so that what one process compiles another finds. Makes the GPU's context."""
     if job.device == "cuda":
         start_over_unless(lambda: torch.zeros(1, device=job.device))
-    torch._dynamo.config.recompile_limit = _SHAPES_PER_FUNCTION
-    torch._dynamo.config.accumulated_recompile_limit = _SHAPES_PER_FUNCTION
+    take_many_shapes()
     torch.set_float32_matmul_precision(job.matmul_precision)
     if job.device == "cuda":
         keep_triton_cache()
     if job.deterministic:
         take_deterministic_kernels()
+
+
+def take_many_shapes() -> None:
+    """Has the compiler take as many shapes of a function as the gate tries in one process."""
+    torch._dynamo.config.recompile_limit = _SHAPES_PER_FUNCTION
+    torch._dynamo.config.accumulated_recompile_limit = _SHAPES_PER_FUNCTION

@@ -4,21 +4,22 @@ from __future__ import annotations
 
 import json
 import math
-import os
 import random
 import sys
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, replace
 from itertools import chain
 from pathlib import Path
+from queue import SimpleQueue
 from typing import Any
 
 import torch
 
 from llmmed.autotune.failures import one_line
 from llmmed.autotune.gpu_state import damage_of
+from llmmed.autotune.process_settings import take_many_shapes
 from llmmed.autotune.verify import Verdict, forget, verify
-from llmmed.files import read_json
+from llmmed.files import write_json
 from llmmed.kernels.base import Implementation, Op, Unavailable
 from llmmed.kernels.catalog import get_implementation, get_op, load_function
 from llmmed.kernels.operator import INTERPRETED
@@ -26,24 +27,23 @@ from llmmed.processes import end_with_parent
 
 _CHANCE = 8.0  # times what is allowed; planted mistakes are thousands of times off in float32
 _SHAPES_WRITTEN_ANEW = 3  # of what a compiler writes for each shape, seconds every time
-RESTART = 17  # the exit code where the verdict is written, and the GPU of no use to those that are left
 
 
 def main() -> None:
-    """Works through the job, a verdict a line as soon as it is found. `sys.argv` has both files."""
-    end_with_parent()
-    job, device = read_json(Path(sys.argv[1])), device_of_verdicts()
-    with Path(sys.argv[2]).open("a", encoding="utf-8") as answers:
-        for op, name, dtype in job["left"]:
-            verdict = _verdict(op, name, getattr(torch, dtype), device, job["seeds"], job["random"])
-            damage = damage_of(device)
-            if damage is not None and verdict.status in ("verified", "wrong", "no_backward"):
-                verdict = Verdict("crashed", f"left the GPU in error: {damage}", None, None, 0)
-            answers.write(json.dumps(asdict(verdict)) + "\n")
-            answers.flush()
-            if damage is not None:
-                os._exit(RESTART)
-            forget()
+    """Answers each task that the parent writes, until that ends this process, or the GPU is in error. `sys.argv` has
+    the file of the answer, the number of seeds and that of random shapes."""
+    tasks: SimpleQueue[bytes] = SimpleQueue()
+    end_with_parent(tasks.put)
+    answer, seeds, shapes, device = Path(sys.argv[1]), int(sys.argv[2]), int(sys.argv[3]), device_of_verdicts()
+    damage = None
+    while damage is None:
+        op, name, dtype = json.loads(tasks.get())
+        verdict = _verdict(op, name, getattr(torch, dtype), device, seeds, shapes)
+        damage = damage_of(device)
+        if damage is not None and verdict.status in ("verified", "wrong", "no_backward"):
+            verdict = Verdict("crashed", f"left the GPU in error: {damage}", None, None, 0)
+        write_json(answer, {"verdict": asdict(verdict), "is_last": damage is not None})
+        forget()
 
 
 def device_of_verdicts() -> torch.device:
@@ -59,6 +59,8 @@ def _verdict(op_name: str, name: str, dtype: torch.dtype, device: torch.device, 
         if reason is not None:
             return _unavailable(reason)
         function = load_function(op_name, implementation)
+        if "torch._dynamo" in sys.modules:  # whose import takes a second
+            take_many_shapes()
     except Unavailable as error:
         return _unavailable(str(error))
     except Exception as error:  # noqa: BLE001 - a kernel under construction may raise anything

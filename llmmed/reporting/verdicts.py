@@ -2,46 +2,46 @@
 
 from __future__ import annotations
 
-import json
-import tempfile
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
-from pathlib import Path
-from typing import BinaryIO
 
 import torch
+from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
 from llmmed import consoles
 from llmmed.autotune.verify import Verdict
 from llmmed.errors import UserError
-from llmmed.files import write_json
 from llmmed.kernels.catalog import implementation_names, op_names
 from llmmed.kernels.operator import INTERPRETED
-from llmmed.processes import how_it_ended, started_process
-from llmmed.reporting.verdict_worker import RESTART, device_of_verdicts
+from llmmed.reporting.numbers import number, words
+from llmmed.reporting.verdict_pool import Task, VerdictPool
+from llmmed.reporting.verdict_worker import device_of_verdicts
+from llmmed.signals import INTERRUPTED, StopRequest
 
 _DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
-_POLL_SECONDS = 0.02
+_KEYS = ("op", "impl", "dtype", "seeds", "random", "workers")
+_POLL_SECONDS = 0.005
 _FAILED = ("wrong", "no_backward", "crashed", "failed_to_compile", "out_of_memory", "timed_out")
 
 
 @dataclass(frozen=True)
 class Request:
     """What to verify. `named`: the user asked for these implementations, so one that is unavailable is a failure.
-    `random`: at how many random shapes besides the cases."""
+    `random`: at how many random shapes besides the cases. `workers`: in how many processes, if the user said so."""
 
-    candidates: tuple[tuple[str, str], ...]
-    dtypes: tuple[torch.dtype, ...]
+    tasks: tuple[Task, ...]
     seeds: int
     named: bool
     random: int = 0
+    workers: int | None = None
 
 
 def main(arguments: Sequence[str]) -> int:
-    """Verifies, prints, and returns the exit code: 1 if anything is wrong or the arguments are."""
+    """Verifies, prints, and returns the exit code: 1 if anything is wrong or the arguments are, 130 if a signal came
+    before all was verified."""
     console = consoles.output()
     device = device_of_verdicts()
     try:
@@ -49,39 +49,36 @@ def main(arguments: Sequence[str]) -> int:
     except UserError as error:
         consoles.errors().print(f"error: {error}", markup=False)
         return 1
-    table = Table(box=None, padding=(0, 1, 0, 0), pad_edge=False, header_style="bold")
-    for header in ("op", "implementation", "dtype", "verdict", "relative\nerror", "error /\nallowed"):
-        table.add_column(header, no_wrap=True, justify="right" if header[:5] in ("relat", "error") else "left")
-    table.add_column("why", overflow="fold", ratio=1)
-    failed = False
-    with console.status("verifying") as status:
-        for op, name, dtype, verdict in verdicts(request, status.update):
-            failed |= verdict.status in _FAILED or (request.named and verdict.status == "unavailable")
-            colour = {"verified": "green", "unavailable": "dim"}.get(verdict.status, "bold red")
-            table.add_row(
-                op,
-                name,
-                _words(dtype),
-                Text(verdict.status.replace("_", " "), colour),
-                "" if verdict.relative_error is None else f"{verdict.relative_error:.1e}",
-                "" if verdict.worst_ratio is None else f"{verdict.worst_ratio:.2g}",
-                Text(verdict.reason),
-            )
-    console.print(table)
+    rows = _Rows(console, request.tasks)
+    with StopRequest() as stop:
+        stop.waits = True
+        started = VerdictPool.started(request.tasks, request.workers, request.seeds, request.random, device)
+        with console.status("verifying") as status, started as pool:
+            while not pool.is_done and stop.name is None:
+                for place, verdict in pool.look():
+                    rows.add(place, verdict)
+                status.update(f"{rows.decided} of {len(request.tasks)} decided{_told('verifying', pool.under_way())}")
+                time.sleep(_POLL_SECONDS)
+            stop.settle()
+            left = _told("under way", pool.under_way())
+        rows.add_held()
+        if rows.decided < len(request.tasks):
+            told = f"{rows.decided} of {len(request.tasks)} decided, the rest was not verified{left}"
+            console.print(f"interrupted by {stop.name}: {told}", markup=False, soft_wrap=True)
+            return INTERRUPTED
     if device.type == "cpu" and not INTERPRETED:
         console.print("\nThere is no GPU here; TRITON_INTERPRET=1 runs Triton kernels on the CPU, slowly, in float32.")
-    return 1 if failed else 0
+    return 1 if rows.failed(request.named) else 0
 
 
 def parse(arguments: Sequence[str], device: torch.device) -> Request:
-    """`op=a,b impl=c dtype=float32 seeds=3 random=100`. Raises `UserError`."""
+    """`op=a,b impl=c dtype=float32 seeds=3 random=100 workers=4`. Raises `UserError`."""
     given: dict[str, str] = {}
     for argument in arguments:
         key, equals, value = argument.partition("=")
-        if key not in ("op", "impl", "dtype", "seeds", "random") or not equals or not value:
-            raise UserError(
-                f"'{argument}': write op=..., impl=..., dtype=..., seeds=... or random=...; nothing verifies everything"
-            )
+        if key not in _KEYS or not equals or not value:
+            keys = ", ".join(f"{each}=..." for each in _KEYS)
+            raise UserError(f"'{argument}': write {keys}; nothing verifies everything")
         given[key] = value
     ops = given["op"].split(",") if "op" in given else list(op_names())
     wanted = given["impl"].split(",") if "impl" in given else None
@@ -97,55 +94,80 @@ def parse(arguments: Sequence[str], device: torch.device) -> Request:
     names = given["dtype"].split(",") if "dtype" in given else ["float32"] if device.type == "cpu" else list(_DTYPES)
     if not set(names) <= set(_DTYPES):
         raise UserError(f"dtype={given['dtype']}: allowed are {', '.join(_DTYPES)}")
-    seeds, shapes = given.get("seeds", "1"), given.get("random", "0")
-    if not seeds.isdigit() or int(seeds) < 1:
-        raise UserError(f"seeds={seeds}: give a whole number from 1 up")
-    if not shapes.isdigit():
+    seeds, shapes, workers = given.get("seeds", "1"), given.get("random", "0"), given.get("workers")
+    for key, given_number in (("seeds", seeds), ("workers", workers)):
+        if given_number is not None and (not given_number.isdecimal() or int(given_number) < 1):
+            raise UserError(f"{key}={given_number}: give a whole number from 1 up")
+    if not shapes.isdecimal():
         raise UserError(f"random={shapes}: give a whole number, of shapes")
-    dtypes = tuple(_DTYPES[name] for name in names)
-    return Request(tuple(candidates), dtypes, int(seeds), wanted is not None, int(shapes))
+    tasks = tuple(Task(op, implementation, _DTYPES[dtype]) for op, implementation in candidates for dtype in names)
+    return Request(tasks, int(seeds), wanted is not None, int(shapes), int(workers) if workers is not None else None)
 
 
-def verdicts(
-    request: Request, told: Callable[[str], None] = lambda what: None
-) -> Iterator[tuple[str, str, torch.dtype, Verdict]]:
-    """The verdict of every candidate in every dtype, found in another process, which a candidate may end or damage."""
-    left = [(op, name, dtype) for op, name in request.candidates for dtype in request.dtypes]
-    while left:
-        with tempfile.TemporaryDirectory(prefix="llmmed-verify-") as folder:
-            job, answers = Path(folder) / "job.json", Path(folder) / "answers.jsonl"
-            answers.touch()
-            todo = [(op, name, _words(dtype)) for op, name, dtype in left]
-            write_json(job, {"left": todo, "seeds": request.seeds, "random": request.random})
-            with (
-                started_process("llmmed.reporting.verdict_worker", [str(job), str(answers)], None) as process,
-                answers.open("rb") as file,
-            ):
-                told(f"verifying {_named(*left[0])}")
-                ends, before = False, len(left)
-                while left and not ends:
-                    ends = process.poll() is not None  # and what it wrote until then is read once more
-                    for line in _whole_lines(file):
-                        yield *left.pop(0), Verdict(**json.loads(line))
-                        told(f"verifying {_named(*left[0])}" if left else "")
-                    time.sleep(_POLL_SECONDS)
-            if left and (process.returncode != RESTART or len(left) == before):
-                reason = f"the process {how_it_ended(process.returncode)} while it was verified"
-                yield *left.pop(0), Verdict("crashed", reason, None, None, 0)
+class _Rows:
+    """The table, a row as soon as it and all before it are decided; a job that is killed has them in its log."""
+
+    def __init__(self, console: Console, tasks: Sequence[Task]) -> None:
+        self._console, self._tasks = console, tasks
+        self._verdicts: dict[int, Verdict] = {}
+        self._next = 0
+        console.print(self._table(show_header=True))
+
+    @property
+    def decided(self) -> int:
+        return len(self._verdicts)
+
+    def failed(self, named: bool) -> bool:
+        """Whether any was; of `named` ones each has to be available."""
+        statuses = {verdict.status for verdict in self._verdicts.values()}
+        return bool(statuses & {*_FAILED, *(["unavailable"] if named else [])})
+
+    def add(self, place: int, verdict: Verdict) -> None:
+        self._verdicts[place] = verdict
+        while self._next in self._verdicts:
+            self._print(self._next)
+            self._next += 1
+
+    def add_held(self) -> None:
+        """Those that are decided although some before them are not."""
+        for place in sorted(self._verdicts):
+            if place > self._next:
+                self._print(place)
+
+    def _print(self, place: int) -> None:
+        task, verdict = self._tasks[place], self._verdicts[place]
+        colour = {"verified": "green", "unavailable": "dim"}.get(verdict.status, "bold red")
+        row = self._table(show_header=False)
+        row.add_row(
+            task.op,
+            task.name,
+            task.dtype_name,
+            Text(words(verdict.status), colour),
+            number(verdict.relative_error, ".1e"),
+            number(verdict.worst_ratio, ".2g"),
+            Text(verdict.reason),
+        )
+        self._console.print(row)
+
+    def _table(self, *, show_header: bool) -> Table:
+        """An empty one, with the columns of every other."""
+        table = Table(box=None, padding=(0, 1, 0, 0), pad_edge=False, header_style="bold", show_header=show_header)
+        for header, texts in (
+            ("op", [task.op for task in self._tasks]),
+            ("implementation", [task.name for task in self._tasks]),
+            ("dtype", [task.dtype_name for task in self._tasks]),
+            ("verdict", ["unavailable"]),
+        ):
+            table.add_column(header, no_wrap=True, min_width=max(map(len, [header, *texts])))
+        for header in ("relative\nerror", "error /\nallowed"):
+            least = max(map(len, header.splitlines()))
+            table.add_column(header, no_wrap=True, min_width=least, justify="right")
+        table.add_column("why", overflow="fold", ratio=1)
+        return table
 
 
-def _whole_lines(file: BinaryIO) -> Iterator[bytes]:
-    """Those that have come since the last call."""
-    position = file.tell()
-    while (line := file.readline()).endswith(b"\n"):
-        position = file.tell()
-        yield line
-    file.seek(position)
-
-
-def _named(op: str, name: str, dtype: torch.dtype) -> str:
-    return f"{op} {name} in {_words(dtype)}"
-
-
-def _words(dtype: torch.dtype) -> str:
-    return str(dtype).removeprefix("torch.")
+def _told(what: str, under_way: Sequence[tuple[float, Task]]) -> str:
+    if not under_way:
+        return ""
+    (seconds, task), *others = under_way
+    return f"; {what}: {task}, for {seconds:.0f} s{f', and {len(others)} more' if others else ''}"

@@ -1,95 +1,172 @@
-"""What `scripts/verify.py` says of candidates that end the process in which they are tried."""
+"""What `scripts/verify.py` says: of candidates that end their process, and of what is known when it is interrupted."""
 
 from __future__ import annotations
 
-import contextlib
-import io
 import json
-from collections.abc import Callable, Iterator
+import os
+import signal
+import sys
+from collections.abc import Callable
 from dataclasses import asdict
 from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
 import torch
+import torch._dynamo
 
 from llmmed.autotune.verify import Verdict
 from llmmed.errors import UserError
-from llmmed.files import read_json, write_json
-from llmmed.reporting import verdict_worker, verdicts
-from llmmed.reporting.verdict_worker import RESTART
+from llmmed.files import write_json
+from llmmed.reporting import verdict_pool, verdict_worker, verdicts
+from llmmed.reporting.verdict_pool import Task, VerdictPool
+from tests.processes import Tagged
+
+CPU = torch.device("cpu")
+VERIFIED = Verdict("verified", "", 0.0, 0.0, 1)
+
+
+def rows(output: str) -> list[str]:
+    lines = [" ".join(line.split()) for line in output.splitlines()]
+    return [line for line in lines if line.startswith("rms_norm ")]
 
 
 def test_one_that_ends_the_process_has_a_verdict_and_the_others_theirs(
     plant: Callable[..., None], capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    """The same ones, in the order of the request, in however many processes."""
     monkeypatch.setenv("COLUMNS", "200")
+    monkeypatch.setenv("OMP_NUM_THREADS", "1")
+    monkeypatch.setitem(verdict_pool._ALONE, "cpu", 0.0)
     plant("right", "dies", "leaves", "wrong")
-    assert verdicts.main(["op=rms_norm", "impl=dies,leaves,right,wrong"]) == 1
-    lines = [" ".join(line.split()) for line in capfd.readouterr().out.splitlines()]
-    told = {line.split()[1]: line for line in lines if line.startswith("rms_norm ")}
-    assert "crashed the process was killed by SIG" in told["dies"]
-    assert "crashed the process ended with exit code 1 while it was verified" in told["leaves"]
-    assert " wrong " in told["wrong"]
-    assert " verified " in told["right"]
+    told = []
+    for workers in (1, 3):
+        assert verdicts.main(["op=rms_norm", "impl=right,leaves,dies,wrong", f"workers={workers}"]) == 1
+        told.append(rows(capfd.readouterr().out))
+    assert told[0] == told[1]
+    dies, leaves, right, wrong = told[0]
+    assert "dies float32 crashed the process was killed by SIG" in dies
+    assert "leaves float32 crashed the process ended with exit code 1 while it was verified" in leaves
+    assert " right float32 verified " in right
+    assert " wrong float32 wrong " in wrong
 
 
-def test_one_that_damages_the_gpu_is_the_last_of_its_process(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_what_is_known_is_shown_if_it_is_interrupted(
+    plant: Callable[..., None], tmp_path: Path, repository: Path
+) -> None:
+    plant("eager_only", "hangs", "right")
+    command = [sys.executable, str(repository / "scripts" / "verify.py"), "op=rms_norm", "impl=eager_only,hangs,right",
+               "workers=1"]  # fmt: skip
+    run = Tagged(command, tmp_path, PYTHONPATH=os.pathsep.join(map(str, sys.path)))
+    run.wait_until(lambda: "verified" in run.output.read_text())
+    assert run.ends(lambda process, _: os.killpg(process, signal.SIGINT)) == 130
+    (known,) = rows(run.output.read_text())
+    assert "eager_only float32 verified" in known
+    told = run.output.read_text().splitlines()[-1]
+    assert told.startswith(
+        "interrupted by SIGINT: 1 of 3 decided, the rest was not verified; under way: rms_norm hangs "
+    )
+    assert "Traceback" not in run.output.read_text()
+
+
+def test_those_that_came_before_their_turn_are_shown_too(
+    capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def look(pool: VerdictPool) -> list[tuple[int, Verdict]]:
+        signal.raise_signal(signal.SIGINT)
+        signal.raise_signal(signal.SIGTERM)
+        return [(2, VERIFIED), (0, VERIFIED)]
+
+    monkeypatch.setattr(VerdictPool, "look", look)
+    assert verdicts.main(["op=rms_norm", "dtype=float32,bfloat16,float16", "impl=pytorch"]) == 130
+    told = capfd.readouterr().out
+    assert [row.split()[2] for row in rows(told)] == ["float32", "float16"]
+    assert told.splitlines()[-1] == "interrupted by SIGINT: 2 of 3 decided, the rest was not verified"
+
+
+def test_rows_come_in_the_order_of_the_request(capfd: pytest.CaptureFixture[str]) -> None:
+    shown = verdicts._Rows(verdicts.consoles.output(), [Task("rms_norm", name, torch.float32) for name in "abc"])
+    for place, names in ((1, ""), (0, "ab"), (2, "c")):
+        shown.add(place, VERIFIED)
+        assert "".join(row.split()[1] for row in rows(capfd.readouterr().out)) == names
+    shown.add_held()
+    assert not capfd.readouterr().out
+
+
+def test_one_that_damages_the_gpu_is_the_last_of_its_process(monkeypatch: pytest.MonkeyPatch) -> None:
     damaged = iter(["", "broken"])
-    ended: list[int] = []
+    answers: list[dict[str, dict[str, str]]] = []
 
-    def end(code: int) -> None:
-        ended.append(code)
-        raise SystemExit
+    def hear(heard: Callable[[bytes], None]) -> None:
+        for name in "abc":
+            heard(json.dumps(["rms_norm", name, "float32"]).encode())
 
     monkeypatch.setattr(verdict_worker, "damage_of", lambda device: next(damaged) or None)
-    monkeypatch.setattr(verdict_worker, "_verdict", lambda *args: Verdict("verified", "", 0.0, 0.0, 1))
-    monkeypatch.setattr(verdict_worker, "end_with_parent", lambda: None)
-    monkeypatch.setattr(verdict_worker.os, "_exit", end)
-    job, answers = tmp_path / "job.json", tmp_path / "answers.jsonl"
-    write_json(job, {"left": [["rms_norm", name, "float32"] for name in "abc"], "seeds": 1, "random": 0})
-    monkeypatch.setattr(verdict_worker.sys, "argv", ["", str(job), str(answers)])
-    with pytest.raises(SystemExit):
-        verdict_worker.main()
-    assert ended == [RESTART]
-    first, second = answers.read_text().splitlines()
-    assert '"verified"' in first
-    assert '"crashed"' in second
-    assert "left the GPU in error: broken" in second
+    monkeypatch.setattr(verdict_worker, "_verdict", lambda *args: VERIFIED)
+    monkeypatch.setattr(verdict_worker, "end_with_parent", hear)
+    monkeypatch.setattr(verdict_worker, "write_json", lambda path, answer: answers.append(answer))
+    monkeypatch.setattr(verdict_worker.sys, "argv", ["", "answer.json", "1", "0"])
+    verdict_worker.main()
+    first, second = answers
+    assert first == {"verdict": asdict(VERIFIED), "is_last": False}
+    assert second["is_last"]
+    assert second["verdict"]["status"] == "crashed"
+    assert second["verdict"]["reason"] == "left the GPU in error: broken"
 
 
-def test_after_damage_the_others_are_tried_in_another_process(monkeypatch: pytest.MonkeyPatch) -> None:
-    began: list[list[str]] = []
+def test_after_damage_the_others_are_tried_in_another_process(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    codes: list[int | None] = []  # of the processes
+    answer = tmp_path / "answer.json"
 
-    @contextlib.contextmanager
-    def process(module: str, arguments: list[str], log: None) -> Iterator[SimpleNamespace]:
-        job, answers = map(Path, arguments)
-        began.append([name for _, name, _ in read_json(job)["left"]])
-        damaged = Verdict("crashed", f"{began[-1][0]} left the GPU in error", None, None, 0)
-        answers.write_text(json.dumps(asdict(damaged)) + "\n")
-        yield SimpleNamespace(poll=lambda: RESTART, returncode=RESTART)
+    def spawn(*how: object) -> SimpleNamespace:
+        place = len(codes)
+        codes.append(None)
+        return SimpleNamespace(poll=lambda: codes[place], place=place, stdin=(tmp_path / "tasks").open("a"))
 
-    monkeypatch.setattr(verdicts, "started_process", process)
-    request = verdicts.Request((("rms_norm", "a"), ("rms_norm", "b")), (torch.float32,), 1, named=True)
-    reasons = [verdict.reason for _, _, _, verdict in verdicts.verdicts(request)]
-    assert reasons == ["a left the GPU in error", "b left the GPU in error"]
-    assert began == [["a", "b"], ["b"]]
+    monkeypatch.setattr(verdict_pool, "spawn", spawn)
+    monkeypatch.setattr(verdict_pool, "end", lambda process: codes.__setitem__(process.place, -9))
+    worker = verdict_pool._Worker(answer, 1, 0, {})
+    for name, is_last in (("a", False), ("b", True), ("c", False)):
+        worker.give(0, Task("rms_norm", name, torch.float32))
+        assert worker.verdict() is None
+        write_json(answer, {"verdict": asdict(VERIFIED), "is_last": is_last})
+        assert worker.verdict() == VERIFIED
+    assert codes == [-9, None]
+    assert [json.loads(line)[1] for line in (tmp_path / "tasks").read_text().splitlines()] == ["a", "b", "c"]
 
 
-def test_an_exit_code_like_a_restarts_is_none_without_a_verdict(monkeypatch: pytest.MonkeyPatch) -> None:
-    ended = SimpleNamespace(poll=lambda: RESTART, returncode=RESTART)
-    monkeypatch.setattr(verdicts, "started_process", lambda *args: contextlib.nullcontext(ended))
-    request = verdicts.Request((("rms_norm", "a"), ("rms_norm", "b")), (torch.float32,), 1, named=True)
-    assert [verdict.status for _, _, _, verdict in verdicts.verdicts(request)] == ["crashed", "crashed"]
+@pytest.mark.parametrize(
+    ("cores", "gib", "workers"), [(1, None, 1), (6, None, 6), (64, None, 8), (16, 75.0, 8), (16, 11.0, 3), (4, 2.0, 1)]
+)
+def test_as_many_as_the_machine_has_room_for(
+    cores: int, gib: float | None, workers: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(verdict_pool, "cores", lambda: cores)
+    monkeypatch.setattr(verdict_pool, "memory_of", lambda device: gib)
+    assert verdict_pool._sensible_workers(CPU) == workers
+
+
+def test_a_mistaken_number_is_told_in_a_line(capfd: pytest.CaptureFixture[str]) -> None:
+    assert verdicts.parse(["workers=4"], CPU).workers == 4
+    assert verdicts.parse([], CPU).workers is None
+    for value in ("0", "-1", "many", "1.5"):
+        assert verdicts.main([f"workers={value}"]) == 1
+        assert capfd.readouterr() == ("", f"error: workers={value}: give a whole number from 1 up\n")
+
+
+def test_what_was_compiled_before_does_not_count() -> None:
+    """A compiler that has had enough shapes of a function would fail those that come later to the same process."""
+    with torch._dynamo.config.patch(recompile_limit=8, accumulated_recompile_limit=256):
+        verdict_worker._verdict("rms_norm", "pytorch", torch.float32, CPU, 1, 0)
+        assert torch._dynamo.config.recompile_limit >= 1024
 
 
 def test_random_shapes_are_asked_for_by_their_number() -> None:
-    cpu = torch.device("cpu")
-    assert verdicts.parse(["op=rms_norm", "random=100"], cpu).random == 100
-    assert verdicts.parse(["op=rms_norm"], cpu).random == 0
+    assert verdicts.parse(["op=rms_norm", "random=100"], CPU).random == 100
+    assert verdicts.parse(["op=rms_norm"], CPU).random == 0
     for value in ("-1", "many", "1.5"):
         with pytest.raises(UserError, match=f"random={value}: give a whole number, of shapes"):
-            verdicts.parse([f"random={value}"], cpu)
+            verdicts.parse([f"random={value}"], CPU)
 
 
 def test_random_shapes_reach_the_process_that_tries_them(
@@ -100,16 +177,6 @@ def test_random_shapes_reach_the_process_that_tries_them(
     asked = ["op=rms_norm", "impl=wrong_if_one_short"]
     assert verdicts.main(asked) == 0
     assert verdicts.main([*asked, "random=4"]) == 1
-    lines = [" ".join(line.split()) for line in capfd.readouterr().out.splitlines()]
-    told = [line for line in lines if line.startswith("rms_norm ")]
+    told = rows(capfd.readouterr().out)
     assert [" wrong " in line for line in told] == [False, True]
-    assert "(a random x " in "".join(lines)
-
-
-def test_a_line_that_is_not_whole_waits() -> None:
-    file = io.BytesIO(b"one\ntw")
-    assert list(verdicts._whole_lines(file)) == [b"one\n"]
-    file.seek(0, io.SEEK_END)
-    file.write(b"o\n")
-    file.seek(4)
-    assert list(verdicts._whole_lines(file)) == [b"two\n"]
+    assert "(a random x " in told[1]
