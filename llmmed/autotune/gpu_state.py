@@ -25,6 +25,13 @@ def memory_of(device: torch.device) -> float | None:
     return 0.94 * torch.cuda.get_device_properties(device).total_memory / 2**30
 
 
+def free_memory(device: torch.device) -> float | None:
+    """What nobody has taken of a GPU now, in GiB. Makes the GPU's context."""
+    if device.type != "cuda":
+        return None
+    return torch.cuda.mem_get_info(device)[0] / 2**30
+
+
 def damage_of(device: torch.device) -> str | None:
     """What the GPU answers if it is in a state of error, which no later call can mend. Waits for what still runs."""
     if device.type != "cuda":

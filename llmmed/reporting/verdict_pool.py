@@ -16,14 +16,14 @@ from typing import NamedTuple
 
 import torch
 
-from llmmed.autotune.gpu_state import memory_of
+from llmmed.autotune.gpu_state import free_memory
 from llmmed.autotune.verify import Verdict
 from llmmed.files import read_json
 from llmmed.machine import cores
 from llmmed.processes import end, how_it_ended, spawn
 
 _MOST = 8  # processes, if nobody asks for more: each holds PyTorch, and on a GPU a context
-_GIB_EACH = 3.0  # of a GPU's memory, with room to spare: where it ran out, a right candidate would be rejected
+_GIB_EACH = 3.0  # of a GPU's free memory, with room to spare: where it ran out, a right candidate would be rejected
 # Seconds with a single process: on a CPU it may be through before another, which takes as long to start, would help.
 _ALONE = {"cuda": 0.0, "cpu": 3.0}
 
@@ -85,8 +85,7 @@ class VerdictPool:
     def look(self) -> Iterator[tuple[int, Verdict]]:
         """The verdicts that have come since the last call, each with its task's place. Sees to it that nobody idles."""
         for worker in self._workers:
-            if worker.task is not None and (verdict := worker.verdict()) is not None:
-                worker.task = None
+            if worker.task is not None and (verdict := worker.take_verdict()) is not None:
                 yield worker.place, verdict
             if worker.task is None and self._waiting and self._may_work(worker):
                 worker.give(*self._waiting.popleft())
@@ -101,8 +100,8 @@ class VerdictPool:
 
 
 def _sensible_workers(device: torch.device) -> int:
-    gib = memory_of(device)
-    room = _MOST if gib is None else int(gib / _GIB_EACH)
+    free = free_memory(device)
+    room = _MOST if free is None else int(free / _GIB_EACH)
     return max(1, min(cores(), room, _MOST))
 
 
@@ -112,32 +111,45 @@ class _Worker:
     def __init__(self, answer: Path, seeds: int, shapes: int, variables: dict[str, str]) -> None:
         self.task: Task | None = None
         self.place, self.since = 0, 0.0
-        self.process: subprocess.Popen[bytes] | None = None
+        self.process: subprocess.Popen[bytes] | None = None  # None once it has ended
+        self._is_fresh = True  # the process has answered nothing yet
         self._answer, self._variables = answer, variables
         self._arguments = [str(answer), str(seeds), str(shapes)]
 
     def give(self, place: int, task: Task) -> None:
         self.place, self.task, self.since = place, task, time.monotonic()
-        if self.process is not None and self.process.poll() is not None:
-            end(self.process)
-            self.process = None
         if self.process is None:
             self.process = spawn("llmmed.reporting.verdict_worker", self._arguments, None, self._variables)
+            self._is_fresh = True
         assert self.process.stdin is not None
         line = json.dumps([task.op, task.name, task.dtype_name]) + "\n"
-        with contextlib.suppress(BrokenPipeError):  # it has just ended, as `verdict` finds
+        with contextlib.suppress(BrokenPipeError):  # it has just ended, as `take_verdict` finds
             os.write(self.process.stdin.fileno(), line.encode())
 
-    def verdict(self) -> Verdict | None:
-        """Of the task in hand, once there is one."""
+    def take_verdict(self) -> Verdict | None:
+        """Of the task in hand, once there is one, and the task is out of hand. One in whose time a process ends that
+        has answered before, for which that other candidate may be to blame, is given to a fresh process."""
         assert self.process is not None
+        assert self.task is not None
         exit_code = self.process.poll()  # what it wrote until then counts
         if self._answer.exists():
             answer = read_json(self._answer)
             self._answer.unlink()
+            self.task, self._is_fresh = None, False
             if answer["is_last"]:
-                end(self.process)
+                self._end()
             return Verdict(**answer["verdict"])
         if exit_code is None:
             return None
+        was_fresh = self._is_fresh
+        self._end()
+        if not was_fresh:
+            self.give(self.place, self.task)
+            return None
+        self.task = None
         return Verdict("crashed", f"the process {how_it_ended(exit_code)} while it was verified", None, None, 0)
+
+    def _end(self) -> None:
+        assert self.process is not None
+        end(self.process)
+        self.process = None

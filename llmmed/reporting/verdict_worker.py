@@ -42,8 +42,8 @@ def main() -> None:
         damage = damage_of(device)
         if damage is not None and verdict.status in ("verified", "wrong", "no_backward"):
             verdict = Verdict("crashed", f"left the GPU in error: {damage}", None, None, 0)
+        forget()  # what goes wrong here is still this candidate's
         write_json(answer, {"verdict": asdict(verdict), "is_last": damage is not None})
-        forget()
 
 
 def device_of_verdicts() -> torch.device:

@@ -156,7 +156,7 @@ class _Rows:
             ("op", [task.op for task in self._tasks]),
             ("implementation", [task.name for task in self._tasks]),
             ("dtype", [task.dtype_name for task in self._tasks]),
-            ("verdict", ["unavailable"]),
+            ("verdict", ["unavailable", *map(words, _FAILED)]),
         ):
             table.add_column(header, no_wrap=True, min_width=max(map(len, [header, *texts])))
         for header in ("relative\nerror", "error /\nallowed"):

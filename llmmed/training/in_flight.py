@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import time
 from collections import deque
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Protocol, Self
 
@@ -77,13 +77,13 @@ class Reading:
 
     Attributes:
         step: Steps made by then.
-        values: Those that were given with it.
+        values: Those that were given with it, by name.
         memory_gib: As given with it.
         steps_per_second: Since the log step before it or the last restart; None if no step was made since.
     """
 
     step: int
-    values: list[float]
+    values: Mapping[str, float]
     memory_gib: float | None
     steps_per_second: float | None
 
@@ -99,6 +99,7 @@ class _Issued:
     step: int
     mark: Mark
     since: _Start
+    names: tuple[str, ...]  # of the values
     values: Tensor | None  # on the CPU, valid once the mark is passed; None: nothing is to be read
     memory_gib: float | None
 
@@ -115,11 +116,13 @@ class InFlight:
         """The time of the next reading begins now, after `step` steps: what was before it does not count."""
         self._since = _Start(step, mark(self._device))
 
-    def add(self, step: int, values: Tensor | None = None, memory_gib: float | None = None) -> None:
-        """A step was issued, the `step`-th; of a log step with what to read: `values` [n], on the device."""
-        copied = None if values is None else values.to("cpu", non_blocking=True)  # from a GPU into pinned memory
+    def add(self, step: int, values: Mapping[str, Tensor] | None = None, memory_gib: float | None = None) -> None:
+        """A step was issued, the `step`-th; of a log step with what to read: 0-d tensors on the device, by name."""
+        copied = None
+        if values is not None:  # from a GPU into pinned memory, in one copy
+            copied = torch.stack([value.float() for value in values.values()]).to("cpu", non_blocking=True)
         behind = mark(self._device)
-        self._issued.append(_Issued(step, behind, self._since, copied, memory_gib))
+        self._issued.append(_Issued(step, behind, self._since, tuple(values or ()), copied, memory_gib))
         if values is not None:
             self._since = _Start(step, behind)
 
@@ -132,7 +135,8 @@ class InFlight:
             first = self._issued.popleft()
             first.mark.wait()
             if first.values is not None:
-                yield Reading(first.step, first.values.tolist(), first.memory_gib, _speed(first))
+                values = dict(zip(first.names, first.values.tolist(), strict=True))
+                yield Reading(first.step, values, first.memory_gib, _speed(first))
 
 
 def _speed(issued: _Issued) -> float | None:

@@ -184,40 +184,47 @@ class _Run:
                 if 0 < train.patience <= self.best.waited:
                     progress.note(f"step {step}: {self.best.waited} evaluations without a better validation loss")
                     return
-                trace.before(step)
                 try:
-                    loss, norm = self._step(step, source, traced=step == first + _TRACED_STEP and not trace.recording)
+                    told = self._issue(step, source, trace, stop, progress)
                 except Exception:
+                    # First what finished steps have to tell, which may be that the training broke down before.
                     with contextlib.suppress(RuntimeError):  # a device that has failed fails at this too
                         self._log_finished(progress)
                     raise
-                done = self.done = step + 1
-                progress.advance(done)
-                if step == first:
-                    self._synchronize()
-                    self.first_step_seconds = time.perf_counter() - self.started
-                    self.in_flight.restart(done)
-                    stop.waits = True  # from here on there is something to lose
-                told = trace.after(done)
-                if told:
-                    progress.note(told)
-                self._keep_track(done, loss, norm)
+                done = self.done
                 self._log_finished(progress, left=train.log_every)
                 paused = self._evaluate_and_sample(done, stop, progress)
                 stopping = stop.name  # read once: a signal that comes later waits for the next step
                 due = train.checkpoint_every and done % train.checkpoint_every == 0
                 ends = done == train.max_steps or 0 < train.patience <= self.best.waited
-                saves = due or ends or stopping or self.best.step == done
-                if saves:
-                    self._log_finished(progress)
-                self.training_seconds = self.seconds_before + time.perf_counter() - begun
-                if saves:
+                if due or ends or stopping or self.best.step == done:
                     paused = True
+                    self._log_finished(progress)
+                    self.training_seconds = self.seconds_before + time.perf_counter() - begun
                     self._save(done)
                 if paused or told:
                     self.in_flight.restart(done)
                 if stopping and (done < train.max_steps or self.owed):
                     raise Interrupted(f"{stopping} after step {done}; its checkpoint is written")
+
+    def _issue(
+        self, step: int, source: Prefetcher, trace: StepTrace, stop: StopRequest, progress: TrainingProgress
+    ) -> str | None:
+        """Issues a step and keeps track of it. Returns what was told of a trace that ended with it."""
+        trace.before(step)
+        loss, norm = self._step(step, source, traced=step == self.first + _TRACED_STEP and not trace.recording)
+        done = self.done = step + 1
+        progress.advance(done)
+        if step == self.first:
+            self._synchronize()
+            self.first_step_seconds = time.perf_counter() - self.started
+            self.in_flight.restart(done)
+            stop.waits = True  # from here on there is something to lose
+        told = trace.after(done)
+        if told:
+            progress.note(told)
+        self._keep_track(done, loss, norm)
+        return told
 
     def _step(self, step: int, source: Prefetcher, *, traced: bool) -> tuple[Tensor, Tensor]:
         """One optimizer step: its loss and gradient norm. A traced one also tells which kernels it launched."""
@@ -294,13 +301,18 @@ class _Run:
         )
 
     def _keep_track(self, done: int, loss: Tensor, norm: Tensor) -> None:
-        """A step was issued; of a log step the values are copied, in the order in which `_log` takes them apart."""
+        """A step was issued; of a log step the values are copied."""
         self.losses.append(loss)
         if done % self.config.train.log_every and done not in (1, self.config.train.max_steps):
             self.in_flight.add(done)
             return
-        counters = (self.stepper.skipped, self.stepper.skipped_in_a_row, self.stepper.scale)
-        values = torch.stack([torch.stack(self.losses).mean(), norm, *(counter.float() for counter in counters)])
+        values = {
+            "loss": torch.stack(self.losses).mean(),
+            "grad_norm": norm,
+            "skipped_steps": self.stepper.skipped,
+            "skipped_in_a_row": self.stepper.skipped_in_a_row,
+            "loss_scale": self.stepper.scale,
+        }
         self.in_flight.add(done, values, self._memory_gib())
         self.losses.clear()
 
@@ -311,8 +323,8 @@ class _Run:
 
     def _log(self, reading: Reading, progress: TrainingProgress) -> None:
         """Raises `UserError` if by then too many steps in a row had been skipped."""
-        loss, norm, skipped, in_a_row, scale = reading.values
-        train, step = self.config.train, reading.step - 1
+        values, train, step = reading.values, self.config.train, reading.step - 1
+        in_a_row = values["skipped_in_a_row"]
         if in_a_row >= train.max_skipped_steps:
             raise UserError(
                 f"training broke down at step {reading.step}: loss or gradients of {in_a_row:.0f} steps in a row were "
@@ -323,12 +335,12 @@ class _Run:
             self.speeds.append(reading.steps_per_second * train.global_batch_tokens)
         speed = self.speeds[-1] if self.speeds else 0.0
         metrics = {
-            "loss": loss,
-            "grad_norm": norm,
+            "loss": values["loss"],
+            "grad_norm": values["grad_norm"],
             "lr": learning_rate(step, self.config.optimizer, train.max_steps),
             "tokens": float(reading.step * train.global_batch_tokens),
-            "skipped_steps": skipped,
-            **({"loss_scale": scale} if train.precision == "fp16" else {}),
+            "skipped_steps": values["skipped_steps"],
+            **({"loss_scale": values["loss_scale"]} if train.precision == "fp16" else {}),
             "tokens_per_second": speed,
         }
         if (mfu := self._mfu(speed)) is not None:

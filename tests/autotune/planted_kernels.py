@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import functools
 import inspect
 import os
 import signal
+import threading
 import time
 from typing import Any, NamedTuple, NoReturn
 
@@ -13,6 +15,8 @@ from torch import Tensor
 
 from llmmed.kernels.base import Implementation, Unavailable
 from llmmed.kernels.tunable import Tunable
+
+_death: threading.Timer | None = None
 
 
 def right(x: Tensor, weight: Tensor, eps: float) -> Tensor:
@@ -58,6 +62,27 @@ def hangs(x: Tensor, weight: Tensor, eps: float) -> NoReturn:
 
 def dies(x: Tensor, weight: Tensor, eps: float) -> NoReturn:
     _die()
+
+
+def dies_later(x: Tensor, weight: Tensor, eps: float) -> Tensor:
+    """A second after the last call, when its verdict is known and another has its turn."""
+    global _death
+    if _death is not None:
+        _death.cancel()
+    _death = threading.Timer(1.0, _die)
+    _death.daemon = True
+    _death.start()
+    return right(x, weight, eps)
+
+
+@functools.cache
+def _starts() -> None:
+    time.sleep(1.5)
+
+
+def slow_to_start(x: Tensor, weight: Tensor, eps: float) -> Tensor:
+    _starts()
+    return right(x, weight, eps)
 
 
 def leaves(x: Tensor, weight: Tensor, eps: float) -> NoReturn:
@@ -165,6 +190,8 @@ RAISES = _implementation("raises", raises)
 HUNGRY = _implementation("hungry", hungry)
 HANGS = _implementation("hangs", hangs)
 DIES = _implementation("dies", dies)
+DIES_LATER = _implementation("dies_later", dies_later)
+SLOW_TO_START = _implementation("slow_to_start", slow_to_start)
 LEAVES = _implementation("leaves", leaves)
 HANGS_WHEN_MEASURED = _implementation("hangs_when_measured", hangs_when_measured)
 DIES_WHEN_MEASURED = _implementation("dies_when_measured", dies_when_measured)

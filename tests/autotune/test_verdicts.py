@@ -128,11 +128,21 @@ def test_after_damage_the_others_are_tried_in_another_process(tmp_path: Path, mo
     worker = verdict_pool._Worker(answer, 1, 0, {})
     for name, is_last in (("a", False), ("b", True), ("c", False)):
         worker.give(0, Task("rms_norm", name, torch.float32))
-        assert worker.verdict() is None
+        assert worker.take_verdict() is None
         write_json(answer, {"verdict": asdict(VERIFIED), "is_last": is_last})
-        assert worker.verdict() == VERIFIED
+        assert worker.take_verdict() == VERIFIED
     assert codes == [-9, None]
     assert [json.loads(line)[1] for line in (tmp_path / "tasks").read_text().splitlines()] == ["a", "b", "c"]
+
+
+def test_one_that_ends_the_process_after_its_verdict_takes_no_other_with_it(
+    plant: Callable[..., None], capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("COLUMNS", "200")
+    plant("dies_later", "slow_to_start")
+    assert verdicts.main(["op=rms_norm", "impl=dies_later,slow_to_start", "workers=1"]) == 0
+    found = {row.split()[1]: row.split()[3] for row in rows(capfd.readouterr().out)}
+    assert found == {"dies_later": "verified", "slow_to_start": "verified"}
 
 
 @pytest.mark.parametrize(
@@ -142,7 +152,7 @@ def test_as_many_as_the_machine_has_room_for(
     cores: int, gib: float | None, workers: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(verdict_pool, "cores", lambda: cores)
-    monkeypatch.setattr(verdict_pool, "memory_of", lambda device: gib)
+    monkeypatch.setattr(verdict_pool, "free_memory", lambda device: gib)
     assert verdict_pool._sensible_workers(CPU) == workers
 
 

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from llmmed.autotune.launch_search import open_sites
 from llmmed.autotune.verify import poisoned_memory, verify
+from llmmed.kernels import operator
 from llmmed.kernels.ahead_of_time import TARGETS, launching_nothing, record_launches, run_on_meta
 from llmmed.kernels.base import Call, tensor_spec
 from llmmed.kernels.catalog import DEFAULT, get_implementation, get_op, load_function
@@ -138,10 +139,13 @@ class TestOnHopper:
         assert verdict.status == "verified", verdict
 
     @pytest.mark.parametrize("bug", bugs("rotary_attention", "HOPPER_BUGS"))
-    def test_a_planted_bug_is_rejected(self, bug: str, tmp_path: Path) -> None:
+    def test_a_planted_bug_is_rejected(self, bug: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+        gpu = operator.gpu_of(torch.device("cuda"))
+        monkeypatch.setattr(operator, "gpu_of", lambda device: gpu._replace(multiprocessors=3))
         _, function = mutant("rotary_attention", bug, tmp_path, "HOPPER_BUGS")
         op, implementation = get_op("rotary_attention"), get_implementation("rotary_attention", "triton")
-        verdict = verify(op, implementation, function, [], torch.device("cuda"), dtype=torch.bfloat16)
+        calls = [call_of(2, 384, 4, 2, 64), call_of(2, 640, 2, 2, 128)]  # several tasks a program
+        verdict = verify(op, implementation, function, calls, torch.device("cuda"))
         assert verdict.status == "wrong", verdict
 
 

@@ -23,6 +23,7 @@ from llmmed.signals import Interrupted
 from llmmed.training import checkpoint, in_flight
 from llmmed.training.execution import take_deterministic_kernels
 from llmmed.training.in_flight import EventMark, HostMark, InFlight
+from llmmed.training.profiling import StepTrace
 from llmmed.training.progress import TrainingProgress
 from tests.training.tiny import build, pattern, run, run_with, tiny_config
 
@@ -90,9 +91,11 @@ def learnt(folder: Path) -> list[dict[str, float]]:
 def test_readings_come_in_order_once_they_are_there(late: None) -> None:
     steps = InFlight(CPU)
     for step in range(1, 6):
-        steps.add(step, torch.tensor([step, 0.5]) if step % 2 == 0 else None, memory_gib=float(step))
+        values = {"count": torch.tensor(step), "half": torch.tensor(0.5)}
+        steps.add(step, values if step % 2 == 0 else None, memory_gib=float(step))
         assert not list(steps.finished(left=5))
-    assert [(found.step, found.values, found.memory_gib) for found in steps.finished(left=2)] == [(2, [2.0, 0.5], 2.0)]
+    (found,) = steps.finished(left=2)
+    assert (found.step, found.values, found.memory_gib) == (2, {"count": 2.0, "half": 0.5}, 2.0)
     assert not list(steps.finished(left=2))
     Late.done = Late.made
     assert [found.step for found in steps.finished(left=2)] == [4]
@@ -100,7 +103,7 @@ def test_readings_come_in_order_once_they_are_there(late: None) -> None:
 
 
 def test_values_are_read_after_their_mark(monkeypatch: pytest.MonkeyPatch) -> None:
-    arriving = torch.zeros(2)
+    arriving = torch.zeros(1)
 
     class Arrival(HostMark):
         def passed(self) -> bool:
@@ -110,19 +113,20 @@ def test_values_are_read_after_their_mark(monkeypatch: pytest.MonkeyPatch) -> No
             arriving.fill_(3.0)
 
     monkeypatch.setattr(in_flight, "mark", lambda device: Arrival())
+    monkeypatch.setattr(torch, "stack", lambda _: arriving)  # what is copied behind the step
     steps = InFlight(CPU)
-    steps.add(1, arriving)
-    assert [found.values for found in steps.finished(left=0)] == [[3.0, 3.0]]
+    steps.add(1, {"value": torch.zeros(())})
+    assert [found.values for found in steps.finished(left=0)] == [{"value": 3.0}]
 
 
 def test_the_speed_is_that_between_marks(monkeypatch: pytest.MonkeyPatch) -> None:
     clock = 0.0
     monkeypatch.setattr(in_flight.time, "perf_counter", lambda: clock)
-    steps, value, speeds = InFlight(CPU), torch.zeros(1), []
+    steps, values, speeds = InFlight(CPU), {"value": torch.zeros(())}, []
     steps.restart(1)
     for step in range(1, 9):
         clock += 0.5
-        steps.add(step, value if step in (1, 4, 8) else None)
+        steps.add(step, values if step in (1, 4, 8) else None)
         clock += 9.0  # until somebody looks
         speeds += [found.steps_per_second for found in steps.finished(left=3)]
         if step == 4:
@@ -215,6 +219,25 @@ def test_a_step_that_fails_takes_no_finished_one_with_it(late: None, watch: Watc
     assert watch.at == {1: 4, 3: 6, 6: 7}
 
 
+def test_what_fails_behind_a_step_takes_no_finished_one_with_it(
+    late: None, watch: Watch, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Such as a trace for which the disk has no room."""
+    monkeypatch.setattr(StepTrace, "after", lambda _, done: raises(OSError("planted"))() if done == 8 else None)
+    with pytest.raises(OSError, match="planted"):
+        run(tiny_config("train.log_every=3"), tmp_path, sinks=[watch])
+    assert watch.at == {1: 4, 3: 6, 6: 8}
+
+
+def test_if_the_training_broke_down_before_a_step_failed_that_is_told(late: None, watch: Watch, tmp_path: Path) -> None:
+    config = tiny_config("optimizer.lr=1e30", "train.max_steps=200", "train.grad_clip=0", "train.max_skipped_steps=4",
+                         "train.log_every=4")  # fmt: skip
+    model = build(config)
+    before_step(model, watch, 10, raises(ValueError("planted")))
+    with pytest.raises(UserError, match="training broke down at step 8"):
+        run_with(model, config, tmp_path, sinks=[watch])
+
+
 def test_a_device_that_fails_says_so_where_it_failed(
     late: None, watch: Watch, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -292,11 +315,11 @@ def test_on_a_gpu_the_same_is_told_as_when_every_step_is_awaited(
 @pytest.mark.gpu
 def test_on_a_gpu_a_mark_is_passed_when_the_work_before_it_is_done() -> None:
     device = torch.device("cuda")
-    steps, value = InFlight(device), torch.zeros(2, device=device)
+    steps, value = InFlight(device), torch.zeros((), device=device)
     for _ in range(2):  # the first time everything is loaded
         torch.cuda._sleep(1000)
         value += 1
-        steps.add(0, value)
+        steps.add(0, {"value": value})
         list(steps.finished(left=0))
     value.zero_()
     torch.cuda.synchronize()
@@ -305,12 +328,12 @@ def test_on_a_gpu_a_mark_is_passed_when_the_work_before_it_is_done() -> None:
     for step in (1, 2, 3, 4):
         torch.cuda._sleep(100_000_000)  # some 50 ms
         value += 1
-        steps.add(step, value if step % 2 == 0 else None)
+        steps.add(step, {"value": value} if step % 2 == 0 else None)
     assert not list(steps.finished(left=4))
     issued = time.perf_counter()
     found = [(reading, time.perf_counter()) for reading in steps.finished(left=0)]
     (first, then), (second, at_last) = found
-    assert (first.values, second.values) == ([2.0, 2.0], [4.0, 4.0])
+    assert (first.values, second.values) == ({"value": 2.0}, {"value": 4.0})
     assert issued - begun < (then - begun) / 4
     assert first.steps_per_second == pytest.approx(2 / (then - begun), rel=0.1)
     assert second.steps_per_second == pytest.approx(2 / (at_last - then), rel=0.1)

@@ -4,8 +4,8 @@ A program stays on its multiprocessor and takes one pair of blocks of 128 positi
 a long block and the short one at the other end of the sequence have as much to do as any other pair. One warp asks for
 tiles, as far ahead as shared memory holds; two groups of four warps have 64 rows of the block each. Rings of buffers
 lie between them, each buffer with a barrier that says full and one that says empty; a barrier's phase is how often its
-ring has gone around. What a block begins with comes while the block before is computed, and what that leaves behind is
-on its way meanwhile.
+ring has gone around. Where shared memory has room, what a block begins with comes while the block before is computed,
+and what that has stored leaves while the next one is under way.
 
 `hopper_forward.py` and `hopper_backward.py` have the kernels. No sums are split between programs: the same bits in
 every run. All need 16 bits, heads of 64 or 128, sequences of whole blocks, and a contiguous projection (`suits`) that
@@ -45,6 +45,12 @@ def place(turn, which, BUFFERS: gl.constexpr):
 
 
 @gluon.jit
+def place_before(slot):
+    """Of two buffers the one that held the tile of the block before, given where this block's is."""
+    return slot ^ 2
+
+
+@gluon.jit
 def fetch_for_queries(
     q_desc, k_desc, v_desc, q_tiles, k_tiles, v_tiles, q_full, q_empty, k_full, k_empty, v_full, v_empty,
     tasks, pairs, seq, HEADS: gl.constexpr, GROUP: gl.constexpr, D: gl.constexpr, N: gl.constexpr, STAGES: gl.constexpr,
@@ -64,22 +70,22 @@ def fetch_for_queries(
             first = block * _B
             for which in gl.static_range(2):
                 row = first + which * _H
-                slot, phase = place(turn, which, BUFFERS)
-                mbarrier.wait(q_empty.index(slot), phase ^ 1)
-                bar = q_full.index(slot)
+                q_slot, q_phase = place(turn, which, BUFFERS)
+                mbarrier.wait(q_empty.index(q_slot), q_phase ^ 1)
+                bar = q_full.index(q_slot)
                 at = batch * seq + row
                 if dout_desc is None:  # forward: queries as the projection has them
                     mbarrier.expect(bar, _H * D * 2)
-                    tma.async_copy_global_to_shared(q_desc, [at, head * D], bar, q_tiles.index(slot))
+                    tma.async_copy_global_to_shared(q_desc, [at, head * D], bar, q_tiles.index(q_slot))
                 else:
                     mbarrier.expect(bar, 2 * _H * D * 2)
-                    tma.async_copy_global_to_shared(q_desc, [sequence * seq + row, 0], bar, q_tiles.index(slot))
-                    tma.async_copy_global_to_shared(dout_desc, [at, head * D], bar, dout_tiles.index(slot))
-                    slot, phase = place(turn, which, 2)
-                    mbarrier.wait(out_empty.index(slot), phase ^ 1)
-                    bar = out_full.index(slot)
+                    tma.async_copy_global_to_shared(q_desc, [sequence * seq + row, 0], bar, q_tiles.index(q_slot))
+                    tma.async_copy_global_to_shared(dout_desc, [at, head * D], bar, dout_tiles.index(q_slot))
+                    out_slot, out_phase = place(turn, which, 2)
+                    mbarrier.wait(out_empty.index(out_slot), out_phase ^ 1)
+                    bar = out_full.index(out_slot)
                     mbarrier.expect(bar, _H * D * 2)
-                    tma.async_copy_global_to_shared(out_desc, [at, head * D], bar, out_tiles.index(slot))
+                    tma.async_copy_global_to_shared(out_desc, [at, head * D], bar, out_tiles.index(out_slot))
             turn += 1
             for i in range(0, (first + _B) // N):
                 start = first + _B - N - i * N

@@ -34,6 +34,7 @@ from llmmed.kernels.rotary_attention.hopper import (
     halves,
     pairs_of,
     place,
+    place_before,
     programs,
     rotation,
 )
@@ -99,6 +100,7 @@ def _differentiate_queries(
     layout: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, _H, 16])
     dq_layout: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, D, 16])
     factor_layout: gl.constexpr = gl.DotOperandLayout(0, dq_layout, 2)
+    TABLES_FIRST: gl.constexpr = D == 64  # then nothing waits for them, and registers hold them through all loops
     rows = gl.arange(0, _H, gl.SliceLayout(1, layout))
     cols = gl.arange(0, _H, gl.SliceLayout(0, layout))
     step = 0
@@ -109,7 +111,7 @@ def _differentiate_queries(
             first = block * _B
             statistics = sequence * seq + first + WHICH * _H + rows
             lse = gl.load(lse_ptr + statistics)
-            if D == 64:  # registers hold them from here on
+            if TABLES_FIRST:
                 cos, sin = rotation(first + WHICH * _H, cos_ptr, sin_ptr, dq_layout, D)
             q_slot, q_phase = place(turn, WHICH, BUFFERS)
             out_slot, out_phase = place(turn, WHICH, 2)
@@ -134,7 +136,7 @@ def _differentiate_queries(
                                        factor_layout)  # fmt: skip
             step += 1
             tma.store_wait(0)  # the gradient of the block before has left
-            mbarrier.arrive(out_empty.index(out_slot ^ 2), pred=turn > 0)
+            mbarrier.arrive(out_empty.index(place_before(out_slot)), pred=turn > 0)
             for _ in range(0, first // _H + WHICH):
                 sums, factor = _query_step(sums, factor, q, dout, lse, delta, k_tiles, v_tiles, k_full, k_empty,
                                            v_full, v_empty, step, rows, cols, STAGES, SCALE, False,
@@ -145,7 +147,7 @@ def _differentiate_queries(
             mbarrier.arrive(q_empty.index(q_slot))
             turn += 1
 
-            if D > 64:
+            if not TABLES_FIRST:
                 cos, sin = rotation(first + WHICH * _H, cos_ptr, sin_ptr, dq_layout, D)
             # SCALE carries log2(e) for exp2; the gradient of the scores does not.
             first_half, second_half = _turned_back(acc * (SCALE * _LN_2), cos, sin, D)
@@ -277,6 +279,7 @@ def _differentiate_keys(
     KV_HEADS: gl.constexpr = HEADS // GROUP
     dk_layout: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, D, 16])
     factor_layout: gl.constexpr = gl.DotOperandLayout(0, dk_layout, 2)
+    TABLES_FIRST: gl.constexpr = D == 64  # then nothing waits for them, and registers hold them through all loops
     step = 0
     turn = 0
     for task in range(gl.program_id(0), tasks, gl.num_programs(0)):
@@ -284,7 +287,7 @@ def _differentiate_keys(
         batch, kv_head = kv_sequence // KV_HEADS, kv_sequence % KV_HEADS
         for block in range(pair, seq // _B - pair, between(pair, seq)):
             first = block * _B
-            if D == 64:  # registers hold them from here on
+            if TABLES_FIRST:
                 cos, sin = rotation(first + WHICH * _H, cos_ptr, sin_ptr, dk_layout, D)
             kv_slot, kv_phase = place(turn, WHICH, 2)
             mbarrier.wait(kv_full.index(kv_slot), kv_phase)
@@ -305,7 +308,7 @@ def _differentiate_keys(
                 )  # fmt: skip
                 step += 1
                 tma.store_wait(0)  # the gradients of the block before have left
-                mbarrier.arrive(kv_empty.index(kv_slot ^ 2), pred=(turn > 0) & (member == 0))
+                mbarrier.arrive(kv_empty.index(place_before(kv_slot)), pred=(turn > 0) & (member == 0))
                 for _ in range(0, (seq - first) // _H - WHICH - 1):
                     dk, dv, ds, p = _key_step(
                         dk, dv, ds, p, k_tiles, v_tiles, q_tiles, dout_tiles, lse_tiles, delta_tiles, full, empty,
@@ -319,7 +322,7 @@ def _differentiate_keys(
             at, col = batch * seq + first + WHICH * _H, (HEADS + kv_head) * D
             first_half, second_half = halves(dv_sum, D)
             _send(first_half, second_half, dqkv_desc, at, col + KV_HEADS * D, v_tiles.index(kv_slot), D)
-            if D > 64:
+            if not TABLES_FIRST:
                 cos, sin = rotation(first + WHICH * _H, cos_ptr, sin_ptr, dk_layout, D)
             first_half, second_half = _turned_back(dk_sum * (SCALE * _LN_2), cos, sin, D)
             _send(first_half, second_half, dqkv_desc, at, col, k_tiles.index(kv_slot), D)

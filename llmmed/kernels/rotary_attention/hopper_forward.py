@@ -101,9 +101,9 @@ def _attend(
             tma.store_wait(0)  # these queries and the output of the block before have left, long since
             mbarrier.arrive(q_empty.index(q_slot))
             # The next block's tables come meanwhile.
-            last = seq // _B - 1 - pair
-            after = gl.where(block < last, last, (task + gl.num_programs(0)) % pairs)
-            cos, sin = rotation(after * _B + WHICH * _H, cos_ptr, sin_ptr, out_layout, D)
+            partner = seq // _B - 1 - pair
+            next_block = gl.where(block < partner, partner, (task + gl.num_programs(0)) % pairs)
+            cos, sin = rotation(next_block * _B + WHICH * _H, cos_ptr, sin_ptr, out_layout, D)
             mbarrier.wait(v_full.index(slot), step // STAGES & 1)
             sums = warpgroup_mma(factor, v_tiles.index(slot), acc, is_async=True)
             acc, factor = warpgroup_mma_wait(0, deps=(sums, factor))

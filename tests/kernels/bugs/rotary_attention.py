@@ -100,7 +100,7 @@ HOPPER_BUGS = {
         "gl.join(second * cos + first * sin, first * cos - second * sin)",
     ),
     "queries rotated by their position in the block": (
-        "rotation(after * _B + WHICH * _H,",
+        "rotation(next_block * _B + WHICH * _H,",
         "rotation(WHICH * _H,",
     ),
     "a program's first queries rotated as the first of all": (
@@ -108,8 +108,12 @@ HOPPER_BUGS = {
         "rotation(WHICH * _H,",
     ),
     "queries rotated as those of the next pair": (
-        "after = gl.where(block < last, last,",
-        "after = gl.where(block < 0, last,",
+        "next_block = gl.where(block < partner, partner,",
+        "next_block = gl.where(block < 0, partner,",
+    ),
+    "queries of the next task rotated as those of this one": (
+        "(task + gl.num_programs(0)) % pairs)",
+        "task % pairs)",
     ),
     "rotated queries kept for another sequence": (
         "tma.async_copy_shared_to_global(q_rot_desc, [sequence * seq + row, 0], q)",
@@ -151,12 +155,20 @@ HOPPER_BUGS = {
         "p = gl.where(rows[:, None] >= 0 * cols[None, :], p, 0.0)",
     ),
     "queries' gradient turned back by its position in the block": (
-        "statistics = sequence * seq + first + WHICH * _H + rows\n            lse = gl.load(lse_ptr + statistics)\n"
-        "            if D == 64:  # registers hold them from here on\n"
-        "                cos, sin = rotation(first + WHICH * _H,",
-        "statistics = sequence * seq + first + WHICH * _H + rows\n            lse = gl.load(lse_ptr + statistics)\n"
-        "            if D == 64:  # registers hold them from here on\n"
-        "                cos, sin = rotation(WHICH * _H,",
+        "if TABLES_FIRST:\n                cos, sin = rotation(first + WHICH * _H, cos_ptr, sin_ptr, dq",
+        "if TABLES_FIRST:\n                cos, sin = rotation(WHICH * _H, cos_ptr, sin_ptr, dq",
+    ),
+    "queries' gradient turned back by its position in the block, wide heads": (
+        "if not TABLES_FIRST:\n                cos, sin = rotation(first + WHICH * _H, cos_ptr, sin_ptr, dq",
+        "if not TABLES_FIRST:\n                cos, sin = rotation(WHICH * _H, cos_ptr, sin_ptr, dq",
+    ),
+    "keys' gradient turned back by its position in the block": (
+        "if TABLES_FIRST:\n                cos, sin = rotation(first + WHICH * _H, cos_ptr, sin_ptr, dk",
+        "if TABLES_FIRST:\n                cos, sin = rotation(WHICH * _H, cos_ptr, sin_ptr, dk",
+    ),
+    "keys' gradient turned back by its position in the block, wide heads": (
+        "if not TABLES_FIRST:\n                cos, sin = rotation(first + WHICH * _H, cos_ptr, sin_ptr, dk",
+        "if not TABLES_FIRST:\n                cos, sin = rotation(WHICH * _H, cos_ptr, sin_ptr, dk",
     ),
     "queries' gradient in powers of two": ("_turned_back(acc * (SCALE * _LN_2),", "_turned_back(acc * SCALE,"),
     "gradients turned the same way": (
