@@ -75,17 +75,17 @@ def confirmed(
         return _unconfirmed(alone, last, unanswered, default_runs)
     chosen = step.chosen.choice[op]
     told = dict(alone.candidates)
+    as_a_whole = step.chosen == step.default and any(trial.status == "accepted" for trial in last.values())
     for name, trial in last.items():
         kept = name == chosen
         reason = trial.reason
         if kept:
             reason = f"best in the step: {trial.reason}"
         elif trial.status == "accepted":
-            reason = f"accepted at first ({trial.reason}), then given up"
+            reason = f"accepted at first ({trial.reason}), then given up{' with the whole plan' if as_a_whole else ''}"
         told[name] = told[name].model_copy(update={"reason": reason})
     if chosen == DEFAULT and last:
-        given_up = step.chosen == step.default and any(trial.status == "accepted" for trial in last.values())
-        why = step.reason if given_up else "no rival makes the step better"
+        why = step.reason if as_a_whole else "no rival makes the step better"
         if step.chosen != step.default and all(trial.reason == not_called(op) for trial in last.values()):
             why = not_called(op)
         told[DEFAULT] = told[DEFAULT].model_copy(update={"reason": f"the default: {why}"})

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from typing import Literal, Protocol
 
 from llmmed.autotune.choose import not_called
-from llmmed.autotune.plan import Candidate, Mode, StepEvidence, StepTimes, StepTrial
+from llmmed.autotune.plan import Candidate, LastMatch, Mode, StepEvidence, StepTimes, StepTrial
 from llmmed.kernels.catalog import DEFAULT, default_choice, get_implementation, with_uses
 
 Choice = Mapping[str, str]
@@ -201,13 +201,16 @@ def confirm(
         before=before, told=told, time_is_up=time_is_up, time_for_second_looks=time_for_second_looks,
     )  # fmt: skip
 
-    def evidence_of(default: StepTimes, chosen: StepTimes, reason: str, finished: bool) -> StepEvidence:
+    def evidence_of(
+        default: StepTimes, chosen: StepTimes, reason: str, *, finished: bool, last_match: LastMatch | None = None
+    ) -> StepEvidence:
         return StepEvidence(
             trial_depth=arena.trial_depth,
             depths=arena.depths,
             trials=trials,
             default=default,
             chosen=chosen,
+            last_match=last_match,
             reason=reason,
             mode=mode,
             modes={mode: chosen.ms},
@@ -216,7 +219,7 @@ def confirm(
             finished=finished,
         )
 
-    default, chosen, reason = start, start, "no other implementation makes the step better"
+    default, chosen, reason, last_match = start, start, "no other implementation makes the step better", None
     if not trials:
         reason = "no other implementation was tried: kernels.budget_seconds was used up"
     elif last_match_died and left != dict(base):
@@ -225,8 +228,8 @@ def confirm(
         by_trials, why = _by_trials(left, start, trials, terms, margin)
         if by_trials.choice != start.choice:
             expected(evidence_of(start, by_trials, why, finished=False))
-        default, chosen, reason = _last_match(arena, base, left, start, terms, margin)
-    evidence = evidence_of(default, chosen, reason, finished)
+        default, chosen, reason, last_match = _last_match(arena, base, left, start, terms, margin)
+    evidence = evidence_of(default, chosen, reason, finished=finished, last_match=last_match)
     answered(evidence)
     least = margin * chosen.ms
     for other in other_modes:
@@ -270,14 +273,18 @@ def _by_trials(
 
 def _last_match(
     arena: Arena, base: Choice, left: Choice, start: StepTimes, terms: Terms, margin: float
-) -> tuple[StepTimes, StepTimes, str]:
-    """The plan that was left against the default: the default's times, those of the one that stays, and why."""
+) -> tuple[StepTimes, StepTimes, str, LastMatch | None]:
+    """The plan that was left against the default: the default's times, those of the one that stays, why, and what the
+    match said."""
     try:
         match = arena.whole(base, left)
     except Failed as failure:
-        return start, start, f"{_NOT_AS_A_WHOLE}: {failure}"
+        return start, start, f"{_NOT_AS_A_WHOLE}: {failure}", None
     keeps, reason = _keeps_its_seat(match, terms, margin)
-    return match.first, match.first if keeps else match.second, reason
+    said = LastMatch(
+        left=match.second, gain_ms=match.gain_ms, gain_ms_low=match.gain_ms_low, gain_ms_high=match.gain_ms_high
+    )
+    return match.first, match.first if keeps else match.second, reason, said
 
 
 def contest(
@@ -450,7 +457,9 @@ def _keeps_its_seat(match: Match, terms: Terms, margin: float) -> tuple[bool, st
     """Whether the default plan, the first, stays although flips were accepted, and why not or why."""
     default, chosen = match.first, match.second
     before, after = _mib(default.peak_memory_gib), _mib(chosen.peak_memory_gib)
-    share = match.gain_ms / (default.ms - match.gain_ms)
+    share, low, high = (
+        gain / (default.ms - match.gain_ms) for gain in (match.gain_ms, match.gain_ms_low, match.gain_ms_high)
+    )
     time = f"the step is {abs(share):.1%} {'faster' if share >= 0 else 'slower'} than PyTorch's"
     if before is not None and after is not None:
         memory = f"takes {after / 1024:.2f} GiB instead of {before / 1024:.2f}"
@@ -461,9 +470,11 @@ def _keeps_its_seat(match: Match, terms: Terms, margin: float) -> tuple[bool, st
             return after >= before, f"PyTorch's plan does not fit {limit}; this one {memory}, and {time}"
         if terms.objective == "memory" and abs(after - before) > _EQUAL_MEMORY * before:
             return after > before, f"{memory}; {time}"
-    if share > margin and match.gain_ms_low > 0:
+    if share > margin and low > 0:
         return False, time
-    return True, f"gains no more than kernels.margin={margin:g} or the noise: {time}"
+    others = [f"{name} for {op}" for op, name in chosen.choice.items() if name != default.choice[op]]
+    less = f"gained no more than kernels.margin={margin:g}" if share <= margin else "did not gain for sure"
+    return True, f"the plan with {', '.join(others)} {less} as a whole: {share:+.1%} ({low:+.1%} to {high:+.1%})"
 
 
 def _takes_no_more(match: Match, terms: Terms) -> bool:

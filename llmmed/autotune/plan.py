@@ -139,10 +139,20 @@ class StepTimes(_Frozen):
     peak_memory_gib: float | None  # parameters, optimizer, gradients and activations; None on a CPU
 
 
+class LastMatch(_Frozen):
+    """The plan that the trials left, as a whole, in the real step, and what it saves of PyTorch's."""
+
+    left: StepTimes
+    gain_ms: float
+    gain_ms_low: float  # 95 % confidence interval of the median of paired differences
+    gain_ms_high: float
+
+
 class StepEvidence(_Frozen):
     """What the real step said, forward, backward and, where kernels of the optimizer are chosen, its update.
 
-    `default` is PyTorch's plan (with what is pinned), `chosen` the plan that was left. `modes` are the times of the
+    `default` is PyTorch's plan (with what is pinned), `chosen` the plan that stays; `last_match`, if it came to one, is
+    between the first and the plan that the trials left. `modes` are the times of the
     chosen plan in other modes, where `train.compile=auto` leaves that open; `mode` is the one to train in. `depths` are
     the numbers of layers that whole plans were timed with: twice all of them, or two from which a line is drawn.
     `micro_batches` are those of a step, which its times count all.
@@ -153,6 +163,7 @@ class StepEvidence(_Frozen):
     trials: list[StepTrial]
     default: StepTimes
     chosen: StepTimes
+    last_match: LastMatch | None = None
     reason: str
     mode: Mode
     modes: dict[Mode, float] = Field(default_factory=dict)

@@ -86,6 +86,8 @@ def _evidence(step: StepEvidence) -> str:
     rows = [_times("these kernels", step.chosen, places)]
     if step.chosen.choice != step.default.choice:
         rows.append(_times("PyTorch's, with what is pinned", step.default, places))
+    elif step.last_match is not None:
+        rows.append(_times("the plan that the trials left", step.last_match.left, places))
     headers = ["in the real step", "ms a step", "interval at 95 %, ms", "peak memory, GiB"]
     parts.append(table(headers, rows, range(1, 4)))
     others = ", ".join(f"{mode} {digits(ms)} ms" for mode, ms in step.modes.items())

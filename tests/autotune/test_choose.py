@@ -137,3 +137,17 @@ def test_forced_and_unavailable_is_an_error_or_pytorch() -> None:
 def test_pytorch_can_always_be_asked_for() -> None:
     decision = force("op", {"pytorch": Candidate(status="not_tried")}, "pytorch", "kernels=pytorch", fallback=False)
     assert (decision.chosen, decision.warning) == ("pytorch", None)
+
+
+def test_what_was_given_up_with_the_whole_plan_is_said_of_both() -> None:
+    alone = choose("op", {"pytorch": timed(2), "triton": timed(1)}, margin=0.02)
+    plan = StepTimes(choice={"op": "pytorch"}, ms=1, ms_low=1, ms_high=1, peak_memory_gib=None)
+    step = StepEvidence(
+        trial_depth=2, depths=(1, 2), trials=[], default=plan, chosen=plan, reason="the plan with triton lost",
+        mode="eager",
+    )  # fmt: skip
+    decision = confirmed("op", alone, step, [trial("triton", "accepted")])
+    assert (decision.chosen, decision.reason) == ("pytorch", "the default: the plan with triton lost")
+    assert decision.candidates["triton"].reason == (
+        "accepted at first (accepted there), then given up with the whole plan"
+    )

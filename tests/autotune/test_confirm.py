@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import pytest
@@ -139,7 +139,24 @@ def test_the_whole_plan_must_beat_the_margin() -> None:
     step = decide(arena, ("rotary", "triton"))
     assert step.trials[0].status == "accepted"
     assert step.chosen.choice == BASE
-    assert "kernels.margin=0.01" in step.reason
+    assert step.reason == (
+        "the plan with triton for rotary gained no more than kernels.margin=0.01 as a whole: +0.5% (+0.4% to +0.6%)"
+    )
+    assert step.last_match is not None
+    assert step.last_match.left.choice == {**BASE, "rotary": "triton"}
+    assert (step.last_match.gain_ms, step.last_match.gain_ms_low) == pytest.approx((0.05, 0.04))
+
+
+def test_a_gain_that_noise_may_be_keeps_the_default_and_is_told_with_its_interval() -> None:
+    class Doubtful(Known):
+        def whole(self, *plans: Any, **how: Any) -> Match:
+            return replace(super().whole(*plans, **how), gain_ms_low=-0.5)
+
+    step = decide(Doubtful({(("rotary", "triton"),): -1.0}), ("rotary", "triton"))
+    assert step.chosen == step.default
+    assert step.reason == "the plan with triton for rotary did not gain for sure as a whole: +11.1% (-5.6% to +11.2%)"
+    assert step.last_match is not None
+    assert step.last_match.left.ms == pytest.approx(9.0)
 
 
 def test_an_interaction_is_found_when_the_plan_around_has_changed() -> None:

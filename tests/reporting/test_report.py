@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 from rich.console import Console
 
-from llmmed.autotune.plan import StepTrial
+from llmmed.autotune.plan import LastMatch, StepTrial
 from llmmed.errors import UserError
 from llmmed.reporting import report, report_html
 from tests.reporting.test_kernel_table import make_plan
@@ -111,6 +111,17 @@ def test_the_step_is_told_with_its_parts_and_its_trials(tmp_path: Path) -> None:
     ):  # fmt: skip
         assert words in page.text, words
     assert "rect" in page.tags
+
+
+def test_a_plan_that_was_given_up_as_a_whole_is_shown_with_its_times(tmp_path: Path) -> None:
+    run = make_run(tmp_path / "run")
+    plan = plan_with(OPS, 10.0)
+    assert plan.step is not None
+    match = LastMatch(left=plan.step.chosen, gain_ms=6.0, gain_ms_low=-1.0, gain_ms_high=7.0)
+    step = plan.step.model_copy(update={"chosen": plan.step.default, "last_match": match})
+    plan.model_copy(update={"step": step}).write(run / "kernels.json")
+    assert "these kernels 16.0" in page_of(run).text
+    assert "the plan that the trials left 10.0" in page_of(run).text
 
 
 def test_what_was_not_measured_is_said(tmp_path: Path) -> None:
