@@ -8,7 +8,6 @@ from dataclasses import dataclass
 
 import torch
 from rich.console import Console
-from rich.table import Table
 from rich.text import Text
 
 from llmmed import consoles
@@ -25,6 +24,9 @@ _DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torc
 _KEYS = ("op", "impl", "dtype", "seeds", "random", "workers")
 _POLL_SECONDS = 0.005
 _FAILED = ("wrong", "no_backward", "crashed", "failed_to_compile", "out_of_memory", "timed_out")
+_ROOM = 40  # columns, in which a reason can be read beside its row
+_INDENT = 4  # of a reason below its row
+_NAMED = 3  # at most, of the failures of a kind
 
 
 @dataclass(frozen=True)
@@ -68,6 +70,7 @@ def main(arguments: Sequence[str]) -> int:
             return INTERRUPTED
     if device.type == "cpu" and not INTERPRETED:
         console.print("\nThere is no GPU here; TRITON_INTERPRET=1 runs Triton kernels on the CPU, slowly, in float32.")
+    console.print(f"\n{rows.summary(request.named)}", markup=False, soft_wrap=True)
     return 1 if rows.failed(request.named) else 0
 
 
@@ -105,13 +108,25 @@ def parse(arguments: Sequence[str], device: torch.device) -> Request:
 
 
 class _Rows:
-    """The table, a row as soon as it and all before it are decided; a job that is killed has them in its log."""
+    """The table, a row as soon as it and all before it are decided; a job that is killed has them in its log. Where a
+    terminal has no room for the reasons beside the rows, they stand below them, and rows are never cut."""
 
     def __init__(self, console: Console, tasks: Sequence[Task]) -> None:
         self._console, self._tasks = console, tasks
         self._verdicts: dict[int, Verdict] = {}
         self._next = 0
-        console.print(self._table(show_header=True))
+        columns = [
+            ["op", *(task.op for task in tasks)],
+            ["implementation", *(task.name for task in tasks)],
+            ["dtype", *(task.dtype_name for task in tasks)],
+            ["verdict", "verified"],  # longer ones have no numbers, and take their place
+            ["error", "1.0e-07"],
+            ["allowed", "1.2e-07"],
+        ]
+        self._widths = [max(map(len, texts)) for texts in columns]
+        headers = ["op", "implementation", "dtype", "verdict", "error", "allowed", "why" if self._is_wide else ""]
+        self._print_line(Text("relative error /".rjust(self._offset - 1), "bold"))
+        self._print_line(Text(self._line(headers), "bold"))
 
     @property
     def decided(self) -> int:
@@ -120,7 +135,23 @@ class _Rows:
     def failed(self, named: bool) -> bool:
         """Whether any was; of `named` ones each has to be available."""
         statuses = {verdict.status for verdict in self._verdicts.values()}
-        return bool(statuses & {*_FAILED, *(["unavailable"] if named else [])})
+        return bool(statuses & set(_failures(named)))
+
+    def summary(self, named: bool) -> str:
+        """How many are verified and how many are not, in a line, with the names of those that failed."""
+        found: dict[str, list[str]] = {}
+        for place, verdict in sorted(self._verdicts.items()):
+            found.setdefault(verdict.status, []).append(str(self._tasks[place]))
+        parts = [f"{len(found['verified'])} verified" if "verified" in found else "none verified"]
+        for status in (*_FAILED, "unavailable"):
+            if status not in found:
+                continue
+            names = found[status]
+            asked_for = "asked for and " if named and status == "unavailable" else ""
+            more = f" and {len(names) - _NAMED} more" if len(names) > _NAMED else ""
+            which = f" ({', '.join(names[:_NAMED])}{more})" if status in _failures(named) else ""
+            parts.append(f"{len(names)} {asked_for}{words(status)}{which}")
+        return ", ".join(parts)
 
     def add(self, place: int, verdict: Verdict) -> None:
         self._verdicts[place] = verdict
@@ -137,33 +168,43 @@ class _Rows:
     def _print(self, place: int) -> None:
         task, verdict = self._tasks[place], self._verdicts[place]
         colour = {"verified": "green", "unavailable": "dim"}.get(verdict.status, "bold red")
-        row = self._table(show_header=False)
-        row.add_row(
-            task.op,
-            task.name,
-            task.dtype_name,
-            Text(words(verdict.status), colour),
-            number(verdict.relative_error, ".1e"),
-            number(verdict.worst_ratio, ".2g"),
-            Text(verdict.reason),
-        )
-        self._console.print(row)
+        error, ratio = number(verdict.relative_error, ".1e"), number(verdict.worst_ratio, ".2g")
+        is_wide = self._is_wide
+        offset = self._offset if is_wide else _INDENT
+        folded = Text(verdict.reason).wrap(self._console, max(self._console.width - offset, 1), overflow="fold")
+        reason = [line.plain.rstrip() for line in folded if line]
+        beside = reason.pop(0) if is_wide and reason else ""
+        row = Text(self._line([task.op, task.name, task.dtype_name, words(verdict.status), error, ratio, beside]))
+        begin = sum(self._widths[:3]) + 3
+        row.stylize(colour, begin, begin + len(words(verdict.status)))
+        for line in (row, *(Text(" " * offset + line) for line in reason)):
+            self._print_line(line)
 
-    def _table(self, *, show_header: bool) -> Table:
-        """An empty one, with the columns of every other."""
-        table = Table(box=None, padding=(0, 1, 0, 0), pad_edge=False, header_style="bold", show_header=show_header)
-        for header, texts in (
-            ("op", [task.op for task in self._tasks]),
-            ("implementation", [task.name for task in self._tasks]),
-            ("dtype", [task.dtype_name for task in self._tasks]),
-            ("verdict", ["unavailable", *map(words, _FAILED)]),
-        ):
-            table.add_column(header, no_wrap=True, min_width=max(map(len, [header, *texts])))
-        for header in ("relative\nerror", "error /\nallowed"):
-            least = max(map(len, header.splitlines()))
-            table.add_column(header, no_wrap=True, min_width=least, justify="right")
-        table.add_column("why", overflow="fold", ratio=1)
-        return table
+    @property
+    def _offset(self) -> int:
+        """Of the reasons that stand beside their rows."""
+        return sum(self._widths) + len(self._widths)
+
+    @property
+    def _is_wide(self) -> bool:
+        return self._console.width - self._offset >= _ROOM
+
+    def _line(self, cells: Sequence[str]) -> str:
+        """Of the seven columns, never cut. A verdict may reach into empty ones of the numbers."""
+        *texts, error, ratio, reason = cells
+        *names, error_width, ratio_width = self._widths
+        left = " ".join(text.ljust(width) for text, width in zip(texts, names, strict=True))
+        numbers = f"{error:>{error_width}} {ratio:>{ratio_width}}"
+        line = f"{left} {numbers}" if numbers.strip() else left.ljust(self._offset - 1)
+        return f"{line} {reason}".rstrip()
+
+    def _print_line(self, line: Text) -> None:
+        self._console.print(line, soft_wrap=True)
+
+
+def _failures(named: bool) -> tuple[str, ...]:
+    """What makes the exit code 1."""
+    return (*_FAILED, *(["unavailable"] if named else []))
 
 
 def _told(what: str, under_way: Sequence[tuple[float, Task]]) -> str:

@@ -24,6 +24,9 @@ from tests.processes import Tagged
 
 CPU = torch.device("cpu")
 VERIFIED = Verdict("verified", "", 0.0, 0.0, 1)
+WRONG = Verdict("wrong", f"{'gradient of logits in columns 625 to 749 ' * 4}(bfloat16)", 1.3e-5, 1.2, 1)
+UNAVAILABLE = Verdict("unavailable", "it needs a GPU", None, None, 0)
+LOST = Verdict("failed_to_compile", WRONG.reason, None, None, 0)
 
 
 def rows(output: str) -> list[str]:
@@ -190,3 +193,84 @@ def test_random_shapes_reach_the_process_that_tries_them(
     told = rows(capfd.readouterr().out)
     assert [" wrong " in line for line in told] == [False, True]
     assert "(a random x " in told[1]
+
+
+@pytest.mark.parametrize("width", [40, 70, 80, 200])
+def test_nothing_is_cut_however_narrow_the_terminal(
+    width: int, capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Reasons have 36 columns or more, and only rows that cannot be shorter are longer than a line."""
+    monkeypatch.setenv("COLUMNS", str(width))
+    tasks = [Task("linear_cross_entropy", name, torch.float32) for name in ("triton", "triton_recompute", "liger")]
+    shown = verdicts._Rows(verdicts.consoles.output(), tasks)
+    for place, verdict in enumerate((WRONG, LOST, UNAVAILABLE)):
+        shown.add(place, verdict)
+    lines = capfd.readouterr().out.splitlines()
+    assert all(line == line.rstrip() for line in lines)
+    assert max(map(len, lines)) <= max(width, 70)
+    told = " ".join(" ".join(lines).split())
+    assert (
+        f" triton float32 wrong 1.3e-05 1.2 {WRONG.reason} linear_cross_entropy"
+        f" triton_recompute float32 failed to compile {WRONG.reason} linear_cross_entropy liger "
+    ) in told
+    assert told.endswith(" liger float32 unavailable it needs a GPU")
+    reasons = [line for line in lines if line.startswith("    ")][1:]
+    assert len(reasons) == {40: 13, 70: 7, 80: 7, 200: 2}[width]
+    assert all(len(line) <= width for line in reasons)
+
+
+def test_a_file_has_the_reasons_beside_the_rows(
+    capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.delenv("COLUMNS", raising=False)
+    shown = verdicts._Rows(verdicts.consoles.output(), [Task("linear_cross_entropy", "triton", torch.bfloat16)])
+    shown.add(0, UNAVAILABLE)
+    *_, header, row = capfd.readouterr().out.splitlines()
+    assert header.index("why") == row.index("it needs a GPU")
+
+
+def test_the_last_line_names_what_makes_the_exit_code_1(monkeypatch: pytest.MonkeyPatch) -> None:
+    tasks = [Task("rms_norm", name, torch.float32) for name in "abcdefg"]
+
+    def told(*found: Verdict, named: bool = False) -> tuple[str, bool]:
+        shown = verdicts._Rows(verdicts.consoles.output(), tasks)
+        for place, verdict in reversed(list(enumerate(found))):
+            shown.add(place, verdict)
+        return shown.summary(named), shown.failed(named)
+
+    assert told(VERIFIED, UNAVAILABLE, VERIFIED) == ("2 verified, 1 unavailable", False)
+    assert told(VERIFIED, UNAVAILABLE, WRONG) == ("1 verified, 1 wrong (rms_norm c in float32), 1 unavailable", True)
+    assert told(VERIFIED, named=True) == ("1 verified", False)
+    unavailable = "1 asked for and unavailable (rms_norm b in float32)"
+    assert told(VERIFIED, UNAVAILABLE, named=True) == (f"1 verified, {unavailable}", True)
+    assert told(LOST, UNAVAILABLE, named=True) == (
+        f"none verified, 1 failed to compile (rms_norm a in float32), {unavailable}",
+        True,
+    )
+    many = "rms_norm a in float32, rms_norm b in float32, rms_norm c in float32 and 3 more"
+    assert told(*6 * [WRONG], VERIFIED) == (f"1 verified, 6 wrong ({many})", True)
+
+
+def test_it_ends_with_a_summary(capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(VerdictPool, "look", lambda pool: [(0, VERIFIED), (1, UNAVAILABLE)])
+    is_done = iter((False, True))
+    monkeypatch.setattr(VerdictPool, "is_done", property(lambda pool: next(is_done)))
+    assert verdicts.main(["op=rms_norm", "impl=pytorch,triton"]) == 1
+    last = capfd.readouterr().out.splitlines()[-1]
+    assert last == "1 verified, 1 asked for and unavailable (rms_norm triton in float32)"
+
+
+def test_errors_do_not_shrink_with_more_trials(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The largest error and the most of what is allowed are rarely found in the same trial."""
+
+    def found(*told: Verdict, seeds: int = 2) -> Verdict:
+        monkeypatch.setattr(verdict_worker, "verify", lambda *args, seed, **kwargs: told[seed])
+        monkeypatch.setattr(verdict_worker, "at_random", lambda *args: iter(told[seeds:]))
+        return verdict_worker._verdict("rms_norm", "pytorch", torch.float32, CPU, seeds, 0)
+
+    small, large = Verdict("verified", "", 1e-7, 0.5, 3), Verdict("verified", "", 4e-7, 0.1, 4)
+    both = Verdict("verified", "", 4e-7, 0.5, 7)
+    assert found(small, large) == found(large, small) == both
+    assert found(large, small, seeds=1) == found(small, large, seeds=1) == both
+    assert found(large, Verdict("wrong", "off", 2e-7, 9.0, 1)) == Verdict("wrong", "off", 4e-7, 9.0, 5)
+    assert found(large, LOST, small) == LOST
