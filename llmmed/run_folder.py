@@ -146,9 +146,9 @@ def remember(folder: Path) -> Callable[[], None]:
 def to_resume(config: Config, outputs: Path) -> Path | None:
     """The folder that `train.resume` names, or None to go on in the run's own folder.
 
-    `latest` is the newest run under `outputs` of the same configuration that has not finished and that no other process
-    is training; from then on this one holds it. Raises `UserError` if there is none, or if a folder is named that is no
-    run folder.
+    `latest` is the newest run under `outputs`, in a folder there or in one of those folders, of the same configuration
+    that has not finished and that no other process is training; from then on this one holds it. Raises `UserError` if
+    there is none, or if a folder is named that is no run folder.
     """
     resume = config.train.resume
     if resume is None or resume == "auto":
@@ -159,9 +159,9 @@ def to_resume(config: Config, outputs: Path) -> Path | None:
             raise UserError(f"train.resume={resume}: that is no run folder; give one, or auto, latest or null")
         return folder.absolute()
     wanted = _comparable(as_dict(config))
-    folders = [path.parent.parent for path in outputs.glob("*/*/.hydra/config.yaml")]
+    folders = [path.parents[1] for depth in ("*", "*/*") for path in outputs.glob(f"{depth}/.hydra/config.yaml")]
     for folder in sorted(folders, key=lambda path: path.stat().st_mtime, reverse=True):
-        if read_status(folder).state in ("none", "finished"):
+        if read_status(folder).state in ("none", "finished"):  # none: a benchmark's
             continue
         values = OmegaConf.to_container(OmegaConf.load(folder / ".hydra" / "config.yaml"))
         if isinstance(values, dict) and _comparable({str(k): v for k, v in values.items()}) == wanted:

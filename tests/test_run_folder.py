@@ -73,6 +73,27 @@ def test_latest_passes_over_a_run_that_is_in_training(tmp_path: Path) -> None:
     assert run_folder.to_resume(wanted, tmp_path) == tmp_path / "day" / "newer"
 
 
+@pytest.mark.parametrize("name", ["mine", "day/second"])
+def test_latest_finds_a_run_where_runs_are(tmp_path: Path, name: str) -> None:
+    config = tiny_config()
+    wanted = replace(config, train=replace(config.train, resume="latest"))
+
+    def stored(folder: str, state: run_folder.State | None) -> None:
+        write_json(tmp_path / folder / ".hydra" / "config.yaml", as_dict(config))
+        if state is not None:
+            run_folder.write_status(tmp_path / folder, state)
+
+    stored("finished", "finished")
+    stored("benchmark", None)
+    stored("benchmarks/benchmark", None)
+    stored("sweeps/sweep/job", "interrupted")
+    with pytest.raises(UserError, match="no unfinished run of this configuration"):
+        run_folder.to_resume(wanted, tmp_path)
+    stored(name, "interrupted")
+    os.utime(tmp_path / name, (1, 1))
+    assert run_folder.to_resume(wanted, tmp_path) == tmp_path / name
+
+
 @pytest.mark.parametrize(
     ("overrides", "expected"),
     [
