@@ -162,6 +162,8 @@ def _run(composed: DictConfig, folder: Path, overrides: list[str], stop: StopReq
     composed = micro_batch.resolve(composed, overrides, folder, report=say)
     config = compose.validate(composed, overrides)
     write_atomically(folder / ".hydra" / "config.yaml", OmegaConf.to_yaml(composed, resolve=True))
+    if config.train.resume is not None:
+        stop.moment = "before another step was done"  # after how many is known once checkpoints can be read
     with collector.still():
         from llmmed.run import run  # torch comes with it, and is not needed to refuse a mistake
 

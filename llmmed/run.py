@@ -101,6 +101,7 @@ def _run(config: Config, folder: Path, console: Console, started: float, stop: S
     # What may be mistaken comes before what takes long.
     newest = _newest_checkpoint(config, folder, console)
     if newest is not None:
+        stop.goes_on_from(checkpoint.step_of(newest))
         for change in continuation.changes(folder, config):
             console.print(f"goes on with another value: {change}", style="dim", markup=False)
     initial = init_from.find(config.model) if newest is None else None  # a resumed run has weights of its own

@@ -17,6 +17,8 @@ _OUTPUTS = (1, 2)  # stdout and stderr
 _LOOK_SECONDS = 0.2
 _AGAIN_SECONDS = 3.0  # an exception raised inside a finalizer or a callback is swallowed by the interpreter
 INTERRUPTED = 130  # the exit code, as the shell's after Ctrl-C
+UNREAD = "nobody reads the output any more"  # what a SIGHUP is called that nobody sent
+_unread = threading.Event()
 
 
 def reader_is_gone(output: int) -> None:
@@ -26,6 +28,7 @@ def reader_is_gone(output: int) -> None:
     os.dup2(nowhere, output)
     os.close(nowhere)
     if signal.getsignal(signal.SIGHUP) != signal.SIG_DFL:
+        _unread.set()
         signal.raise_signal(signal.SIGHUP)
 
 
@@ -57,7 +60,7 @@ class StopRequest:
     """
 
     def __init__(self, give_up: Callable[[str], None] | None = None, grace: float = 10.0) -> None:
-        self.name: str | None = None
+        self.name: str | None = None  # of the signal, or `UNREAD`
         self.waits = False
         self.moment = "before the first step was done"  # for the message, if it does not wait
         self.raised = False  # whatever happens from then on is a consequence
@@ -69,6 +72,7 @@ class StopRequest:
         self._terminals: list[int] = []
 
     def __enter__(self) -> StopRequest:
+        _unread.clear()
         self._terminals = [output for output in _OUTPUTS if os.isatty(output)]
         for number in _NUMBERS:
             if number == signal.SIGHUP and signal.getsignal(number) == signal.SIG_IGN:  # under nohup
@@ -101,6 +105,10 @@ class StopRequest:
             self.raised = True
             raise Interrupted(f"{self.name} {self.moment}")
 
+    def goes_on_from(self, step: int) -> None:
+        """Steps that a checkpoint has behind it are done, whatever comes before this process makes another."""
+        self.moment = f"after step {step}, before another was done"
+
     def settle(self) -> None:
         """`Interrupted` was caught by whom it is meant for; nothing is raised any more."""
         self._settled = True
@@ -109,10 +117,10 @@ class StopRequest:
         if number == signal.SIGHUP:
             self._leave_terminals()
         again = self.name is not None and number == signal.SIGINT
-        self.name = self.name or signal.Signals(number).name
+        self.name = self.name or _name(number)
         if (not self.waits or again) and not self.raised and not self._settled:
             self.raised = True  # what follows now is cleaning up, which no further signal may disturb
-            raise Interrupted(f"{self.name} twice" if again else f"{self.name} {self.moment}")
+            raise Interrupted(f"{self.name}, then SIGINT" if again else f"{self.name} {self.moment}")
 
     def _leave_terminals(self) -> None:
         """What is still told has no reader; a write to a terminal that is gone would fail and end the run."""
@@ -127,7 +135,7 @@ class StopRequest:
         while not self._left.is_set():
             readable, _, _ = select.select([pipe], [], [], _LOOK_SECONDS)
             if readable:
-                arrived = [signal.Signals(number).name for number in os.read(pipe, 64) if number in _NUMBERS]
+                arrived = [_name(number) for number in os.read(pipe, 64) if number in _NUMBERS]
                 name = name or "".join(arrived[:1])
                 continue
             if name and not self.waits:
@@ -140,3 +148,7 @@ class StopRequest:
                 with contextlib.suppress(Exception):
                     give_up(name)
                 os._exit(INTERRUPTED)
+
+
+def _name(number: int) -> str:
+    return UNREAD if number == signal.SIGHUP and _unread.is_set() else signal.Signals(number).name

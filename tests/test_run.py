@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import contextlib
+import os
+import signal
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -14,6 +16,7 @@ from llmmed import run as run_module
 from llmmed.errors import UserError
 from llmmed.kernels.operator import INTERPRETED
 from llmmed.run_folder import read_status
+from llmmed.signals import INTERRUPTED
 from tests.training.tiny import tiny_config
 
 
@@ -68,6 +71,22 @@ def test_a_run_that_a_library_ends_says_so(tmp_path: Path, monkeypatch: pytest.M
         run_module.run(tiny_config(), tmp_path, started=0.0)
     status = read_status(tmp_path)
     assert (status.state, status.reason) == ("failed", "SystemExit: enough")
+
+
+def test_a_resumed_run_that_is_stopped_before_a_step_tells_the_steps_it_has(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    assert run_module.run(tiny_config("kernels=pytorch", "train.max_steps=4"), tmp_path, started=0.0) == 0
+    prepare = data.prepare
+
+    def interrupted(*args: Any, **options: Any) -> data.Dataset:
+        os.kill(os.getpid(), signal.SIGINT)
+        return prepare(*args, **options)
+
+    monkeypatch.setattr(data, "prepare", interrupted)
+    config = tiny_config("kernels=pytorch", "train.resume=auto")
+    assert run_module.run(config, tmp_path, started=0.0) == INTERRUPTED
+    assert read_status(tmp_path).reason == "SIGINT after step 4, before another was done"
 
 
 def test_kernels_that_nobody_will_find_are_told(

@@ -107,10 +107,16 @@ def test_a_reader_that_goes_ends_it_and_is_not_written_to() -> None:
     with signals.StopRequest() as stop:
         stop.waits = True
         console.print("told")
-        assert stop.name == "SIGHUP"
+        assert stop.name == signals.UNREAD
         console.print("told")
         console.file.write("told")
         console.file.flush()
+        with pytest.raises(signals.Interrupted, match="nobody reads the output any more before the first step"):
+            stop.wait_no_more()
+    with signals.StopRequest() as stop:
+        stop.waits = True
+        os.kill(os.getpid(), signal.SIGHUP)
+        assert stop.name == "SIGHUP"
 
 
 def test_where_nothing_ends_in_order_a_reader_that_goes_ends_it_at_once(
@@ -147,7 +153,9 @@ def test_a_run_whose_reader_goes_keeps_what_it_has(tmp_path: Path, repository: P
         next(line for line in run.stdout if line.startswith("step 100/"))
         run.stdout.close()
         assert run.wait(60) == signals.INTERRUPTED
-    assert read_status(tmp_path / "run").state == "interrupted"
+    status = read_status(tmp_path / "run")
+    assert status.state == "interrupted"
+    assert str(status.reason).startswith("nobody reads the output any more after step ")
     assert list((tmp_path / "run" / "checkpoints").glob("step_*"))
 
 
@@ -213,4 +221,4 @@ with StopRequest(give_up=print, grace=0.1) as stop:
 """
     run = python(code, tmp_path)
     assert run.ends() == 0
-    assert says(run.output, "waited for SIGTERM\ncaught SIGTERM twice")
+    assert says(run.output, "waited for SIGTERM\ncaught SIGTERM, then SIGINT")
