@@ -73,13 +73,14 @@ def mark(device: torch.device) -> Mark:
 
 @dataclass(frozen=True)
 class Reading:
-    """What a log step had to tell.
+    """What a step had to tell.
 
     Attributes:
         step: Steps made by then.
         values: Those that were given with it, by name.
         memory_gib: As given with it.
-        steps_per_second: Since the log step before it or the last restart; None if no step was made since.
+        steps_per_second: Since the log step before it or the last restart; None if no step was made since, or if it
+            was not timed.
     """
 
     step: int
@@ -98,7 +99,7 @@ class _Start:
 class _Issued:
     step: int
     mark: Mark
-    since: _Start
+    since: _Start | None  # None: not timed
     names: tuple[str, ...]  # of the values
     values: Tensor | None  # on the CPU, valid once the mark is passed; None: nothing is to be read
     memory_gib: float | None
@@ -116,14 +117,21 @@ class InFlight:
         """The time of the next reading begins now, after `step` steps: what was before it does not count."""
         self._since = _Start(step, mark(self._device))
 
-    def add(self, step: int, values: Mapping[str, Tensor] | None = None, memory_gib: float | None = None) -> None:
-        """A step was issued, the `step`-th; of a log step with what to read: 0-d tensors on the device, by name."""
+    def add(
+        self, step: int, values: Mapping[str, Tensor] | None = None, memory_gib: float | None = None, *,
+        timed: bool = True,
+    ) -> None:  # fmt: skip
+        """A step was issued, the `step`-th, with what to read of it, if anything: 0-d tensors on the device, by name.
+
+        If the reading is not `timed`, the next that is has the time since the timed one before.
+        """
         copied = None
         if values is not None:  # from a GPU into pinned memory, in one copy
             copied = torch.stack([value.float() for value in values.values()]).to("cpu", non_blocking=True)
         behind = mark(self._device)
-        self._issued.append(_Issued(step, behind, self._since, tuple(values or ()), copied, memory_gib))
-        if values is not None:
+        since = self._since if timed else None
+        self._issued.append(_Issued(step, behind, since, tuple(values or ()), copied, memory_gib))
+        if values is not None and timed:
             self._since = _Start(step, behind)
 
     def finished(self, left: int) -> Iterator[Reading]:
@@ -140,5 +148,7 @@ class InFlight:
 
 
 def _speed(issued: _Issued) -> float | None:
+    if issued.since is None:
+        return None
     steps = issued.step - issued.since.step
     return steps / issued.mark.seconds_since(issued.since.mark) if steps else None

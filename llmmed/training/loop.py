@@ -192,7 +192,7 @@ class _Run:
                         self._log_finished(progress)
                     raise
                 done = self.done
-                self._log_finished(progress, left=train.log_every)
+                self._log_finished(progress, left=min(train.log_every, train.max_skipped_steps))
                 paused = self._evaluate_and_sample(done, stop, progress)
                 stopping = stop.name  # read once: a signal that comes later waits for the next step
                 due = train.checkpoint_every and done % train.checkpoint_every == 0
@@ -301,17 +301,19 @@ class _Run:
         )
 
     def _keep_track(self, done: int, loss: Tensor, norm: Tensor) -> None:
-        """A step was issued; of a log step the values are copied."""
+        """A step was issued; of a log step the values are copied, and now and then how many were skipped in a row."""
+        train = self.config.train
         self.losses.append(loss)
-        if done % self.config.train.log_every and done not in (1, self.config.train.max_steps):
-            self.in_flight.add(done)
+        in_a_row = {"skipped_in_a_row": self.stepper.skipped_in_a_row}
+        if done % train.log_every and done not in (1, train.max_steps):
+            self.in_flight.add(done, None if done % train.max_skipped_steps else in_a_row, timed=False)
             return
         values = {
             "loss": torch.stack(self.losses).mean(),
             "grad_norm": norm,
             "skipped_steps": self.stepper.skipped,
-            "skipped_in_a_row": self.stepper.skipped_in_a_row,
             "loss_scale": self.stepper.scale,
+            **in_a_row,
         }
         self.in_flight.add(done, values, self._memory_gib())
         self.losses.clear()
@@ -322,7 +324,7 @@ class _Run:
             self._log(reading, progress)
 
     def _log(self, reading: Reading, progress: TrainingProgress) -> None:
-        """Raises `UserError` if by then too many steps in a row had been skipped."""
+        """What a log step had to tell. Raises `UserError` if by any step's reading too many in a row were skipped."""
         values, train, step = reading.values, self.config.train, reading.step - 1
         in_a_row = values["skipped_in_a_row"]
         if in_a_row >= train.max_skipped_steps:
@@ -331,6 +333,8 @@ class _Run:
                 f"not finite; lower optimizer.lr={self.config.optimizer.lr:g}, or use train.precision=bf16 or fp32; "
                 f"the batch is in {self._keep_batch(step)}"
             )
+        if "loss" not in values:  # it was read for that alone
+            return
         if reading.steps_per_second is not None:
             self.speeds.append(reading.steps_per_second * train.global_batch_tokens)
         speed = self.speeds[-1] if self.speeds else 0.0

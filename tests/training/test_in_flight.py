@@ -134,7 +134,25 @@ def test_the_speed_is_that_between_marks(monkeypatch: pytest.MonkeyPatch) -> Non
     assert speeds == [None, 3 / (3 * 9.5), 4 / (4 * 9.5 - 9.0)]
 
 
-OFTEN = ("train.log_every=3", "train.eval_every=5", "train.checkpoint_every=4", "train.max_steps=17")
+def test_a_reading_that_is_not_timed_leaves_the_time_to_the_next(monkeypatch: pytest.MonkeyPatch) -> None:
+    clock = 0.0
+    monkeypatch.setattr(in_flight.time, "perf_counter", lambda: clock)
+    steps, value, speeds = InFlight(CPU), {"value": torch.zeros(())}, []
+    for step in range(1, 7):
+        clock += 0.5
+        steps.add(step, value if step in (2, 4, 6) else None, timed=step != 2)
+        speeds += [found.steps_per_second for found in steps.finished(left=0)]
+    assert speeds == [None, 2.0, 2.0]
+
+
+OFTEN = ("train.log_every=3", "train.eval_every=5", "train.checkpoint_every=4", "train.max_steps=17",
+         "train.max_skipped_steps=2")  # fmt: skip
+
+
+def test_looking_for_skipped_steps_tells_a_sound_run_nothing(tmp_path: Path) -> None:
+    for skipped in (2, 50):
+        run(tiny_config(*OFTEN, f"train.max_skipped_steps={skipped}"), tmp_path / str(skipped))
+    assert learnt(tmp_path / "2") == learnt(tmp_path / "50")
 
 
 @pytest.mark.parametrize("log_every", [1, 3])
@@ -262,6 +280,17 @@ def test_a_run_that_breaks_down_names_its_step_and_saves_none_after(late: None, 
     assert watch.issued == 10  # where the next checkpoint was due
     assert list(watch.at) == [1, 4]
     assert [path.name for path in (tmp_path / "checkpoints").iterdir()] == ["step_00000005"]
+    batches = Batches(pattern().train, 16, 4, config.seed, shuffle=True)
+    assert torch.equal(load_file(tmp_path / "bad_batch.safetensors")["tokens"], batches.get(7))
+
+
+def test_a_run_that_breaks_down_between_log_steps_ends_there(late: None, watch: Watch, tmp_path: Path) -> None:
+    config = tiny_config("optimizer.lr=1e30", "train.max_steps=200", "train.grad_clip=0", "train.max_skipped_steps=4",
+                         "train.log_every=1000")  # fmt: skip
+    with pytest.raises(UserError, match=r"training broke down at step 8: .* of \d steps in a row"):
+        run(config, tmp_path, sinks=[watch])
+    assert watch.issued == 12
+    assert list(watch.at) == [1]
     batches = Batches(pattern().train, 16, 4, config.seed, shuffle=True)
     assert torch.equal(load_file(tmp_path / "bad_batch.safetensors")["tokens"], batches.get(7))
 
