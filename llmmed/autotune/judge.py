@@ -176,7 +176,7 @@ def _parts(
     names, counts, sums = [""], [truth.numel()], [squares.reshape(3, -1).sum(1, keepdim=True)]
     if truth.ndim:
         table = squares.reshape(3, -1, truth.shape[-1])
-        for axis, label in ((1, "rows"), (2, "columns")):
+        for axis, label in ((1, "row"), (2, "column")):
             size = table.shape[axis]
             if size < 2:
                 continue
@@ -186,7 +186,7 @@ def _parts(
             sums.append(torch.nn.functional.pad(lines, (0, blocks * step - size)).view(3, blocks, step).sum(2))
             for start in range(0, size, step):
                 end = min(start + step, size)
-                names.append(f"{label} {start} to {end - 1}")
+                names.append(f"{label} {start}" if end - start == 1 else f"{label}s {start} to {end - 1}")
                 counts.append((end - start) * truth.numel() // size)
     names += masks
     sums += [(squares * mask).reshape(3, -1).sum(1, keepdim=True) for mask in masks.values()]

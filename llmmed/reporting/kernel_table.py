@@ -19,8 +19,9 @@ from llmmed.reporting.numbers import ABSENT, Column, digits, number, words
 _CHOSEN = "\N{CHECK MARK}"
 _LEGEND = (
     f"{_CHOSEN} is used. Verdict and error: outputs and every gradient against float64. Time: all calls of a "
-    "micro-batch, forward and backward, each op by itself. Memory: the most that a call takes beyond its inputs."
+    "micro-batch, forward and backward, each op by itself."
 )
+_LEGEND_OF_MEMORY = " Memory: the most that a call takes beyond its inputs."
 _STYLES: Mapping[Status, str] = {
     "verified": "green",
     "unavailable": "dim",
@@ -100,10 +101,14 @@ def closing_line(plan: KernelPlan) -> str:
     if list(groups) == [DEFAULT]:
         groups[DEFAULT] = ["every op"]
     chosen = "; ".join(f"[bold]{escape(name)}[/] for {', '.join(ops)}" for name, ops in groups.items())
-    if not any(candidate.total_ms for op in plan.ops.values() for candidate in op.candidates.values()):
+    candidates = [candidate for op in plan.ops.values() for candidate in op.candidates.values()]
+    if not any(candidate.total_ms for candidate in candidates):
         return f"Chosen: {chosen}.\n{step}[dim]For {plan.mode} mode; nothing was left to measure.[/]"
     source = "From the tuning cache" if plan.cached else f"Found in {plan.tuning_seconds:.1f} s{_stages(plan)}"
-    return f"Chosen: {chosen}.\n{step}[dim]{source}, for {plan.mode} mode. {_LEGEND}[/]"
+    legend = _LEGEND
+    if any(candidate.peak_memory_mib is not None for candidate in candidates):
+        legend += _LEGEND_OF_MEMORY
+    return f"Chosen: {chosen}.\n{step}[dim]{source}, for {plan.mode} mode. {legend}[/]"
 
 
 def _step_line(step: StepEvidence) -> str:

@@ -270,7 +270,8 @@ def _reproduce(folder: Path) -> str:
         text += "<p>With this run's kernels, verified again:</p>" + pre(shlex.join([*command, f"kernels.plan={plan}"]))
     changed = (environment.get("git") or {}).get("changed_files")
     if changed:
-        text += f"<p>The source was not that of the commit: {len(changed)} files had changes.</p>"
+        files = "1 file" if len(changed) == 1 else f"{len(changed)} files"
+        text += f"<p>The source was not that of the commit: {files} had changes.</p>"
         text += pre("\n".join(map(str, changed)))
     if isinstance(given := environment.get("command"), list) and _sweep_of(folder) is None:
         where = escape(str(environment.get("working_folder")))

@@ -43,11 +43,14 @@ def test_parts_are_blocks_of_rows_and_columns(shape: tuple[int, ...]) -> None:
     assert sizes.tolist() == [int((value > 1).sum())]
     table = value.reshape(-1, value.shape[-1]) if value.ndim else value
     for name, count, found in zip(names[1:-1], counts[1:], sums[1:-1], strict=True):
-        axis, start, _, end = name.split()
-        block = table[int(start) : int(end) + 1] if axis == "rows" else table[:, int(start) : int(end) + 1]
+        axis, _, span = name.partition(" ")
+        start, _, end = span.partition(" to ")
+        end = end or start
+        assert axis.endswith("s") == (start != end), name
+        block = table[int(start) : int(end) + 1] if axis.startswith("row") else table[:, int(start) : int(end) + 1]
         assert block.numel() == count
         assert found.tolist() == pytest.approx(square(block))
-    for axis, size in zip(("rows", "columns"), table.shape, strict=False):
+    for axis, size in zip(("row", "column"), table.shape, strict=False):
         blocks = [name for name in names if name.startswith(axis)]
         assert len(blocks) == (0 if size < 2 else -(-size // -(-size // 8)))
 

@@ -99,7 +99,11 @@ def test_a_log_file_gets_no_control_characters() -> None:
 
 def test_a_column_without_values_is_left_out() -> None:
     assert "MiB" in printed(make_plan(), 100)
-    assert "MiB" not in printed(make_plan(memory=None), 100)
+    assert "Memory: the most" in printed(make_plan(), 400)
+    without = printed(make_plan(memory=None), 400)
+    assert "MiB" not in without
+    assert "Memory" not in without
+    assert "each op by itself." in without
 
 
 def test_the_choice_is_told_in_words() -> None:

@@ -73,6 +73,7 @@ def test_a_finished_run_is_told_whole(tmp_path: Path) -> None:
         "loss (nats a token)", "throughput (tokens/s)", "optimizer step", "training", "validation",  # curves
         "✓ triton", "gradient of weight: relative error 4.0e-01", "0.0412", "1.7e-03", "3.00", "13 calls",  # kernels
         "speed-up over pytorch", "total, ms", "memory, MiB",
+        "not that of the commit: 1 file had changes.",
         "git checkout abc123 python scripts/train.py model=tiny 'data.path=my notes'", "M llmmed/run.py",  # reproduce
         "kernels.plan=", "max_steps: 30", "device: cpu", "3.11.7", "torch 2.9", "line 99",
     ):  # fmt: skip
