@@ -71,6 +71,15 @@ def tensor_spec(*shape: int, dtype: torch.dtype, requires_grad: bool = False) ->
     return TensorSpec(shape, dtype, tuple(torch.empty(shape, device="meta").stride()), requires_grad)
 
 
+def heads_spec(
+    batch: int, seq: int, heads: int, head_dim: int, dtype: torch.dtype, row: int | None = None
+) -> TensorSpec:
+    """The spec of states [batch, seq, heads, head_dim] that want gradients, for writing cases: contiguous, or within a
+    tensor with so many elements a position."""
+    spec = tensor_spec(batch, seq, heads, head_dim, dtype=dtype, requires_grad=True)
+    return spec if row is None else replace(spec, stride=(seq * row, row, head_dim, 1))
+
+
 @dataclass(frozen=True)
 class Call:
     """One call of an op as the training step makes it: every argument, tensors by their specs. Hashable."""

@@ -5,11 +5,10 @@ from __future__ import annotations
 import functools
 import random
 from collections.abc import Mapping
-from dataclasses import replace
 
 import torch
 
-from llmmed.kernels.base import Call, Cost, Inputs, TensorSpec, tensor_spec
+from llmmed.kernels.base import Call, Cost, Inputs, TensorSpec, heads_spec
 from llmmed.kernels.draw import head_shape
 
 REGIMES = ("bland", "peaked", "growing_keys")
@@ -37,12 +36,9 @@ def draw(dice: random.Random, dtype: torch.dtype) -> Call:
 def _call(
     dtype: torch.dtype, batch: int, seq: int, n_heads: int, n_kv_heads: int, head_dim: int, fused: bool = False
 ) -> Call:
-    def states(heads: int) -> TensorSpec:
-        spec = tensor_spec(batch, seq, heads, head_dim, dtype=dtype, requires_grad=True)
-        row = (n_heads + 2 * n_kv_heads) * head_dim
-        return replace(spec, stride=(seq * row, row, head_dim, 1)) if fused else spec
-
-    return Call.of("attention", q=states(n_heads), k=states(n_kv_heads), v=states(n_kv_heads))
+    row = (n_heads + 2 * n_kv_heads) * head_dim if fused else None
+    q, k, v = (heads_spec(batch, seq, n, head_dim, dtype, row) for n in (n_heads, n_kv_heads, n_kv_heads))
+    return Call.of("attention", q=q, k=k, v=v)
 
 
 def make_inputs(call: Call, regime: str, generator: torch.Generator, device: torch.device) -> Inputs:

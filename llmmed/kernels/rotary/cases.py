@@ -9,7 +9,7 @@ from dataclasses import replace
 
 import torch
 
-from llmmed.kernels.base import Call, Cost, Inputs, TensorSpec, tensor_spec
+from llmmed.kernels.base import Call, Cost, Inputs, TensorSpec, heads_spec, tensor_spec
 from llmmed.kernels.draw import size
 
 REGIMES = ("bland", "outliers", "head_scales")
@@ -42,13 +42,10 @@ def draw(dice: random.Random, dtype: torch.dtype) -> Call:
 def _call(
     dtype: torch.dtype, batch: int, seq: int, n_heads: int, n_kv_heads: int, head_dim: int, fused: bool = False
 ) -> Call:
-    def states(heads: int) -> TensorSpec:
-        spec = tensor_spec(batch, seq, heads, head_dim, dtype=dtype, requires_grad=True)
-        row = (n_heads + 2 * n_kv_heads) * head_dim
-        return replace(spec, stride=(seq * row, row, head_dim, 1)) if fused else spec
-
+    row = (n_heads + 2 * n_kv_heads) * head_dim if fused else None
+    q, k = (heads_spec(batch, seq, n, head_dim, dtype, row) for n in (n_heads, n_kv_heads))
     table = tensor_spec(seq, head_dim // 2, dtype=torch.float32)
-    return Call.of("rotary", q=states(n_heads), k=states(n_kv_heads), cos=table, sin=table)
+    return Call.of("rotary", q=q, k=k, cos=table, sin=table)
 
 
 def make_inputs(call: Call, regime: str, generator: torch.Generator, device: torch.device) -> Inputs:

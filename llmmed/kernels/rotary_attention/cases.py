@@ -5,12 +5,11 @@ from __future__ import annotations
 import functools
 import random
 from collections.abc import Mapping
-from dataclasses import replace
 
 import torch
 from torch import Tensor
 
-from llmmed.kernels.base import Call, Cost, Inputs, tensor_spec
+from llmmed.kernels.base import Call, Cost, Inputs, heads_spec, tensor_spec
 from llmmed.kernels.draw import head_shape
 
 REGIMES = ("bland", "peaked", "growing_keys")
@@ -41,10 +40,7 @@ def _call(
     dtype: torch.dtype, batch: int, seq: int, n_heads: int, n_kv_heads: int, head_dim: int, wider: int = 0
 ) -> Call:
     heads = n_heads + 2 * n_kv_heads
-    qkv = tensor_spec(batch, seq, heads, head_dim, dtype=dtype, requires_grad=True)
-    if wider:  # the rows of a tensor with as many columns more
-        row = heads * head_dim + wider
-        qkv = replace(qkv, stride=(seq * row, row, head_dim, 1))
+    qkv = heads_spec(batch, seq, heads, head_dim, dtype, heads * head_dim + wider)  # of a tensor with more columns
     table = tensor_spec(seq, head_dim // 2, dtype=torch.float32)
     return Call.of("rotary_attention", qkv=qkv, cos=table, sin=table, n_heads=n_heads)
 
