@@ -15,6 +15,7 @@ import pytest
 import torch
 import torch._dynamo
 
+from llmmed.autotune.gpu_state import free_memory
 from llmmed.autotune.verify import Verdict
 from llmmed.errors import UserError
 from llmmed.files import write_json
@@ -157,6 +158,12 @@ def test_as_many_as_the_machine_has_room_for(
     monkeypatch.setattr(verdict_pool, "cores", lambda: cores)
     monkeypatch.setattr(verdict_pool, "free_memory", lambda device: gib)
     assert verdict_pool._sensible_workers(CPU) == workers
+
+
+def test_room_is_what_others_have_left_of_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (3 * 2**30, 80 * 2**30))
+    assert free_memory(torch.device("cuda")) == 3.0
+    assert free_memory(CPU) is None
 
 
 def test_a_mistaken_number_is_told_in_a_line(capfd: pytest.CaptureFixture[str]) -> None:

@@ -145,6 +145,17 @@ def test_a_reading_that_is_not_timed_leaves_the_time_to_the_next(monkeypatch: py
     assert speeds == [None, 2.0, 2.0]
 
 
+def test_a_reading_between_does_not_break_an_interval(monkeypatch: pytest.MonkeyPatch) -> None:
+    clock = 0.0
+    monkeypatch.setattr(in_flight.time, "perf_counter", lambda: clock)
+    steps, values, speeds = InFlight(CPU), {"value": torch.zeros(())}, []
+    for step in range(1, 5):
+        clock += step
+        steps.add(step, values, timed=step == 4)
+        speeds += [found.steps_per_second for found in steps.finished(left=0)]
+    assert speeds == [None, None, None, 4 / (1 + 2 + 3 + 4)]
+
+
 OFTEN = ("train.log_every=3", "train.eval_every=5", "train.checkpoint_every=4", "train.max_steps=17",
          "train.max_skipped_steps=2")  # fmt: skip
 
