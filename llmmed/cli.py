@@ -52,16 +52,16 @@ def main() -> None:
         _exit(f"{error.strerror or error}{f': {error.filename}' if error.filename else ''}")
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
-        if sweep.RememberFolder.folder is not None:
-            sweep.tell(sweep.RememberFolder.folder)
+        if sweep.BeforeTheJobs.folder is not None:
+            sweep.tell(sweep.BeforeTheJobs.folder)
         sys.exit(INTERRUPTED)
     except Exception as error:
-        if sweep.RememberFolder.folder is None:
+        if sweep.BeforeTheJobs.folder is None:
             raise
         # A launcher's or a sweeper's, for instance because one of its own processes was killed.
         early = f"the sweep ended early: {type(error).__name__}: {' '.join(str(error).split())[:300]}"
-    if sweep.RememberFolder.folder is not None:
-        troubles = sweep.tell(sweep.RememberFolder.folder)
+    if sweep.BeforeTheJobs.folder is not None:
+        troubles = sweep.tell(sweep.BeforeTheJobs.folder)
         if early or troubles:
             _exit("; ".join([*([early] if early else []), *troubles]))
 

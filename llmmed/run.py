@@ -29,7 +29,7 @@ from llmmed.kernels.catalog import load_kernels
 from llmmed.model import Transformer
 from llmmed.plan_of_checkpoint import plan_of_checkpoint
 from llmmed.reporting.kernel_table import print_kernel_table
-from llmmed.reporting.terminal import print_closing, print_header
+from llmmed.reporting.terminal import print_closing, print_header, telling_of_tuning
 from llmmed.reporting.wandb_sink import open_wandb
 from llmmed.signals import INTERRUPTED, Interrupted, StopRequest
 from llmmed.training import Result, checkpoint, memory, prepare_backend, resolve_compile, train
@@ -123,8 +123,8 @@ def _run(config: Config, folder: Path, console: Console, started: float, stop: S
             init_from.warn_of_other_tokenizer(initial, dataset.tokenizer_file)
 
         if plan is None:
-            with console.status("tuning") as status:
-                plan = tune(config, workload, mode=mode, report=lambda done: status.update(str(done)), start=start)
+            with telling_of_tuning(console) as report:
+                plan = tune(config, workload, mode=mode, report=report, start=start)
     plan.write(folder / "kernels.json")
     mode = plan.mode
     logger.info("kernels %s: %s", "from the cache" if plan.cached else "chosen", plan.choice)

@@ -17,9 +17,13 @@ import threading
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
+import hydra
 from hydra.conf import HydraConf
+from hydra.core.override_parser.overrides_parser import OverridesParser
+from hydra.errors import HydraException
 from hydra.experimental.callback import Callback
 from omegaconf import DictConfig, OmegaConf
+from omegaconf.errors import OmegaConfBaseException
 
 from llmmed import compose, run_folder
 from llmmed.errors import UserError
@@ -28,6 +32,8 @@ from llmmed.gpus import own_gpu
 from llmmed.signals import say
 
 OUTPUT = "output.txt"  # what a job prints, where several print at once
+_GRID_SWEEPER = "hydra._internal.core_plugins.basic_sweeper.BasicSweeper"
+_LOOKED_AT = 30  # jobs, 0.15 s each, for mistakes before the first one starts
 
 _PLUGINS = {  # the module that an option of Hydra's groups needs, and what to install
     "hydra/launcher=joblib": ("hydra_plugins.hydra_joblib_launcher", "hydra-joblib-launcher"),
@@ -37,13 +43,43 @@ _PLUGINS = {  # the module that an option of Hydra's groups needs, and what to i
 }
 
 
-class RememberFolder(Callback):
+class BeforeTheJobs(Callback):
     """Hydra calls it in the process that was started by hand, before the first job."""
 
     folder: Path | None = None
 
     def on_multirun_start(self, config: DictConfig, **_: object) -> None:
-        RememberFolder.folder = Path(config.hydra.sweep.dir)
+        BeforeTheJobs.folder = Path(config.hydra.sweep.dir)
+        if config.hydra.runtime.choices["hydra/launcher"] in ("basic", "joblib"):  # others' machines may be different
+            _tell_mistakes(jobs_of(config.hydra)[:_LOOKED_AT])
+
+
+def _tell_mistakes(jobs: Sequence[Sequence[str]]) -> None:
+    """Says which jobs will be refused. The others run: of a grid, some may be what nobody meant."""
+    common = set.intersection(*map(set, jobs)) if len(jobs) > 1 else set()
+    for number, job in enumerate(jobs):
+        try:
+            compose.validate(hydra.compose(compose.CONFIG_NAME, list(job)), job)
+        except UserError as error:
+            own = " ".join(part for part in job if part not in common)
+            say(f"job {number}: {own}: will be refused: {error}")
+        except (HydraException, OmegaConfBaseException):
+            return  # Hydra will say so, and run none
+
+
+def jobs_of(hydra_part: DictConfig) -> list[list[str]]:
+    """The overrides of every job of a sweep, given Hydra's own part; none if another sweeper proposes them."""
+    from hydra._internal.core_plugins.basic_sweeper import BasicSweeper
+
+    if OmegaConf.select(hydra_part, "sweeper._target_") != _GRID_SWEEPER:
+        return []
+    overrides = [f"{key}={value}" for key, value in (hydra_part.sweeper.get("params") or {}).items()]
+    overrides += map(str, hydra_part.overrides.task)
+    try:
+        parsed = OverridesParser.create().parse_overrides(overrides)
+        return BasicSweeper.split_arguments(parsed, max_batch_size=None)[0]
+    except HydraException:
+        return []
 
 
 def plugin_overrides(overrides: Sequence[str]) -> list[str]:

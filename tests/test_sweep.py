@@ -91,7 +91,10 @@ def test_joblib_jobs_are_compared_and_are_wandb_runs_of_one_group(tmp_path: Path
     code, output, errors = run(arguments, tmp_path, repository)
     assert code == 1
     assert "sweep: 2 of 3 jobs finished" in output
-    assert errors.strip().splitlines()[-1].startswith("error: model.n_heads=3 failed: model.d_model=64 does not divide")
+    refusal = "model.d_model=64 does not divide"
+    assert errors.strip().splitlines()[-1].startswith(f"error: model.n_heads=3 failed: {refusal}")
+    assert output.startswith(f"job 1: model.n_heads=3: will be refused: {refusal}")  # before any job runs
+    assert output.count("will be refused") == 1
     files = list((tmp_path / "sweep").glob("*/wandb/offline-run*/*.wandb"))
     runs = [r.run for file in files for r in whole_file(file) if r.WhichOneof("record_type") == "run"]
     assert {r.run_group for r in runs} == {"sweep"}

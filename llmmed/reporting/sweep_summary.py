@@ -17,7 +17,6 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
-from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.errors import HydraException
 from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
@@ -25,7 +24,7 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from llmmed import run_folder
+from llmmed import run_folder, sweep
 from llmmed.autotune.plan import KernelPlan
 from llmmed.errors import UserError
 from llmmed.files import read_json, read_metrics, write_atomically, write_json
@@ -33,7 +32,6 @@ from llmmed.kernels.catalog import DEFAULT
 from llmmed.reporting import sweep_curves
 from llmmed.reporting.numbers import ABSENT, Column, number
 
-_GRID_SWEEPER = "hydra._internal.core_plugins.basic_sweeper.BasicSweeper"
 UNITS = "Losses in nats a token; memory is the allocator's peak; the first step's time is counted from the start."
 _BLUE, _RED = "#0072B2", "#D55E00"  # told apart by colour-blind readers
 
@@ -306,19 +304,10 @@ def _overrides(folder: Path) -> list[str]:
 
 
 def _planned(folder: Path) -> list[list[str]]:
-    """The overrides of every job of the sweep's last command, where Hydra's own sweeper ran it: it tries them all."""
-    from hydra._internal.core_plugins.basic_sweeper import BasicSweeper
-
+    """The overrides of every job of the sweep's last command, if that can be told."""
     try:
         stored = OmegaConf.load(folder / "multirun.yaml")
-        if OmegaConf.select(stored, "hydra.sweeper._target_") != _GRID_SWEEPER:
-            return []
-        overrides = [str(override) for override in OmegaConf.select(stored, "hydra.overrides.task")]
-        overrides += [
-            f"{key}={value}" for key, value in (OmegaConf.select(stored, "hydra.sweeper.params") or {}).items()
-        ]
-        parsed = OverridesParser.create().parse_overrides(overrides)
-        return BasicSweeper.split_arguments(parsed, max_batch_size=None)[0]
+        return sweep.jobs_of(stored.hydra)
     except (OSError, TypeError, ValueError, HydraException, OmegaConfBaseException):
         return []
 

@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import contextlib
+import math
+import time
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 from rich.console import Console
 from rich.table import Table
 
+from llmmed.autotune.child import Progress
 from llmmed.autotune.hardware import describe_hardware
 from llmmed.autotune.plan import KernelPlan, Mode
 from llmmed.compose import accumulation_steps
@@ -17,6 +21,8 @@ from llmmed.data import Dataset
 from llmmed.kernels.catalog import DEFAULT
 from llmmed.model import parameter_count
 from llmmed.run_folder import shown
+
+_SECONDS_BETWEEN_LINES = 10  # about tuning, where there is no terminal
 
 
 def print_header(config: Config, dataset: Dataset, mode: Mode, folder: Path, console: Console) -> None:
@@ -42,6 +48,24 @@ def print_header(config: Config, dataset: Dataset, mode: Mode, folder: Path, con
         "run": f"{step.max_steps:,} steps = {epochs:.2g} epochs, {shown(folder)}",
     }
     console.print(_pairs(rows))
+
+
+@contextlib.contextmanager
+def telling_of_tuning(console: Console) -> Iterator[Callable[[Progress], None]]:
+    """Yields what takes each progress: one line that changes on a terminal, elsewhere a line every few seconds."""
+    if console.is_terminal:
+        with console.status("tuning") as status:
+            yield lambda progress: status.update(str(progress))
+        return
+    told = -math.inf
+
+    def tell(progress: Progress) -> None:
+        nonlocal told
+        if time.monotonic() >= told + _SECONDS_BETWEEN_LINES:
+            told = time.monotonic()
+            console.print(str(progress), style="dim", markup=False)
+
+    yield tell
 
 
 def print_closing(summary: Mapping[str, Any], plan: KernelPlan, folder: Path, console: Console) -> None:

@@ -15,7 +15,9 @@ import pytest
 from rich.console import Console
 
 from llmmed import consoles
-from llmmed.reporting.terminal import kernels_in_words, print_closing
+from llmmed.autotune.child import Progress
+from llmmed.reporting import terminal
+from llmmed.reporting.terminal import kernels_in_words, print_closing, telling_of_tuning
 from tests.reporting.test_kernel_table import make_plan
 
 COLOUR = re.compile(r"\x1b\[[\d;]*m")
@@ -36,6 +38,19 @@ def test_the_closing_summary_has_units_and_no_line_is_folded() -> None:
         "time     1234.5 s of training; first step 178.0 s after the start",
         "kernels  triton for rms_norm; pytorch for the rest",
         "files    outputs/2026-01-31/12-00-00/",
+    ]
+
+
+def test_a_log_gets_a_line_about_tuning_every_few_seconds(monkeypatch: pytest.MonkeyPatch) -> None:
+    now = 5.0
+    monkeypatch.setattr(terminal.time, "monotonic", lambda: now)
+    console = Console(file=io.StringIO(), width=140)
+    with telling_of_tuning(console) as report:
+        for second in range(25):
+            now = 5.0 + second
+            report(Progress("verify", "rms_norm", "triton", second, 30, 1.0 + second))
+    assert console.file.getvalue().splitlines() == [  # type: ignore[attr-defined]
+        f"tuning: verifying rms_norm triton ({second} of 30 judged, {1 + second} s)" for second in (0, 10, 20)
     ]
 
 
