@@ -7,6 +7,7 @@ functions below come with torch, when they are first asked for.
 from __future__ import annotations
 
 import importlib
+import os
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
@@ -24,6 +25,9 @@ if TYPE_CHECKING:
         benchmark_swiglu_mlp,
         manual_kernel_benchmark,
     )
+
+# As nvidia-smi and NVML number GPUs, which say what is measured on. CUDA's own order puts the fastest first.
+os.environ.setdefault("CUDA_DEVICE_ORDER", "PCI_BUS_ID")
 
 __version__ = "0.1.0"
 __all__ = [

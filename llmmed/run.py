@@ -135,8 +135,10 @@ def _run(config: Config, folder: Path, console: Console, started: float, stop: S
         )
         return
 
-    def launched(names: set[str]) -> None:
-        _confirm_execution(config, plan, names).write(folder / "kernels.json")
+    def launched(names: set[str]) -> dict[str, Any]:
+        confirmed = _confirm_execution(config, plan, names)
+        confirmed.write(folder / "kernels.json")
+        return confirmed.to_json()
 
     with memory.advised(config.train):
         model = build(config, plan, initial)

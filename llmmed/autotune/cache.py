@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 import logging
 import os
+import re
 import shutil
 import sys
 from collections.abc import Collection, Mapping
@@ -28,7 +29,13 @@ from llmmed.kernels import catalog, operator
 
 logger = logging.getLogger(__name__)
 
-_VARIABLES = ("NVIDIA_TF32_OVERRIDE", "PYTORCH_CUDA_ALLOC_CONF", "PYTORCH_ALLOC_CONF")
+# Too many rather than too few: tuning again costs two minutes, evidence from a debugging run misleads for good.
+_FAMILIES = ("TORCH", "PYTORCH_", "TRITON_", "CUDA_", "CUBLAS", "CUDNN_", "NVIDIA_", "OMP_", "MKL_", "KMP_")
+# Where something lies, what is logged, what names a job or a device (told by the hardware), what torch sets by itself.
+_NO_MATTER = re.compile(
+    r".*_(DIR|HOME)|CUDA_(CACHE_)?PATH|TORCH_(LOGS|TRACE|SHOW_CPP_STACKTRACES).*|TORCHELASTIC_.*|"
+    r"(CUDA|NVIDIA)_VISIBLE_DEVICES|CUDA_DEVICE_ORDER|CUDA_MODULE_LOADING|NVIDIA_(DRIVER_CAPABILITIES|REQUIRE_.*)"
+)
 
 
 class _Entry(BaseModel):
@@ -123,7 +130,7 @@ def _environment() -> dict[str, str]:
     return {
         name: value
         for name, value in sorted(os.environ.items())
-        if name in _VARIABLES or (name.startswith(("TORCHINDUCTOR_", "TRITON_")) and not name.endswith("_DIR"))
+        if name.startswith(_FAMILIES) and not _NO_MATTER.fullmatch(name)
     }
 
 

@@ -33,7 +33,10 @@ UNKNOWN_GPU = "unknown GPU"
 
 
 def _first_gpu() -> tuple[str | None, str | None]:
-    """Name and driver version of the first GPU that this process may see, through NVML, or Nones."""
+    """Name and driver version of the first GPU that this process may see, through NVML, or Nones. CUDA has to number
+    GPUs as NVML does: `llmmed` sees to it, unless somebody has asked for another order."""
+    if os.environ.get("CUDA_DEVICE_ORDER") != "PCI_BUS_ID":
+        return None, None
     try:
         nvml = ctypes.CDLL("libnvidia-ml.so.1")
     except OSError:

@@ -22,6 +22,7 @@ as many times larger as it is ill-conditioned. The constants come from `scripts/
 from __future__ import annotations
 
 import math
+import sys
 from collections.abc import Mapping
 from dataclasses import dataclass
 
@@ -46,6 +47,10 @@ class Finding:
 
     ratio: float
     message: str
+
+    def __post_init__(self) -> None:
+        if math.isnan(self.ratio):  # it would be smaller than any limit
+            object.__setattr__(self, "ratio", math.inf)
 
 
 @dataclass(frozen=True)
@@ -81,8 +86,10 @@ def judge(name: str, truth: Truth, found: Tensor, dtype: torch.dtype) -> tuple[F
     if dtype == torch.float32:
         trusted = torch.full_like(norms[0, 0], min(max(1.0, truth.conditioning / _CANCELS), _MOST_LENIENT))
     else:
-        ceiling = _CEILING[dtype] + 4 * compute_eps * truth.conditioning
-        trusted = (ceiling * norms[0, 2] / norms[0, 1].clamp(min=1e-300)).clamp(max=1.0)  # how much of its error counts
+        # How much of its error counts: all of it where the truth is zero, and nothing else tells what is small.
+        ceiling = _CEILING[dtype] + 4 * compute_eps * min(truth.conditioning, sys.float_info.max)
+        trusted = (ceiling * norms[0, 2] / norms[0, 1].clamp(min=1e-300)).clamp(max=1.0)
+        trusted = torch.where(norms[0, 2] > 0, trusted, 1.0)
     amplified = min(max(1.0, truth.conditioning), _MOST_AMPLIFIED) if value.numel() == 1 else 1.0
     roundings = 2 * compute_eps * amplified
     element = _element(value, base, error, trusted, eps, roundings)

@@ -8,7 +8,7 @@ from typing import Literal, get_args
 
 import torch
 
-from llmmed.kernels.base import Call, Op, TensorSpec
+from llmmed.kernels.base import Call, Op, Scalar, TensorSpec
 
 Layout = Literal["contiguous", "transposed", "padded"]
 
@@ -67,29 +67,31 @@ def trials(
                 label = f"case '{name}', {regime} values, arriving gradients around {size:.3g}, {short}"
                 yield Trial(call, regime, size, layout, label, own=False, poison=not few_shapes)
     for call in calls:
-        smaller = _within(op, call, _most_elements(device))
+        smaller = within(op, call, _most_elements(device))
         for regime in op.regimes[:2]:
             label = f"{whose} {smaller.describe()}, {regime} values"
             poison = regime != op.regimes[0] and not few_shapes  # at least once the kernels that the run will take
             yield Trial(smaller, regime, 1.0, "contiguous", label, own=True, poison=poison)
 
 
-def _within(op: Op, call: Call, most: int) -> Call:
-    """The call with fewer rows, if float64 intermediates of the whole would be too large."""
-    first = next(iter(call.tensors.values()))
+def within(op: Op, call: Call, most: int) -> Call:
+    """The call with fewer of the op's rows, if a float64 intermediate of the whole had more than `most` elements."""
+    if not op.rows:
+        return call
+    first = call.spec(op.rows[0])
     elements = max(
         max(spec.numel for spec in call.tensors.values()), op.cost(call).forward_flops // (2 * first.shape[-1])
     )
     rows = max(1, first.shape[0] * most // max(elements, 1))
     if rows >= first.shape[0]:
         return call
-    return Call(
-        call.op,
-        tuple(
-            (n, replace(v, shape=(rows, *v.shape[1:])) if isinstance(v, TensorSpec) and _shares_rows(v, first) else v)
-            for n, v in call.arguments
-        ),
-    )
+
+    def cut(name: str, value: TensorSpec | Scalar) -> TensorSpec | Scalar:
+        if name in op.rows and isinstance(value, TensorSpec):
+            return replace(value, shape=(rows, *value.shape[1:]))
+        return value
+
+    return Call(call.op, tuple((name, cut(name, value)) for name, value in call.arguments))
 
 
 def _most_elements(device: torch.device) -> int:
@@ -97,14 +99,6 @@ def _most_elements(device: torch.device) -> int:
     if device.type != "cuda":
         return most
     return min(most, torch.cuda.get_device_properties(device).total_memory // _BYTES_AN_ELEMENT)
-
-
-def _shares_rows(spec: TensorSpec, first: TensorSpec) -> bool:
-    return (
-        bool(spec.shape)
-        and spec.shape[0] == first.shape[0]
-        and (spec.dtype == first.dtype or spec.dtype == torch.int64)
-    )
 
 
 def _upstream(dtype: torch.dtype) -> tuple[float, float, float]:

@@ -24,6 +24,8 @@ from llmmed.autotune.trials import Layout, Trial, trials
 from llmmed.kernels.base import Call, Implementation, Inputs, Op
 from llmmed.kernels.catalog import DEFAULT, get_implementation, load_function
 
+_EVALUATED = " without gradients"  # of a result: computed where none are asked for, as in an evaluation
+
 
 @dataclass(frozen=True)
 class Verdict:
@@ -88,9 +90,12 @@ def verify(
                 facts = _remembered(op, seed, device)(trial)
                 if facts is None:
                     continue
-                results = _run_candidate(function, facts, device, poison=trial.poison, twice=deterministic)
-                for name, truth in facts.results.items():
-                    finding, error = judge(_words(name), truth, results[name], trial.call.compute_dtype)
+                results = _run_candidate(
+                    function, facts, device, poison=trial.poison, twice=deterministic, evaluated=not few_shapes
+                )
+                for name, found in results.items():
+                    truth = facts.results[name.removesuffix(_EVALUATED)]
+                    finding, error = judge(_words(name), truth, found, trial.call.compute_dtype)
                     if implementation.name == DEFAULT:
                         finding = max(finding, judge_default(_words(name), error, trial.call.compute_dtype), key=_ratio)
                     checks += 1
@@ -228,8 +233,9 @@ def _evaluate(
 
 
 def _run_candidate(
-    function: Callable[..., Any], facts: _Facts, device: torch.device, *, poison: bool, twice: bool
+    function: Callable[..., Any], facts: _Facts, device: torch.device, *, poison: bool, twice: bool, evaluated: bool
 ) -> dict[str, Tensor]:
+    """Outputs and gradients, and where `evaluated` also the outputs that differ where no gradients are asked for."""
     given = {f"its input {n}": v for n, v in facts.inputs.items() if isinstance(v, Tensor)}
     given |= {f"the gradient of output {i} that arrives": v for i, v in enumerate(facts.upstream)}
     before = {name: value.clone() for name, value in given.items()}
@@ -237,6 +243,7 @@ def _run_candidate(
         with poisoned_memory() if poison else contextlib.nullcontext():
             results = _evaluate_candidate(function, facts)
             again = _evaluate_candidate(function, facts) if twice else results
+            different = _without_gradients(function, facts, results) if evaluated and facts.leaves else {}
         if device.type == "cuda":
             torch.cuda.synchronize(device)
     except _Rejected:
@@ -249,7 +256,21 @@ def _run_candidate(
     for name, found in results.items():
         if not torch.equal(found, again[name]) and bool(found.isfinite().all()):
             raise _Rejected("wrong", f"{_words(name)} differs between two runs, and train.deterministic=true")
-    return results
+    return results | different
+
+
+def _without_gradients(function: Callable[..., Any], facts: _Facts, results: dict[str, Tensor]) -> dict[str, Tensor]:
+    """The outputs as an evaluation computes them, those alone that differ from what is known."""
+    inputs = {v.untyped_storage().data_ptr() for v in facts.inputs.values() if isinstance(v, Tensor)}
+    with torch.no_grad():
+        outputs = _outputs(function(**facts.inputs))
+    found = {f"output{i}": output for i, output in enumerate(outputs)}
+    _check_kinds(found, facts)
+    for name, output in found.items():
+        place = output.untyped_storage().data_ptr()
+        if place and place == results[name].untyped_storage().data_ptr() and place not in inputs:
+            raise _Rejected("wrong", f"{_words(name)} lies where that of an earlier call lies, which it overwrites")
+    return {f"{name}{_EVALUATED}": output for name, output in found.items() if not torch.equal(output, results[name])}
 
 
 def _evaluate_candidate(function: Callable[..., Any], facts: _Facts) -> dict[str, Tensor]:

@@ -160,7 +160,9 @@ class _Entry:
             return row.model_copy(update={"status": missing.status, "reason": missing.reason})
         first = self.found[0]
         samples = [sample for found in self.found for sample in found.samples]
-        speed, low, high = median_interval(samples)
+        # Blocks of a process are more alike than processes are: of several, each counts once.
+        rounds = [median(found.samples) for found in self.found]
+        speed, low, high = median_interval(rounds if len(rounds) > 1 else samples)
         memory = [found.peak_memory_gib for found in self.found if found.peak_memory_gib is not None]
         again = [found.first_step_seconds for found in self.found[1:] if found.first_step_seconds is not None]
         flops = flops_per_token(config.model, config.train.seq_len)

@@ -280,5 +280,5 @@ def _synthetic(config: Config) -> Dataset:
         bytes_per_token=None,
         train_documents=0,
         validation_documents=0,
-        fingerprint=sha256_of(["synthetic", str(config.seed), str(size), str(vocab_size)]),
+        fingerprint=sha256_of(["synthetic", *map(str, (config.seed, size, vocab_size, held_out))]),
     )

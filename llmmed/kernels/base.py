@@ -163,6 +163,8 @@ class Op:
         make_inputs: Draws the arguments of a call on a device: `(call, regime, generator, device) -> inputs`.
             The generator lives on that device. Tensors have the call's strides; none requires a gradient yet.
         cost: The least traffic and arithmetic of a call.
+        rows: The arguments whose first dimension counts the same rows, sequences or matrices. The gate tries a call
+            that is too large for float64 with fewer of them; where none is named, the whole call.
         parts: Optional. Further parts by which the error is judged: `(inputs, tensor name, tensor) -> {part: mask}`,
             where the tensor name is `output0`, ... or `grad_<argument>` and the mask is boolean, of the tensor's shape.
         draw: Optional. A small call of random shapes and strides, for `scripts/verify.py random=100`.
@@ -175,6 +177,7 @@ class Op:
     regimes: tuple[str, ...]
     make_inputs: Callable[[Call, str, torch.Generator, torch.device], Inputs]
     cost: Callable[[Call], Cost]
+    rows: tuple[str, ...] = ()
     parts: Callable[[Inputs, str, Tensor], Mapping[str, Tensor]] | None = None
     draw: Callable[[random.Random, torch.dtype], Call] | None = None
 

@@ -24,7 +24,8 @@ class Evaluator:
     model: On its device, compiled or not. Its kernels compute the loss, as in the training.
     dataset: Its validation tokens.
     train: `eval_tokens` in windows of `seq_len`, drawn from the whole validation part by a seed that never changes;
-        all windows where there are fewer. The micro-batch decides only how many are computed at once.
+        as many as there are where there are fewer. Of a mixture they are drawn by its weights, so that those of a small
+        source may count several times. The micro-batch decides only how many are computed at once.
     """
 
     def __init__(self, model: Transformer, dataset: Dataset, train: TrainConfig) -> None:

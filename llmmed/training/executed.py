@@ -5,6 +5,7 @@ A plan says what is to run; a compiler's cache or a backend's own choice may say
 
 from __future__ import annotations
 
+import contextlib
 import re
 from collections.abc import Callable, Collection, Mapping
 
@@ -50,34 +51,34 @@ def compare(choice: Mapping[str, str], called: Collection[str], launched: Collec
         if op not in called:
             found[op] = NOT_CALLED
             continue
-        foreign = {k for other in _others(op, name) for k in other if _seen(k, launched)}
+        own = get_implementation(op, name).kernel_names
+        # Kernels of PyTorch's backends do not carry the op's name: the default may take them as well.
+        tell = {kernel for kernels in _others(op, name).values() for kernel in kernels if kernel.startswith(f"{op}_")}
+        foreign = {kernel for kernel in tell.difference(own) if _seen(kernel, launched)}
         if foreign:
             raise UserError(
                 f"op '{op}': the plan says {name}, but the training step launched {', '.join(sorted(foreign))}; "
                 f"please report this with kernels.json, and pin kernels.pin.{op}={name} or {DEFAULT} until then"
             )
-        expected = get_implementation(op, name).kernel_names
-        seen = [kernel for kernel in expected if _seen(kernel, launched)]
-        if expected and not seen:
+        seen = [kernel for kernel in own if _seen(kernel, launched)]
+        if own and not seen:
             raise UserError(
-                f"op '{op}': the plan says {name}, but the training step launched none of {', '.join(expected)}; "
+                f"op '{op}': the plan says {name}, but the training step launched none of {', '.join(own)}; "
                 f"please report this with kernels.json, and use kernels.pin.{op}={DEFAULT} until then"
             )
         found[op] = f"seen: {', '.join(seen)}" if seen else "no kernel of another implementation of ours was seen"
+        if same := [other for other, kernels in _others(op, name).items() if seen and {*kernels} == {*own}]:
+            found[op] += f", by which it cannot be told from {', '.join(same)}"
     return found
 
 
-def _others(op: str, chosen: str) -> list[tuple[str, ...]]:
-    """The kernels of other implementations that carry the op's name: those of PyTorch's backends, which the default
-    may take as well, tell nothing."""
-    own: tuple[str, ...] = get_implementation(op, chosen).kernel_names
-    others = []
+def _others(op: str, chosen: str) -> dict[str, tuple[str, ...]]:
+    """The other implementations and their kernels."""
+    others = {}
     for name in implementation_names(op):
-        try:
-            kernels = get_implementation(op, name).kernel_names
-        except Unavailable:
-            continue
-        others.append(tuple(k for k in kernels if k.startswith(f"{op}_") and k not in own))
+        with contextlib.suppress(Unavailable):
+            others[name] = get_implementation(op, name).kernel_names
+    del others[chosen]
     return others
 
 

@@ -58,7 +58,7 @@ def train(
     console: Console,
     started: float,
     resume: Path | None,
-    launched: Callable[[set[str]], None] | None = None,
+    launched: Callable[[set[str]], Mapping[str, Any]] | None = None,
     stop: StopRequest | None = None,
 ) -> Result:
     """Trains to `train.max_steps`.
@@ -75,7 +75,8 @@ def train(
         started: `time.perf_counter()` at the start of the process.
         resume: The checkpoint to go on from; whoever calls knows that it is whole and of this data. None starts at
             step 1.
-        launched: On a GPU, told once the names of all kernels that a step launches; what it raises ends the run.
+        launched: On a GPU, told once the names of all kernels that a step launches. Returns the plan with what they
+            say, for checkpoints from then on; what it raises ends the run.
         stop: Entered already. After the first step it waits for the end of a step; without one, there is one for this.
 
     Raises:
@@ -117,7 +118,7 @@ class _Run:
 
     def __init__(
         self, config: Config, model: Transformer, dataset: Dataset, folder: Path, plan: Mapping[str, Any], mode: Mode,
-        sinks: Sequence[Sink], started: float, launched: Callable[[set[str]], None] | None,
+        sinks: Sequence[Sink], started: float, launched: Callable[[set[str]], Mapping[str, Any]] | None,
     ) -> None:  # fmt: skip
         self.config, self.model, self.dataset, self.folder = config, model, dataset, folder
         self.plan, self.sinks, self.started = plan, sinks, started
@@ -212,8 +213,11 @@ class _Run:
     ) -> str | None:
         """Issues a step and keeps track of it. Returns what was told of a trace that ended with it."""
         trace.before(step)
-        loss, norm = self._step(step, source, traced=step == self.first + _TRACED_STEP and not trace.recording)
+        traced = self.launched is not None and step >= self.first + _TRACED_STEP and not trace.recording
+        loss, norm = self._step(step, source, traced=traced)
         done = self.done = step + 1
+        if traced:
+            self.in_flight.restart(done)
         progress.advance(done)
         if step == self.first:
             self._synchronize()
@@ -236,7 +240,8 @@ class _Run:
             return run()
         results: list[tuple[Tensor, Tensor]] = []
         names = launched_kernels(lambda: results.append(run()))
-        self.launched(names)
+        self.plan = self.launched(names)
+        self.launched = None
         return results[0]
 
     def _evaluate_and_sample(self, done: int, stop: StopRequest, progress: TrainingProgress) -> bool:
@@ -272,6 +277,8 @@ class _Run:
                 sink.log_samples(samples, done)
 
     def close(self) -> None:
+        if self.launched is not None and self.done > self.first:
+            logger.warning("no step was traced, so that nothing shows that the chosen kernels ran: too few were made")
         if self.trace is not None:
             self.trace.write(self.done)  # of a run that ended while it was recorded
         if self.sampler is not None:

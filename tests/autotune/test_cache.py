@@ -117,12 +117,16 @@ def test_the_fingerprint_holds_the_sources(
 
 def test_the_fingerprint_holds_the_environment(facts: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
     found = {cache.fingerprint(**facts)}
-    monkeypatch.setenv("TRITON_CACHE_DIR", "/elsewhere")
+    for name in ("TRITON_CACHE_DIR", "CUDA_HOME", "CUDA_VISIBLE_DEVICES", "TORCH_LOGS", "TORCH_LOGS_OUT"):
+        monkeypatch.setenv(name, "1")
     assert cache.fingerprint(**facts) in found
-    for name in ("TORCHINDUCTOR_MAX_AUTOTUNE", "TRITON_DEBUG", "NVIDIA_TF32_OVERRIDE", "PYTORCH_CUDA_ALLOC_CONF"):
+    matter = ("TORCHINDUCTOR_MAX_AUTOTUNE", "TRITON_DEBUG", "NVIDIA_TF32_OVERRIDE", "PYTORCH_CUDA_ALLOC_CONF",
+              "TORCH_COMPILE_DISABLE", "TORCHDYNAMO_DISABLE", "CUDA_LAUNCH_BLOCKING", "CUBLAS_WORKSPACE_CONFIG",
+              "TORCH_BLAS_PREFER_CUBLASLT", "TRITON_PTXAS_PATH")  # fmt: skip
+    for name in matter:
         monkeypatch.setenv(name, "1")
         found.add(cache.fingerprint(**facts))
-    assert len(found) == 5
+    assert len(found) == 1 + len(matter)
 
 
 def test_an_unnamed_gpu_keeps_nothing() -> None:

@@ -372,6 +372,21 @@ def test_the_mode_is_chosen_with_the_plan() -> None:
     assert decide(arena, ("rotary", "triton"), other_modes=("compiled", "eager")).mode == "graphs"
 
 
+@pytest.mark.parametrize(("noise", "taken"), [(4.0, "compiled"), (6.0, "graphs")])
+def test_a_mode_whose_gain_noise_may_be_is_not_taken(noise: float, taken: str) -> None:
+    """It gains 5 ms of 10, far more than the margin."""
+    step = decide(Known(modes={"compiled": 0.5}, noise=noise), other_modes=("compiled",))
+    assert step.mode == taken
+    assert step.modes == {"graphs": 10.0, "compiled": 5.0}
+
+
+@pytest.mark.parametrize("order", [("compiled", "eager"), ("eager", "compiled")])
+def test_of_two_modes_that_gain_the_better_is_taken_in_whatever_order_they_come(order: tuple[Mode, Mode]) -> None:
+    step = decide(Known(modes={"compiled": 0.5, "eager": 0.8}), other_modes=order)
+    assert step.mode == "compiled"
+    assert step.modes == {"graphs": 10.0, "compiled": 5.0, "eager": 8.0}
+
+
 def test_a_plan_that_does_not_run_as_a_whole_gives_way_to_the_default() -> None:
     arena = Known({(("rotary", "triton"),): -1.0}, as_a_whole=False)
     step = decide(arena, ("rotary", "triton"))

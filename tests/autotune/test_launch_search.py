@@ -6,6 +6,7 @@ import json
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from functools import partial
+from itertools import chain, repeat
 from typing import Any, NamedTuple
 
 import pytest
@@ -145,11 +146,18 @@ def test_what_the_gate_does_not_launch_is_not_proved(planted: Planted, calls: di
 
 
 def test_without_time_the_default_stays_and_is_said_to(planted: Planted, calls: dict[Call, int]) -> None:
-    answers = iter([False, True])
+    answers = chain([False, True], repeat(False))
     forward, backward = search(planted, calls, time_is_up=lambda: next(answers))
     assert forward.chosen == {"block": RIGHT}
     assert backward.chosen == {"block": DEFAULT}
     assert [trial.reason for trial in backward.tried] == ["no time was left to search"]
+
+
+def test_what_there_is_no_time_to_prove_is_not_taken(planted: Planted, calls: dict[Call, int]) -> None:
+    answers = chain([False, False], repeat(True))
+    for found in search(planted, calls, time_is_up=lambda: next(answers)):
+        assert found.chosen == {"block": DEFAULT}
+        assert "no time was left to prove it" in [trial.reason for trial in found.tried]
 
 
 def test_somebodys_launches_pass_the_gate_or_are_refused(planted: Planted, calls: dict[Call, int]) -> None:

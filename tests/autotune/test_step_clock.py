@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 import random
 from collections.abc import Callable
@@ -13,6 +14,7 @@ import pytest
 import torch
 
 from llmmed.autotune.confirm import Failed
+from llmmed.autotune.intervals import difference_interval
 from llmmed.autotune.step_clock import _ROUNDS, StepClock, _sum_of
 from llmmed.config import Config
 from llmmed.kernels.base import Kernels
@@ -212,6 +214,16 @@ def test_rounds_end_once_the_difference_is_known(clock: StepClock, monkeypatch: 
 
     assert rounds(0.0) == LEAST
     assert LEAST < rounds(0.2) < rounds(4.0)
+
+
+@pytest.mark.parametrize("gain", [0.0, 1.0])
+def test_a_drift_of_the_clock_rate_is_not_taken_for_a_gain_or_a_loss(
+    gain: float, clock: StepClock, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    drift, took = itertools.count(20.0, 0.5), {"slow": gain, "fast": 0.0}
+    monkeypatch.setattr(clock, "_sample", lambda run, number: next(drift) + took[run()])
+    pairs = clock._pairs(lambda: "slow", lambda: "fast")
+    assert difference_interval([a - b for a, b in pairs])[0] == pytest.approx(gain)
 
 
 def test_a_plan_beside_itself_takes_the_least_rounds(clock: StepClock, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
@@ -13,10 +14,12 @@ from torch import Tensor
 from llmmed.autotune.failures import classify
 from llmmed.autotune.judge import Truth, judge
 from llmmed.autotune.plan import Status
-from llmmed.autotune.trials import trials
+from llmmed.autotune.trials import trials, within
 from llmmed.autotune.verify import Verdict, forget, verify
-from llmmed.kernels.base import Call, Implementation, Unavailable, tensor_spec
-from llmmed.kernels.catalog import get_implementation, get_op, load_function
+from llmmed.autotune.workload import record_workload
+from llmmed.compose import compose
+from llmmed.kernels.base import Call, Implementation, TensorSpec, Unavailable, tensor_spec
+from llmmed.kernels.catalog import get_implementation, get_op, load_function, op_names
 
 CPU = torch.device("cpu")
 
@@ -277,6 +280,22 @@ def test_a_large_call_is_tried_with_fewer_rows() -> None:
     assert first.spec("weight") == huge.spec("weight")
 
 
+def test_only_rows_are_fewer_whatever_else_has_as_many() -> None:
+    """As many sequences as positions, units and heads' numbers, and as many tokens as words."""
+    config = compose(["model=tiny", "data=synthetic", "device=cpu", "train.precision=fp32", "optimizer=muon",
+                      "train.micro_batch_size=64", "train.seq_len=64", "model.vocab_size=4096", "model.d_ff=64",
+                      "train.global_batch_tokens=4096"])  # fmt: skip
+    calls = record_workload(config).calls
+    assert {call.op for call in calls} == set(op_names())
+    for call in calls:
+        op = get_op(call.op)
+        smaller = within(op, call, 2**14)
+        changed = {name for (name, old), (_, new) in zip(call.arguments, smaller.arguments, strict=True) if old != new}
+        assert changed == {name for name in op.rows if isinstance(call[name], TensorSpec)}, call.describe()
+        inputs = op.make_inputs(smaller, op.regimes[0], torch.Generator().manual_seed(0), CPU)
+        load_function(op.name, get_implementation(op.name, "pytorch"))(**inputs)
+
+
 def test_every_upstream_size_and_layout_is_tried_in_every_op() -> None:
     for op in map(get_op, ("rms_norm", "rotary", "attention")):
         found = {(trial.upstream, trial.layout) for trial in trials(op, [], None, CPU)}
@@ -325,6 +344,50 @@ def test_an_error_in_a_corner_does_not_drown_in_the_whole() -> None:
     assert whole < 16 * torch.finfo(torch.float32).eps
     worst, _ = judge("output 0", truth_of(value, value), corner, torch.float32)
     assert worst.ratio > 1
+
+
+def test_what_an_evaluation_computes_is_held_against_the_truth_as_well() -> None:
+    def wrong_without_gradients(x: Tensor, weight: Tensor, eps: float) -> Tensor:
+        return right(x, weight, eps) * (1.0 if torch.is_grad_enabled() else 1.01)
+
+    verdict = judged(wrong_without_gradients)
+    assert verdict.status == "wrong"
+    assert verdict.reason.startswith("output 0 without gradients: relative error 1.0e-02")
+
+    def rounds_otherwise(x: Tensor, weight: Tensor, eps: float) -> Tensor:
+        return right(x, weight, eps) if torch.is_grad_enabled() else right(x.double(), weight.double(), eps).to(x.dtype)
+
+    assert judged(rounds_otherwise).status == "verified"
+
+
+def test_a_result_that_the_next_call_overwrites_is_wrong() -> None:
+    buffers: dict[Any, Tensor] = {}
+
+    def reuses(x: Tensor, weight: Tensor, eps: float) -> Tensor:
+        y = right(x, weight, eps)
+        return buffers.setdefault((x.shape, x.dtype), torch.empty_like(y)).detach().copy_(y)
+
+    verdict = judged(reuses)
+    assert (verdict.status, verdict.reason) == (
+        "wrong", "output 0 lies where that of an earlier call lies, which it overwrites",
+    )  # fmt: skip
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+def test_where_the_truth_is_zero_the_defaults_error_is_all_that_is_allowed(dtype: torch.dtype) -> None:
+    zero, noise = torch.zeros(4, 8), torch.full((4, 8), 1e-7)
+    ill = Truth(zero.double(), noise.to(dtype), math.inf, masks={})
+    assert judge("gradient of x", ill, zero.to(dtype), dtype)[0].ratio == 0
+    assert judge("gradient of x", ill, noise.to(dtype), dtype)[0].ratio <= 1
+    assert judge("gradient of x", ill, 100 * noise.to(dtype), dtype)[0].ratio > 1
+    worst, _ = judge("gradient of x", ill, (zero + 1e4).to(dtype), dtype)
+    assert worst.ratio > 1
+
+
+def test_a_bound_that_is_no_number_lets_nothing_pass() -> None:
+    right = torch.ones(4, 8, dtype=torch.bfloat16)
+    worst, _ = judge("output", Truth(right.double(), right, math.nan, masks={}), 2 * right, torch.bfloat16)
+    assert worst.ratio == math.inf
 
 
 def test_where_the_truth_is_zero_nothing_else_is_right() -> None:

@@ -20,7 +20,7 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
 from llmmed.autotune.launch_search import open_sites
-from llmmed.autotune.trials import _within
+from llmmed.autotune.trials import within
 from llmmed.autotune.workload import record_workload
 from llmmed.compose import compose
 from llmmed.kernels.ahead_of_time import (
@@ -259,7 +259,7 @@ def test_what_a_search_finds_can_be_proved_with_fewer_rows(op_name: str, name: s
     """The gate takes fewer rows of a large call, and believes only in launches that it has made."""
     op, implementation = get_op(op_name), get_implementation(op_name, name)
     call = production_calls()[op_name][-1]
-    smaller = _within(op, call, 2**24)
+    smaller = within(op, call, 2**24)
     assert smaller != call or "newton_schulz" in op_name
     with absent_gpu(TARGETS[90]):
         function = load_function(op_name, implementation)

@@ -36,6 +36,13 @@ def test_a_backend_of_pytorch_is_known_by_part_of_its_name() -> None:
         compare({"attention": "triton"}, {"attention"}, launched)
 
 
+def test_what_two_implementations_launch_tells_them_not_apart() -> None:
+    kernels = {"linear_cross_entropy_triton_fwd_kernel", "linear_cross_entropy_triton_bwd_kernel"}
+    for name, other in (("triton", "triton_recompute"), ("triton_recompute", "triton")):
+        said = compare({"linear_cross_entropy": name}, {"linear_cross_entropy"}, kernels)["linear_cross_entropy"]
+        assert said.endswith(f"bwd_kernel, by which it cannot be told from {other}")
+
+
 def test_an_op_without_work_need_not_run() -> None:
     choice = {"cross_entropy": "triton", "linear_cross_entropy": "triton"}
     launched = {"linear_cross_entropy_triton_fwd_kernel"}

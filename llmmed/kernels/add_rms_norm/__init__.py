@@ -7,6 +7,7 @@ OP = Op(
     "add_rms_norm",
     reference=reference.add_rms_norm,
     differentiable=("x", "residual", "weight"),
+    rows=("x", "residual"),
     cases=cases.cases,
     regimes=cases.REGIMES,
     make_inputs=cases.make_inputs,

@@ -7,6 +7,7 @@ OP = Op(
     "attention",
     reference=reference.attention,
     differentiable=("q", "k", "v"),
+    rows=("q", "k", "v"),
     cases=cases.cases,
     regimes=cases.REGIMES,
     make_inputs=cases.make_inputs,

@@ -7,6 +7,7 @@ OP = Op(
     "cross_entropy",
     reference=reference.cross_entropy,
     differentiable=("logits",),
+    rows=("logits", "targets"),
     cases=cases.cases,
     regimes=cases.REGIMES,
     make_inputs=cases.make_inputs,

@@ -7,6 +7,7 @@ OP = Op(
     "linear_cross_entropy",
     reference=reference.linear_cross_entropy,
     differentiable=("hidden_states", "weight"),
+    rows=("hidden_states", "targets"),
     cases=cases.cases,
     regimes=cases.REGIMES,
     make_inputs=cases.make_inputs,

@@ -7,6 +7,7 @@ OP = Op(
     "newton_schulz",
     reference=reference.newton_schulz,
     differentiable=(),
+    rows=("G",),
     cases=cases.cases,
     regimes=cases.REGIMES,
     make_inputs=cases.make_inputs,

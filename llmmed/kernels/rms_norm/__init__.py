@@ -7,6 +7,7 @@ OP = Op(
     "rms_norm",
     reference=reference.rms_norm,
     differentiable=("x", "weight"),
+    rows=("x",),
     cases=cases.cases,
     regimes=cases.REGIMES,
     make_inputs=cases.make_inputs,

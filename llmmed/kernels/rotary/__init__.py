@@ -7,6 +7,7 @@ OP = Op(
     "rotary",
     reference=reference.rotary,
     differentiable=("q", "k"),
+    rows=("q", "k"),
     cases=cases.cases,
     regimes=cases.REGIMES,
     make_inputs=cases.make_inputs,

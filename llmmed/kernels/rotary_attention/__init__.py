@@ -7,6 +7,7 @@ OP = Op(
     "rotary_attention",
     reference=reference.rotary_attention,
     differentiable=("qkv",),
+    rows=("qkv",),
     cases=cases.cases,
     regimes=cases.REGIMES,
     make_inputs=cases.make_inputs,

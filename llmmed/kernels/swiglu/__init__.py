@@ -7,6 +7,7 @@ OP = Op(
     "swiglu",
     reference=reference.swiglu,
     differentiable=("gate", "up"),
+    rows=("gate", "up"),
     cases=cases.cases,
     regimes=cases.REGIMES,
     make_inputs=cases.make_inputs,

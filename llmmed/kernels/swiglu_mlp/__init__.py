@@ -7,6 +7,7 @@ OP = Op(
     "swiglu_mlp",
     reference=reference.swiglu_mlp,
     differentiable=("x", "gate_up_weight", "down_weight"),
+    rows=("x",),
     cases=cases.cases,
     regimes=cases.REGIMES,
     make_inputs=cases.make_inputs,
