@@ -5,6 +5,7 @@ A mistake is one line and exit code 1. What is not the user's mistake leaves its
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import logging
 import os
@@ -49,7 +50,7 @@ def main() -> None:
     except (HydraException, omegaconf.errors.OmegaConfBaseException) as error:
         _exit(compose.explain(error))
     except OSError as error:
-        _exit(f"{error.strerror or error}{f': {error.filename}' if error.filename else ''}")
+        _exit(_told(error))
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
         if sweep.BeforeTheJobs.folder is not None:
@@ -80,7 +81,7 @@ def _prepare_arguments() -> Callable[[], Callable[[], None]] | None:
     _add(sweep.plugin_overrides(arguments.overrides), arguments.overrides)
     if arguments.config_dir is not None:  # as an override it reaches what composes here, and the jobs of a sweep
         address = f"file://{Path(arguments.config_dir).absolute()}"
-        searched = [f"hydra.searchpath=[{sweep.quoted(address)}]"]
+        searched = [f"hydra.searchpath=[{run_folder.quoted(address)}]"]
         _add(searched, arguments.overrides)
         arguments.overrides += searched
     if arguments.multirun or "hydra.mode=MULTIRUN" in arguments.overrides:
@@ -118,7 +119,7 @@ def _take_folder(resumed: Path | None, hydra_part: DictConfig, overrides: list[s
     stated = run_folder.stated(overrides)
     used = resumed or (run_folder.of_this_second(hydra_part) if stated is None else None)
     if used is not None:
-        _add([f"hydra.run.dir={sweep.quoted(used)}"], overrides)
+        _add([f"hydra.run.dir={run_folder.quoted(used)}"], overrides)
     if (held := used or stated) is not None and held.is_dir():
         run_folder.hold(held)
     return (lambda: None) if resumed is None else run_folder.remember(resumed)
@@ -151,8 +152,11 @@ def _task(composed: DictConfig, stop: StopRequest, put_back: Callable[[], None])
         _tell_interrupted(str(interruption))
         code = INTERRUPTED
     except BaseException as error:
-        if isinstance(error, UserError):
-            run_folder.write_status(folder, "failed", reason=str(error))
+        if isinstance(error, OSError) and error.filename is None:
+            error.filename = str(folder)
+        if isinstance(error, UserError | OSError):
+            with contextlib.suppress(OSError):  # of a full disk
+                run_folder.write_status(folder, "failed", reason=_told(error))
         put_back()
         raise
     _leave(code)
@@ -170,12 +174,18 @@ def _run(composed: DictConfig, folder: Path, overrides: list[str], stop: StopReq
     return run(config, folder, started=_STARTED, stop=stop)
 
 
+def _told(error: Exception) -> str:
+    if not isinstance(error, OSError):
+        return str(error)
+    return f"{error.strerror or error}{f': {error.filename}' if error.filename else ''}"
+
+
 def _tell_interrupted(reason: str) -> None:
     """Of a run that did not come to the point where it tells that itself."""
     folder = Path(HydraConfig.get().runtime.output_dir)
     if run_folder.read_status(folder).state != "finished":
         run_folder.write_status(folder, "interrupted", reason=reason)
-    print(f"interrupted: {reason}; go on with train.resume={run_folder.shown(folder)}", file=sys.stderr, flush=True)
+    print(f"interrupted: {reason}; go on with {run_folder.resuming(folder)}", file=sys.stderr, flush=True)
 
 
 def _leave(code: int) -> NoReturn:

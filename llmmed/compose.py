@@ -26,10 +26,12 @@ from llmmed import data, unused_keys
 from llmmed.autotune.plan import KernelPlan
 from llmmed.config import Config, TrainConfig, check_heads
 from llmmed.errors import UserError
+from llmmed.files import sha256_of
 from llmmed.gpus import visible_gpus
 from llmmed.kernels import catalog
 
 CONFIG_NAME = "train"
+_LONGEST_NAME = 200  # bytes, of a folder; file systems take 255
 _ADAPTER = TypeAdapter(Config)
 
 
@@ -131,6 +133,7 @@ def register() -> None:
     OmegaConf.register_new_resolver("gpu_or_cpu", _gpu_or_cpu, replace=True)
     OmegaConf.register_new_resolver("gpu_count", lambda: max(1, len(visible_gpus())), replace=True)
     OmegaConf.register_new_resolver("mul", lambda a, b: a * b, replace=True)
+    OmegaConf.register_new_resolver("short_names", _short_names, replace=True)
     pins = dict.fromkeys(catalog.op_names())
     ConfigStore.instance().store(name="discovered", group="kernels/pin", node=pins, package="kernels.pin")
 
@@ -253,6 +256,18 @@ def _check_pins(config: Config) -> None:
 
 def _gpu_or_cpu(on_gpu: Any, on_cpu: Any, *, _root_: DictConfig) -> Any:
     return on_gpu if _root_.device == "cuda" else on_cpu
+
+
+def _short_names(path: str) -> str:
+    """The path with names that file systems take: of one that is too long, the beginning and a hash of all of it."""
+
+    def short(name: str) -> str:
+        encoded = name.encode()
+        if len(encoded) <= _LONGEST_NAME:
+            return name
+        return f"{encoded[:_LONGEST_NAME].decode(errors='ignore')}-{sha256_of([name])[:8]}"
+
+    return "/".join(map(short, path.split("/")))
 
 
 def _torch_is_cuda_build() -> bool:

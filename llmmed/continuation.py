@@ -13,7 +13,8 @@ from llmmed.errors import UserError
 from llmmed.files import read_json
 from llmmed.run_folder import shown
 
-_FIXED = ("model", "optimizer.name", "data.name", "tokenizer")
+_FIXED = ("model", "optimizer.name", "data.name", "data.weights", "data.validation_fraction", "data.max_documents",
+          "tokenizer")  # fmt: skip
 _FREE = ("model.name", "model.init_from", "train.resume", "train.micro_batch_size", "train.log_every",
          "train.profile_steps", "train.dry_run", "kernels", "logger", "device")  # fmt: skip
 
@@ -52,7 +53,8 @@ def check_data(checkpoint: Path, fingerprint: str) -> None:
     """Raises `UserError` if a checkpoint was trained on other tokens than those with that fingerprint."""
     if read_json(checkpoint / "state.json")["data"] != fingerprint:
         raise UserError(
-            f"the data is not that of {shown(checkpoint)}: the text or the tokenizer has changed; start a new run"
+            f"the data is not that of {shown(checkpoint)}: the text, the tokenizer or what is taken of the text has "
+            f"changed; start a new run"
         )
 
 

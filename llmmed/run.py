@@ -70,7 +70,7 @@ def _end(error: BaseException, folder: Path, errors: Console) -> int:
     """Tells how a run ended early, on the terminal and in its folder. Returns the exit code."""
     if isinstance(error, Interrupted):
         _record(folder, "interrupted", str(error))
-        errors.print(f"interrupted: {error}; go on with train.resume={run_folder.shown(folder)}", markup=False)
+        errors.print(f"interrupted: {error}; go on with {run_folder.resuming(folder)}", markup=False)
         return INTERRUPTED
     if not isinstance(error, Exception):
         _record(folder, "failed", f"{type(error).__name__}: {error}")

@@ -8,6 +8,8 @@ import itertools
 import logging
 import os
 import platform
+import re
+import shlex
 import subprocess
 import sys
 from collections.abc import Callable, Sequence
@@ -19,8 +21,9 @@ from typing import Any, Literal
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
+from pydantic import ValidationError
 
-from llmmed.compose import as_dict
+from llmmed.compose import as_dict, from_dict
 from llmmed.config import Config
 from llmmed.errors import UserError
 from llmmed.files import read_json, try_lock, write_atomically, write_json
@@ -98,8 +101,17 @@ def holder(folder: Path) -> str | None:
 def stated(overrides: Sequence[str]) -> Path | None:
     """The run folder that `hydra.run.dir` states as it is, without interpolation."""
     asked = [override for override in overrides if override.startswith("hydra.run.dir=")]
-    value = str(OverridesParser.create().parse_override(asked[-1]).value()) if asked else ""
-    return Path(value) if value and "${" not in value else None
+    if not asked:
+        return None
+    value = str(_parsed(asked[-1]))
+    if not value:
+        raise UserError("hydra.run.dir is empty; give it a value (is a variable of the shell not set?) or leave it out")
+    return Path(value) if "${" not in value else None
+
+
+def _parsed(override: str) -> Any:
+    (found,) = OverridesParser.create().parse_overrides([override])  # `parse_override` names no key in its message
+    return found.value()
 
 
 def of_this_second(hydra: DictConfig) -> Path | None:
@@ -163,12 +175,22 @@ def to_resume(config: Config, outputs: Path) -> Path | None:
     for folder in sorted(folders, key=lambda path: path.stat().st_mtime, reverse=True):
         if read_status(folder).state in ("none", "finished"):  # none: a benchmark's
             continue
-        values = OmegaConf.to_container(OmegaConf.load(folder / ".hydra" / "config.yaml"))
-        if isinstance(values, dict) and _comparable({str(k): v for k, v in values.items()}) == wanted:
+        if _comparable(_stored(folder)) == wanted:
             with contextlib.suppress(UserError):
                 hold(folder)
                 return folder.absolute()
     raise UserError(f"train.resume=latest: no unfinished run of this configuration under {outputs}/; leave it out")
+
+
+def _stored(folder: Path) -> dict[str, Any]:
+    """The configuration of a run, with paths as they are used; as it stands where this version cannot read it."""
+    values = OmegaConf.to_container(OmegaConf.load(folder / ".hydra" / "config.yaml"))
+    assert isinstance(values, dict)
+    found = {str(key): value for key, value in values.items()}
+    try:
+        return as_dict(from_dict(found))
+    except ValidationError:
+        return found
 
 
 def earlier_overrides(overrides: Sequence[str]) -> list[str]:
@@ -176,8 +198,15 @@ def earlier_overrides(overrides: Sequence[str]) -> list[str]:
     folder = _named_to_resume(overrides)
     if folder is None or not (file := folder / ".hydra" / "overrides.yaml").exists():
         return []
-    given = {_key(override) for override in overrides}
-    return [override for override in map(str, OmegaConf.load(file)) if _key(override) not in given]
+    again = {_key(override): override for override in overrides}
+
+    def stays(earlier: str) -> bool:
+        given = again.get(_key(earlier))
+        # What adds a key, not an option of a group, stays before what only gives it another value.
+        adds = earlier.startswith("+") and "@" not in earlier.partition("=")[0]
+        return given is None or (adds and not given.startswith("+"))
+
+    return [earlier for earlier in map(str, OmegaConf.load(file)) if stays(earlier)]
 
 
 def started_elsewhere(overrides: Sequence[str], earlier: Sequence[str]) -> str | None:
@@ -195,7 +224,7 @@ def started_elsewhere(overrides: Sequence[str], earlier: Sequence[str]) -> str |
 
 def _named_to_resume(overrides: Sequence[str]) -> Path | None:
     asked = [override for override in overrides if override.startswith("train.resume=")]
-    folder = str(OverridesParser.create().parse_override(asked[-1]).value()) if asked else "latest"
+    folder = str(_parsed(asked[-1])) if asked else "latest"
     return None if folder in ("auto", "latest", "None") else Path(folder)
 
 
@@ -226,6 +255,21 @@ def describe_environment() -> dict[str, Any]:
             "changed_files": (_git("status", "--porcelain") or "").splitlines(),
         },
     }
+
+
+def resuming(folder: Path) -> str:
+    """The override that goes on in a folder, as it is typed into a shell."""
+    path = shown(folder)
+    if re.fullmatch(r"[\w./@+-]+", path):
+        return f"train.resume={path}"
+    return shlex.quote(f"train.resume={quoted(path)}")
+
+
+def quoted(path: Path | str) -> str:
+    """A path as a value of Hydra's override grammar, whatever characters are in it. There a backslash is escaped only
+    where a quote comes next."""
+    escaped = re.sub(r"(\\*)('|$)", lambda found: 2 * found[1] + (found[2] and "\\'"), str(path))
+    return f"'{escaped}'"
 
 
 def shown(folder: Path) -> str:

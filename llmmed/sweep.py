@@ -129,7 +129,7 @@ def run_job(composed: DictConfig, folder: Path, hydra_config: HydraConf) -> floa
         say(f"{label}: failed: {error}")
         return None
     own = [o for o in hydra_config.overrides.hydra if not o.startswith(_OF_THE_SWEEP)]
-    command = [sys.executable, "-m", "llmmed.cli", *overrides, *own, f"hydra.run.dir={quoted(folder)}"]
+    command = [sys.executable, "-m", "llmmed.cli", *overrides, *own, f"hydra.run.dir={run_folder.quoted(folder)}"]
     environment = {"WANDB_RUN_GROUP": config.logger.group or Path(hydra_config.sweep.dir).resolve().name}
     launcher = hydra_config.runtime.choices["hydra/launcher"]
     output = None if launcher == "basic" else folder / OUTPUT
@@ -195,12 +195,6 @@ def tell(folder: Path) -> list[str]:
     except OSError as error:
         return [f"the comparison cannot be written: {error}"]
     return [f"{job.job} {job.status}: {job.reason or 'no reason is known'}" for job in jobs if job.status != "finished"]
-
-
-def quoted(folder: Path | str) -> str:
-    """A path as a value of Hydra's override grammar, whatever characters are in it."""
-    escaped = str(folder).replace("\\", "\\\\").replace("'", "\\'")
-    return f"'{escaped}'"
 
 
 def _validation_loss(folder: Path) -> float | None:

@@ -5,11 +5,13 @@ from __future__ import annotations
 import json
 import subprocess
 from pathlib import Path
+from typing import Any
 
 import pytest
 from rich.console import Console
 
 from llmmed import continuation, run_folder
+from llmmed.compose import as_dict, from_dict
 from llmmed.errors import UserError
 from llmmed.files import write_json
 from llmmed.run import _newest_checkpoint
@@ -30,6 +32,8 @@ def stored(folder: Path, overrides: list[str]) -> Path:
         ([], STARTED),
         (["model.d_ff=128", "data=text"], ["experiment=smoke", "kernels=pytorch", STARTED[-1]]),
         (["data@data.sources.more=hub"], STARTED[:-1]),
+        (["data.weights.more=5"], STARTED),
+        (["+data.weights.more=5"], [o for o in STARTED if "weights" not in o]),
         (STARTED, []),
     ],
 )
@@ -63,12 +67,23 @@ def test_changes_are_told_and_a_misfit_is_refused(tmp_path: Path) -> None:
         continuation.changes(tmp_path, tiny_config("model.d_ff=96", "optimizer=muon"))
 
 
+@pytest.mark.parametrize("key", ["weights", "validation_fraction", "max_documents"])
+def test_what_decides_the_tokens_cannot_change(tmp_path: Path, key: str) -> None:
+    values: dict[str, tuple[Any, Any]] = {"weights": ({"a": 1.0}, {"a": 2.0}), "validation_fraction": (0.1, 0.2),
+                                          "max_documents": (5, 7)}  # fmt: skip
+    stored, config = as_dict(tiny_config()), as_dict(tiny_config())
+    stored["data"][key], config["data"][key] = values[key]
+    write_json(tmp_path / "checkpoints" / "step_00000002" / "state.json", {"config": stored})
+    with pytest.raises(UserError, match=rf"is of data\.{key}[.=]"):
+        continuation.changes(tmp_path, from_dict(config))
+
+
 def test_other_data_is_refused(tmp_path: Path) -> None:
     config = tiny_config("train.max_steps=2")
     run(config, tmp_path)
     path = tmp_path / "checkpoints" / "step_00000002"
     continuation.check_data(path, pattern().fingerprint)
-    with pytest.raises(UserError, match=r"the data is not that of .*step_00000002: the text or the tokenizer has"):
+    with pytest.raises(UserError, match=r"the data is not that of .*step_00000002: the text, the tokenizer or what is"):
         continuation.check_data(path, "another")
     for override, told in (
         ("data=biomed", r"data\.name=synthetic \(here biomed\)"),

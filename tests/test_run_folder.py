@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import fcntl
 import os
+import shlex
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -13,10 +14,11 @@ from pathlib import Path
 
 import pytest
 from hydra.conf import HydraConf
+from hydra.core.override_parser.overrides_parser import OverridesParser
 from omegaconf import OmegaConf
 
 from llmmed import run_folder, sweep
-from llmmed.compose import as_dict, compose_yaml
+from llmmed.compose import as_dict, compose, compose_yaml
 from llmmed.errors import UserError
 from llmmed.files import read_json, write_json
 from tests.training.tiny import tiny_config
@@ -71,6 +73,37 @@ def test_latest_passes_over_a_run_that_is_in_training(tmp_path: Path) -> None:
         assert run_folder.to_resume(wanted, tmp_path) == tmp_path / "day" / "older"
     os.utime(tmp_path / "day" / "older", (1, 1))
     assert run_folder.to_resume(wanted, tmp_path) == tmp_path / "day" / "newer"
+
+
+def test_latest_knows_a_path_by_where_it_leads(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HOME", str(tmp_path))
+    (tmp_path / "notes.txt").write_text("The liver makes bile. " * 2000)
+    overrides = ["experiment=smoke", "data=text", "data.path='~/notes.txt'"]
+    stored = OmegaConf.to_container(compose_yaml(overrides), resolve=True)
+    assert stored["data"]["path"] == "~/notes.txt"  # type: ignore[index,call-overload]
+    write_json(tmp_path / "outputs" / "mine" / ".hydra" / "config.yaml", stored)
+    run_folder.write_status(tmp_path / "outputs" / "mine", "interrupted")
+    config = compose([*overrides, "train.resume=latest"])
+    assert run_folder.to_resume(config, tmp_path / "outputs") == tmp_path / "outputs" / "mine"
+
+
+@pytest.mark.parametrize("path", ["a", "a b", "a'b", "a\\ b", "a\\'b", "a\\\\'b", "a\\", "a,b=[c]", "\\", "'", 'a"b'])
+def test_a_quoted_path_is_read_as_it_is(path: str) -> None:
+    (parsed,) = OverridesParser.create().parse_overrides([f"hydra.run.dir={run_folder.quoted(path)}"])
+    assert parsed.value() == path
+
+
+def test_the_words_for_a_resume_can_be_typed_into_a_shell(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    assert run_folder.resuming(tmp_path / "outputs" / "day") == "train.resume=outputs/day"
+    for name in ("seed=1,data.path=d", "it's [a, b]"):
+        (typed,) = shlex.split(run_folder.resuming(tmp_path / name))
+        assert run_folder._named_to_resume([typed]) == Path(name)
+
+
+def test_an_empty_folder_is_refused() -> None:
+    with pytest.raises(UserError, match=r"hydra\.run\.dir is empty"):
+        run_folder.stated(["seed=1", "hydra.run.dir="])
 
 
 @pytest.mark.parametrize("name", ["mine", "day/second"])

@@ -34,6 +34,8 @@ def _notes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         (["optimizer.momentum=0.9"], "optimizer.momentum is not used by optimizer=adamw; add optimizer=muon"),
         (["optimizer.decay_ratio=0.1"], "optimizer.decay_ratio is not used by optimizer.schedule=cosine"),
         (["train.patience=3", "train.eval_every=0"], "train.patience is not used by train.eval_every=0"),
+        (["train.sample_tokens=5", "train.sample_every=0"], "train.sample_tokens is not used by train.sample_every=0"),
+        (["optimizer.schedule=constant", "optimizer.min_lr_ratio=0.5"], "optimizer.min_lr_ratio is not used by"),
     ],
 )
 def test_a_key_without_a_use_is_told(overrides: list[str], message: str) -> None:

@@ -147,7 +147,7 @@ def _tokenizer(config: Config, parts: list[_Part], work: Path, output: Path, rep
         write_atomically(output, found.to_str())
     else:
         size, training = _sample(config.tokenizer, parts, output)
-        report(f"training a tokenizer of {config.tokenizer.vocab_size:,} tokens on {size / 1e6:,.1f} MB")
+        report(f"training a tokenizer of {config.tokenizer.vocab_size:,} tokens on up to {size / 1e6:,.1f} MB")
         parallel.run_alone(_train, training, size)
         found, end_token = tokenizer.read(output), tokenizer.END_ID
         count, wanted = tokenizer.vocabulary_size(found), config.tokenizer.vocab_size

@@ -101,5 +101,5 @@ def _pick(logits: Tensor, temperature: float, top_p: float, generator: torch.Gen
     if temperature < _COLD:
         return int(logits.argmax())
     probabilities, order = (logits / temperature).softmax(-1).sort(descending=True)
-    probabilities[probabilities.cumsum(-1) - probabilities >= top_p] = 0.0  # the first always stays
+    probabilities[1:][(probabilities.cumsum(-1) - probabilities)[1:] >= top_p] = 0.0  # the first always stays
     return int(order[torch.multinomial(probabilities, 1, generator=generator)])

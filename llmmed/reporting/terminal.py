@@ -70,7 +70,9 @@ def telling_of_tuning(console: Console) -> Iterator[Callable[[Progress], None]]:
 
 def print_closing(summary: Mapping[str, Any], plan: KernelPlan, folder: Path, console: Console) -> None:
     """What came out, and where everything is."""
-    speed = f"{summary['tokens_per_second']:,.0f} tokens/s"
+    speed = "not timed, too few steps"
+    if summary["tokens_per_second"] is not None:
+        speed = f"{summary['tokens_per_second']:,.0f} tokens/s"
     if summary["mfu"] is not None:
         speed += f", MFU {summary['mfu']:.1%}"
     if summary["peak_memory_gib"] is not None:

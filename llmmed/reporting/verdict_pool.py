@@ -46,7 +46,8 @@ class Task(NamedTuple):
 class VerdictPool:
     """Processes that work through tasks, each at one of them."""
 
-    def __init__(self, tasks: Sequence[Task], workers: list[_Worker], alone: float) -> None:
+    def __init__(self, tasks: Sequence[Task], workers: list[_Worker], alone: float, seconds: float) -> None:
+        self._seconds = seconds
         self._waiting = deque(enumerate(tasks))
         self._workers = workers
         self._others_start_at = time.monotonic() + alone
@@ -54,7 +55,7 @@ class VerdictPool:
     @classmethod
     @contextlib.contextmanager
     def started(
-        cls, tasks: Sequence[Task], workers: int | None, seeds: int, shapes: int, device: torch.device
+        cls, tasks: Sequence[Task], workers: int | None, seeds: int, shapes: int, seconds: float, device: torch.device
     ) -> Iterator[VerdictPool]:
         """Until the end of the context, and its processes with it.
 
@@ -63,6 +64,7 @@ class VerdictPool:
             workers: In how many processes; None for as many as are sensible here.
             seeds: How many, of the values.
             shapes: How many random ones.
+            seconds: After which a task is `timed_out`.
             device: Where the processes verify.
         """
         workers = min(workers or _sensible_workers(device), len(tasks))
@@ -72,7 +74,7 @@ class VerdictPool:
         with tempfile.TemporaryDirectory(prefix="llmmed-verify-") as folder:
             answers = [Path(folder) / f"answer{number}.json" for number in range(workers)]
             each = [_Worker(answer, seeds, shapes, variables) for answer in answers]
-            pool = cls(tasks, each, _ALONE[device.type])
+            pool = cls(tasks, each, _ALONE[device.type], seconds)
             try:
                 yield pool
             finally:
@@ -85,7 +87,7 @@ class VerdictPool:
     def look(self) -> Iterator[tuple[int, Verdict]]:
         """The verdicts that have come since the last call, each with its task's place. Sees to it that nobody idles."""
         for worker in self._workers:
-            if worker.task is not None and (verdict := worker.take_verdict()) is not None:
+            if worker.task is not None and (verdict := worker.take_verdict(self._seconds)) is not None:
                 yield worker.place, verdict
             if worker.task is None and self._waiting and self._may_work(worker):
                 worker.give(*self._waiting.popleft())
@@ -126,9 +128,10 @@ class _Worker:
         with contextlib.suppress(BrokenPipeError):  # it has just ended, as `take_verdict` finds
             os.write(self.process.stdin.fileno(), line.encode())
 
-    def take_verdict(self) -> Verdict | None:
-        """Of the task in hand, once there is one, and the task is out of hand. One in whose time a process ends that
-        has answered before, for which that other candidate may be to blame, is given to a fresh process."""
+    def take_verdict(self, seconds: float) -> Verdict | None:
+        """Of the task in hand, once there is one or `seconds` have passed, and the task is out of hand. One in whose
+        time a process ends that has answered before, for which that other candidate may be to blame, is given to a
+        fresh process."""
         assert self.process is not None
         assert self.task is not None
         exit_code = self.process.poll()  # what it wrote until then counts
@@ -139,6 +142,10 @@ class _Worker:
             if answer["is_last"]:
                 self._end()
             return Verdict(**answer["verdict"])
+        if exit_code is None and time.monotonic() - self.since > seconds:
+            self._end()
+            self.task = None
+            return Verdict("timed_out", f"took longer than {seconds:g} s; more are seconds=<number>", None, None, 0)
         if exit_code is None:
             return None
         was_fresh = self._is_fresh

@@ -21,7 +21,8 @@ from llmmed.reporting.verdict_worker import device_of_verdicts
 from llmmed.signals import INTERRUPTED, StopRequest
 
 _DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
-_KEYS = ("op", "impl", "dtype", "seeds", "random", "workers")
+_KEYS = ("op", "impl", "dtype", "seeds", "random", "workers", "seconds")
+_SECONDS, _SECONDS_A_SHAPE = 600, 20  # that a verdict may take, if nobody says otherwise
 _POLL_SECONDS = 0.005
 _FAILED = ("wrong", "no_backward", "crashed", "failed_to_compile", "out_of_memory", "timed_out")
 _ROOM = 40  # columns, in which a reason can be read beside its row
@@ -32,13 +33,15 @@ _NAMED = 3  # at most, of the failures of a kind
 @dataclass(frozen=True)
 class Request:
     """What to verify. `named`: the user asked for these implementations, so one that is unavailable is a failure.
-    `random`: at how many random shapes besides the cases. `workers`: in how many processes, if the user said so."""
+    `random`: at how many random shapes besides the cases. `workers`: in how many processes, if the user said so.
+    `seconds`: how long each may take."""
 
     tasks: tuple[Task, ...]
     seeds: int
     named: bool
     random: int = 0
     workers: int | None = None
+    seconds: float = _SECONDS
 
 
 def main(arguments: Sequence[str]) -> int:
@@ -54,7 +57,9 @@ def main(arguments: Sequence[str]) -> int:
     rows = _Rows(console, request.tasks)
     with StopRequest() as stop:
         stop.waits = True
-        started = VerdictPool.started(request.tasks, request.workers, request.seeds, request.random, device)
+        started = VerdictPool.started(
+            request.tasks, request.workers, request.seeds, request.random, request.seconds, device
+        )
         with console.status("verifying") as status, started as pool:
             while not pool.is_done and stop.name is None:
                 for place, verdict in pool.look():
@@ -75,7 +80,7 @@ def main(arguments: Sequence[str]) -> int:
 
 
 def parse(arguments: Sequence[str], device: torch.device) -> Request:
-    """`op=a,b impl=c dtype=float32 seeds=3 random=100 workers=4`. Raises `UserError`."""
+    """`op=a,b impl=c dtype=float32 seeds=3 random=100 workers=4 seconds=600`. Raises `UserError`."""
     given: dict[str, str] = {}
     for argument in arguments:
         key, equals, value = argument.partition("=")
@@ -98,13 +103,15 @@ def parse(arguments: Sequence[str], device: torch.device) -> Request:
     if not set(names) <= set(_DTYPES):
         raise UserError(f"dtype={given['dtype']}: allowed are {', '.join(_DTYPES)}")
     seeds, shapes, workers = given.get("seeds", "1"), given.get("random", "0"), given.get("workers")
-    for key, given_number in (("seeds", seeds), ("workers", workers)):
+    for key, given_number in (("seeds", seeds), ("workers", workers), ("seconds", given.get("seconds"))):
         if given_number is not None and (not given_number.isdecimal() or int(given_number) < 1):
             raise UserError(f"{key}={given_number}: give a whole number from 1 up")
     if not shapes.isdecimal():
         raise UserError(f"random={shapes}: give a whole number, of shapes")
     tasks = tuple(Task(op, implementation, _DTYPES[dtype]) for op, implementation in candidates for dtype in names)
-    return Request(tasks, int(seeds), wanted is not None, int(shapes), int(workers) if workers is not None else None)
+    seconds = float(given.get("seconds", int(seeds) * (_SECONDS + _SECONDS_A_SHAPE * int(shapes))))
+    processes = int(workers) if workers is not None else None
+    return Request(tasks, int(seeds), wanted is not None, int(shapes), processes, seconds)
 
 
 class _Rows:

@@ -6,10 +6,11 @@ Loading one runs no code, so one may come from a stranger.
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import os
 import shutil
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -85,14 +86,18 @@ def save(
     return target
 
 
-def set_aside(folder: Path) -> Path | None:
-    """Makes room for the checkpoints of a run that starts anew. Returns where old ones are now, if there were any."""
+def set_aside(folder: Path, with_files: Sequence[str] = ()) -> Path | None:
+    """Makes room for the checkpoints of a run that starts anew. Returns where old ones are now, if there were any, and
+    with them the files of those names that lie beside the folder."""
     if not all_of(folder):
         return None
     number = 1
     while (aside := folder.with_name(f"{folder.name}.before-{number}")).exists():
         number += 1
     folder.rename(aside)
+    for name in with_files:
+        with contextlib.suppress(FileNotFoundError):
+            (folder.parent / name).rename(aside / name)
     return aside
 
 

@@ -43,6 +43,7 @@ from llmmed.training.step import Stepper
 
 logger = logging.getLogger(__name__)
 
+_OF_A_RUN = ("metrics.jsonl", "samples.jsonl", "summary.json", "loss.png", "trace.json.gz")
 _TRACED_STEP = 2  # after the first of this process: compiled and captured, and early enough to matter
 
 
@@ -89,10 +90,10 @@ def train(
     with memory.advised(config.train):
         run = _Run(config, model, dataset, folder, plan, mode, sinks, started, launched)
         first = 0 if resume is None else run.restore(checkpoint.load(resume))
-    aside = None if first else checkpoint.set_aside(folder / "checkpoints")
+    aside = None if first else checkpoint.set_aside(folder / "checkpoints", with_files=_OF_A_RUN)
     progress = TrainingProgress(console, first, config.train.max_steps)
     if aside is not None:
-        progress.note(f"starts at step 1; the checkpoints that were here are in {shown(aside)}")
+        progress.note(f"starts at step 1; the run that was here is in {shown(aside)}")
     if first:
         progress.note(f"going on from the checkpoint of step {first}")
     if config.optimizer.warmup_steps > config.train.max_steps:
@@ -144,6 +145,7 @@ class _Run:
         self.in_flight = InFlight(self.device)
         self.best = Best()
         self.first = self.done = 0  # steps behind it when this process began, and now
+        self.tokens_before = 0  # trained on when this process began: steps may have had another size
         self.owed = False  # what was due after the last step: a stopped run leaves it to the one that goes on
         self.training_seconds = 0.0
 
@@ -151,6 +153,8 @@ class _Run:
         """Takes over a checkpoint's state. Returns the number of steps it has behind it."""
         self.model.load_state_dict(found.model)
         self.stepper.restore(found.optimizer, scaled=found.state["config"]["train"]["precision"] == "fp16")
+        tokens_a_step = found.state["config"]["train"]["global_batch_tokens"]
+        self.tokens_before = found.state.get("tokens", found.step * tokens_a_step)
         self.seconds_before = self.training_seconds = found.state["training_seconds"]
         self.first_step_seconds = found.state.get("first_step_seconds", 0.0)  # of the process that made a step last
         self.last = {name: _or_nan(value) for name, value in found.state["last_metrics"].items()}
@@ -167,6 +171,8 @@ class _Run:
             progress.note(f"train.sample_every={train.sample_every}: data={self.dataset.name} has no text to sample")
         elif train.sample_every:
             self.sampler = Sampler(self.model, self.dataset, self.config, self.folder, from_step=first, owed=self.owed)
+            for cut in self.sampler.cut_prompts():
+                progress.note(cut)
         trace = self.trace = StepTrace(
             self.folder / "trace.json.gz", train.profile_steps, first, train.max_steps, self.device
         )
@@ -180,10 +186,11 @@ class _Run:
             if first < train.max_steps or self.owed:
                 stop.wait_no_more()
         begun = time.perf_counter()
-        with Prefetcher(self.batches, first * self.count, train.max_steps * self.count, self.device) as source:
+        with Prefetcher(self.batches, *self._batches_of(first, train.max_steps), self.device) as source:
             for step in range(first, train.max_steps):
                 if 0 < train.patience <= self.best.waited:
-                    progress.note(f"step {step}: {self.best.waited} evaluations without a better validation loss")
+                    count = f"{self.best.waited} evaluation{'s' if self.best.waited > 1 else ''}"
+                    progress.note(f"step {step}: {count} without a better validation loss")
                     return
                 try:
                     told = self._issue(step, source, trace, stop, progress)
@@ -290,7 +297,7 @@ class _Run:
                 draw_loss(metrics, self.folder / "loss.png")
 
     def result(self) -> Result:
-        speed = statistics.median(self.speeds) if self.speeds else self.last.get("tokens_per_second", 0.0)
+        speed = statistics.median(self.speeds) if self.speeds else self.last.get("tokens_per_second")
         return Result(
             steps=self.done,
             train_loss=self.last.get("loss", float("nan")),
@@ -344,15 +351,15 @@ class _Run:
             return
         if reading.steps_per_second is not None:
             self.speeds.append(reading.steps_per_second * train.global_batch_tokens)
-        speed = self.speeds[-1] if self.speeds else 0.0
+        speed = self.speeds[-1] if self.speeds else None
         metrics = {
             "loss": values["loss"],
             "grad_norm": values["grad_norm"],
             "lr": learning_rate(step, self.config.optimizer, train.max_steps),
-            "tokens": float(reading.step * train.global_batch_tokens),
+            "tokens": float(self._tokens(reading.step)),
             "skipped_steps": values["skipped_steps"],
             **({"loss_scale": values["loss_scale"]} if train.precision == "fp16" else {}),
-            "tokens_per_second": speed,
+            **({"tokens_per_second": speed} if speed is not None else {}),
         }
         if (mfu := self._mfu(speed)) is not None:
             metrics["mfu"] = mfu
@@ -364,8 +371,7 @@ class _Run:
 
     def _keep_batch(self, step: int) -> str:
         """Writes the tokens of a step that was skipped, [sequences, seq + 1]; returns where."""
-        indices = range(step * self.count, (step + 1) * self.count)
-        tokens = torch.cat([self.batches.get(index) for index in indices])
+        tokens = torch.cat([self.batches.get(index) for index in range(*self._batches_of(step, step + 1))])
         path = self.folder / "bad_batch.safetensors"
         write_atomically(path, save({"tokens": tokens}, metadata={"step": str(step + 1)}))
         return shown(path)
@@ -381,6 +387,7 @@ class _Run:
             "config": as_dict(self.config),
             "plan": self.plan,
             "data": self.dataset.fingerprint,
+            "tokens": self._tokens(step),
             "training_seconds": self.training_seconds,
             "first_step_seconds": self.first_step_seconds,
             "last_metrics": finite(self.last),
@@ -392,8 +399,19 @@ class _Run:
         keep, best = self.config.train.keep_last, self.best.step or None
         checkpoint.save(self.folder / "checkpoints", step, model, self.stepper.tensors(), state, keep, best)
 
-    def _mfu(self, tokens_per_second: float) -> float | None:
-        return None if self.peak is None else tokens_per_second * self.flops / (self.peak * 1e12)
+    def _tokens(self, step: int) -> int:
+        """Trained on after `step` steps, of this process and of those before it."""
+        return self.tokens_before + (step - self.first) * self.config.train.global_batch_tokens
+
+    def _batches_of(self, begin: int, end: int) -> tuple[int, int]:
+        """The first micro-batch of step `begin` and that of step `end`, by their numbers in the data."""
+        size = self.config.train.micro_batch_size * self.config.train.seq_len
+        return self._tokens(begin) // size, self._tokens(begin) // size + (end - begin) * self.count
+
+    def _mfu(self, tokens_per_second: float | None) -> float | None:
+        if self.peak is None or tokens_per_second is None:
+            return None
+        return tokens_per_second * self.flops / (self.peak * 1e12)
 
     def _memory_gib(self) -> float | None:
         return torch.cuda.max_memory_allocated(self.device) / 2**30 if self.device.type == "cuda" else None

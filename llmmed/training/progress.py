@@ -77,7 +77,7 @@ class TrainingProgress:
 
 def _facts(metrics: Mapping[str, float]) -> str:
     parts = [f"loss {metrics['loss']:.3f}"]
-    if metrics["tokens_per_second"]:  # there is none yet at the first step
+    if "tokens_per_second" in metrics:  # there is none yet at the first step
         parts.append(f"{metrics['tokens_per_second']:,.0f} tok/s")
     if "mfu" in metrics:
         parts.append(f"MFU {metrics['mfu']:.0%}")

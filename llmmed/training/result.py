@@ -15,7 +15,7 @@ class Result:
     val_accuracy: float
     best_val_loss: float
     best_step: int
-    tokens_per_second: float
+    tokens_per_second: float | None  # of the median interval between log steps; None where there was none
     mfu: float | None
     peak_memory_gib: float | None
     training_time_seconds: float

@@ -48,14 +48,28 @@ class Sampler:
             self._file.write(step, {"prompt": found.prompt, "text": found.text})
         return samples
 
+    def cut_prompts(self) -> list[str]:
+        """A line for each prompt that the model is not given as a whole."""
+        most = self._train.seq_len // 2
+        lengths = {prompt: len(self._ids(prompt)) for prompt in self._train.sample_prompts}
+        return [
+            f"train.sample_prompts: of the {length} tokens of {prompt[:20]!r} ... the model is given the first {most}, "
+            f"half of train.seq_len"
+            for prompt, length in lengths.items()
+            if length > most
+        ]
+
     def close(self) -> None:
         self._file.close()
+
+    def _ids(self, prompt: str) -> list[int]:
+        return list(self._tokenizer.encode(prompt, add_special_tokens=False).ids)
 
     def _continue(self, prompt: str, step: int) -> str:
         """Nothing where the model cannot write: that is no reason to end its training."""
         room = self._train.seq_len
         # A document begins after the end of another: without it the model would continue the middle of one.
-        tokens = [self._end, *self._tokenizer.encode(prompt, add_special_tokens=False).ids[: room // 2]]
+        tokens = [self._end, *self._ids(prompt)[: room // 2]]
         count = min(self._train.sample_tokens, room - len(tokens))
         with torch.no_grad():
             found = sample(

@@ -55,6 +55,17 @@ def test_one_that_ends_the_process_has_a_verdict_and_the_others_theirs(
     assert " wrong float32 wrong " in wrong
 
 
+def test_one_that_takes_too_long_is_timed_out_and_the_others_have_their_verdicts(
+    plant: Callable[..., None], capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("COLUMNS", "200")
+    plant("hangs", "right")
+    assert verdicts.main(["op=rms_norm", "impl=hangs,right", "workers=1", "seconds=12"]) == 1
+    hangs, right = rows(capfd.readouterr().out)
+    assert "hangs float32 timed out took longer than 12 s" in hangs
+    assert " right float32 verified " in right
+
+
 def test_what_is_known_is_shown_if_it_is_interrupted(
     plant: Callable[..., None], tmp_path: Path, repository: Path
 ) -> None:
@@ -132,9 +143,9 @@ def test_after_damage_the_others_are_tried_in_another_process(tmp_path: Path, mo
     worker = verdict_pool._Worker(answer, 1, 0, {})
     for name, is_last in (("a", False), ("b", True), ("c", False)):
         worker.give(0, Task("rms_norm", name, torch.float32))
-        assert worker.take_verdict() is None
+        assert worker.take_verdict(60.0) is None
         write_json(answer, {"verdict": asdict(VERIFIED), "is_last": is_last})
-        assert worker.take_verdict() == VERIFIED
+        assert worker.take_verdict(60.0) == VERIFIED
     assert codes == [-9, None]
     assert [json.loads(line)[1] for line in (tmp_path / "tasks").read_text().splitlines()] == ["a", "b", "c"]
 

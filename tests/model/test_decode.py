@@ -61,6 +61,7 @@ def test_the_nucleus_leaves_the_tail_out() -> None:
     drawn = {_pick(logits, 1.0, 0.7, generator) for _ in range(200)}
     assert drawn == {0, 1}
     assert {_pick(logits, 1.0, 1.0, generator) for _ in range(400)} == {0, 1, 2, 3}
+    assert _pick(logits, 1.0, 1e-50, generator) == 0  # as small as none in float32
 
 
 @pytest.mark.parametrize("temperature", [0.0, 1e-40, 1e-6])

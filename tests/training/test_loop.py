@@ -17,6 +17,7 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load_file
+from torch import Tensor
 
 from llmmed.data import Batches
 from llmmed.errors import UserError
@@ -174,6 +175,34 @@ def test_a_stopped_run_goes_on_as_if_nothing_had_happened(tmp_path: Path, stop_a
     assert (found.best_step, found.best_val_loss) == (expected.best_step, expected.best_val_loss)
 
 
+def test_steps_of_another_size_go_on_in_the_data_where_those_before_ended(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    seen: list[Tensor] = []
+    get = Batches.get
+    monkeypatch.setattr(Batches, "get", lambda self, index: (seen.append(batch := get(self, index)), batch)[1])
+    run(tiny_config("train.max_steps=4"), tmp_path)
+    larger = tiny_config("train.max_steps=6", "train.global_batch_tokens=128")
+    seen.clear()
+    run(larger, tmp_path, resume=True)
+    resumed = seen[-4:]  # two steps of two micro-batches; what comes before is the evaluation's
+    trained = {
+        entry["step"]: entry["tokens"] for entry in read_metrics(tmp_path / "metrics.jsonl") if "tokens" in entry
+    }
+    assert trained == {1: 64, 2: 128, 3: 192, 4: 256, 5: 384, 6: 512}
+    dataset, train = pattern(), larger.train
+    batches = Batches(dataset.train, train.seq_len, train.micro_batch_size, larger.seed, shuffle=True)
+    assert all(torch.equal(found, batches.get(4 + place)) for place, found in enumerate(resumed))
+    run(replace(larger, train=replace(train, max_steps=7)), tmp_path, resume=True)
+    assert read_metrics(tmp_path / "metrics.jsonl")[-2]["tokens"] == 640
+
+
+def test_a_speed_that_nothing_was_timed_for_is_none(tmp_path: Path) -> None:
+    _, result = run(tiny_config("train.max_steps=1"), tmp_path)
+    assert result.tokens_per_second is None
+    assert all("tokens_per_second" not in entry for entry in read_metrics(tmp_path / "metrics.jsonl"))
+
+
 def test_an_owed_evaluation_is_kept_before_a_signal_ends_the_run(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -244,7 +273,9 @@ def test_a_start_in_a_used_folder_keeps_its_own_checkpoints(tmp_path: Path) -> N
     run(tiny_config("train.keep_last=1"), tmp_path)
     run(tiny_config("train.keep_last=1", "train.max_steps=4"), tmp_path)
     assert [path.name for path in (tmp_path / "checkpoints").iterdir()] == ["step_00000004"]
-    assert [path.name for path in (tmp_path / "checkpoints.before-1").iterdir()] == ["step_00000012"]
+    before = {path.name for path in (tmp_path / "checkpoints.before-1").iterdir()}
+    assert before == {"step_00000012", "metrics.jsonl", "loss.png"}
+    assert read_metrics(tmp_path / "checkpoints.before-1" / "metrics.jsonl")[-1]["step"] == 12
     assert "checkpoints.before-1" in (tmp_path / "console.txt").read_text().replace("\n", "")
 
 

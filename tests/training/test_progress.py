@@ -35,5 +35,5 @@ def test_a_run_of_a_step_says_nothing_of_the_time_left() -> None:
     file = io.StringIO()
     with TrainingProgress(Console(file=file, width=120), 0, 1) as shown:
         shown.advance(1)
-        shown.show(1, {"loss": 1.5, "tokens_per_second": 0.0})
+        shown.show(1, {"loss": 1.5})
     assert file.getvalue() == "step 1/1  loss 1.500\n"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -55,6 +56,15 @@ class Listener:
 
 def samples_of(folder: Path) -> list[dict[str, str | int]]:
     return [json.loads(line) for line in (folder / "samples.jsonl").read_text().splitlines()]
+
+
+def test_a_prompt_that_is_cut_is_told_of(config: Config, dataset: Dataset, tmp_path: Path) -> None:
+    long = "Bone 7 meets joint 1. Bone 8 meets joint 2. Bone 9 meets joint 3."
+    train = replace(config.train, sample_prompts=["Bone", long])
+    sampler = Sampler(build(config), dataset, replace(config, train=train), tmp_path, from_step=0)
+    (told,) = sampler.cut_prompts()
+    sampler.close()
+    assert re.search(r"of the \d+ tokens of 'Bone 7 meets joint 1' \.\.\. the model is given the first 8, half", told)
 
 
 def test_samples_are_of_the_weights_of_their_step(config: Config, dataset: Dataset, tmp_path: Path) -> None:
