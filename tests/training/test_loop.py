@@ -21,7 +21,7 @@ from torch import Tensor
 
 from llmmed.data import Batches
 from llmmed.errors import UserError
-from llmmed.files import read_metrics
+from llmmed.files import read_json, read_metrics
 from llmmed.model import Transformer
 from llmmed.run import run as run_everything
 from llmmed.run_folder import read_status
@@ -108,6 +108,24 @@ def test_on_a_gpu_killed_and_resumed_with_the_same_bits(repository: Path, kernel
     )
     assert done.returncode == 0, done.stdout + done.stderr
     assert "all bit-identical" in done.stdout
+
+
+@pytest.mark.gpu
+def test_what_a_trace_saw_stays_with_a_run_that_goes_on(tmp_path: Path, repository: Path) -> None:
+    def train(*arguments: str) -> tuple[Any, Any]:
+        process = start(tmp_path, repository, "train.compile=eager", "device=cuda", *arguments)
+        _, errors = process.communicate(timeout=200)
+        newest = checkpoint.latest(tmp_path / "run" / "checkpoints")
+        assert newest is not None, errors
+        plans = read_json(tmp_path / "run" / "kernels.json"), read_json(newest / "state.json")["plan"]
+        return plans[0]["executed"], plans[1]["executed"]
+
+    seen, stored = train("train.max_steps=4")
+    assert seen
+    assert stored == seen
+    assert train("train.max_steps=5", "train.resume=run") == (seen, seen)  # too few steps for a trace of its own
+    again = ["train.max_steps=7", "train.profile_steps=6", "hydra.run.dir=run"]
+    assert train(*again)[0] is None  # all steps but the first are traced for the user
 
 
 @pytest.mark.slow
