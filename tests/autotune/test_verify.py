@@ -15,7 +15,7 @@ from llmmed.autotune.failures import classify
 from llmmed.autotune.judge import Truth, judge
 from llmmed.autotune.plan import Status
 from llmmed.autotune.trials import trials, within
-from llmmed.autotune.verify import Verdict, forget, verify
+from llmmed.autotune.verify import Verdict, forget, poisoned_memory, verify
 from llmmed.autotune.workload import record_workload
 from llmmed.compose import compose
 from llmmed.kernels.base import Call, Implementation, TensorSpec, Unavailable, tensor_spec
@@ -358,6 +358,20 @@ def test_what_an_evaluation_computes_is_held_against_the_truth_as_well() -> None
         return right(x, weight, eps) if torch.is_grad_enabled() else right(x.double(), weight.double(), eps).to(x.dtype)
 
     assert judged(rounds_otherwise).status == "verified"
+
+
+@pytest.mark.parametrize("asked", [True, False])
+def test_memory_is_poisoned_without_loosening_what_determinism_is_asked_for(asked: bool) -> None:
+    torch.use_deterministic_algorithms(asked)
+    try:
+        with poisoned_memory():
+            assert torch.empty(8).isnan().all()
+            assert torch.are_deterministic_algorithms_enabled()
+            assert torch.is_deterministic_algorithms_warn_only_enabled() != asked
+        assert torch.are_deterministic_algorithms_enabled() == asked
+        assert not torch.is_deterministic_algorithms_warn_only_enabled()
+    finally:
+        torch.use_deterministic_algorithms(False)
 
 
 def test_a_result_that_the_next_call_overwrites_is_wrong() -> None:
