@@ -128,14 +128,18 @@ def test_backward_counts_where_forward_stood() -> None:
             (F.silu(function(x)) @ x).exp().sum().backward()
         return group_events(list(profiler.events()), on_gpu=False)
 
-    plain, ranged = times(part), times(wrapped)
+    plain = times(part)
     assert "rotary" not in plain
     assert plain["swiglu"] > 0  # told by the operator's name
     assert plain["products"] > plain["swiglu"]
-    with profile(activities=[ProfilerActivity.CPU]) as profiler, torch.no_grad():
-        wrapped(x)
-    forward_alone = group_events(list(profiler.events()), on_gpu=False)["rotary"]
-    assert ranged["rotary"] > 1.5 * forward_alone
+
+    def forward_alone() -> float:
+        with profile(activities=[ProfilerActivity.CPU]) as profiler, torch.no_grad():
+            wrapped(x)
+        return group_events(list(profiler.events()), on_gpu=False)["rotary"]
+
+    # The fastest of a few: a busy machine makes any of them slow.
+    assert min(times(wrapped)["rotary"] for _ in range(3)) > 1.5 * min(forward_alone() for _ in range(5))
 
 
 def test_a_group_takes_no_longer_than_its_kernels_did() -> None:
