@@ -23,7 +23,7 @@ from hydra.errors import HydraException
 from omegaconf import DictConfig, OmegaConf
 
 from llmmed import collector, compose, continuation, micro_batch, run_folder, sweep
-from llmmed.errors import UserError
+from llmmed.errors import UserError, in_words
 from llmmed.files import write_atomically
 from llmmed.signals import INTERRUPTED, Interrupted, StopRequest, say
 
@@ -50,7 +50,7 @@ def main() -> None:
     except (HydraException, omegaconf.errors.OmegaConfBaseException) as error:
         _exit(compose.explain(error))
     except OSError as error:
-        _exit(_told(error))
+        _exit(in_words(error))
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
         if sweep.BeforeTheJobs.folder is not None:
@@ -81,7 +81,7 @@ def _prepare_arguments() -> Callable[[], Callable[[], None]] | None:
     _add(sweep.plugin_overrides(arguments.overrides), arguments.overrides)
     if arguments.config_dir is not None:  # as an override it reaches what composes here, and the jobs of a sweep
         address = f"file://{Path(arguments.config_dir).absolute()}"
-        searched = [f"hydra.searchpath=[{run_folder.quoted(address)}]"]
+        searched = [f"hydra.searchpath=[{compose.quoted(address)}]"]
         _add(searched, arguments.overrides)
         arguments.overrides += searched
     if arguments.multirun or "hydra.mode=MULTIRUN" in arguments.overrides:
@@ -104,7 +104,7 @@ def _prepare_arguments() -> Callable[[], Callable[[], None]] | None:
     composed = compose.compose_yaml(arguments.overrides, with_hydra=True)
     own = OmegaConf.masked_copy(composed, [str(key) for key in composed if key != "hydra"])
     try:
-        config = compose.validate(own, arguments.overrides)
+        config = compose.validate(own, arguments.overrides, typed=arguments.overrides[len(earlier) :])
     except UserError as error:
         elsewhere = run_folder.started_elsewhere(arguments.overrides, earlier)
         raise UserError(f"{error}{f' (the run was started in {elsewhere})' if elsewhere else ''}") from error
@@ -119,7 +119,7 @@ def _take_folder(resumed: Path | None, hydra_part: DictConfig, overrides: list[s
     stated = run_folder.stated(overrides)
     used = resumed or (run_folder.of_this_second(hydra_part) if stated is None else None)
     if used is not None:
-        _add([f"hydra.run.dir={run_folder.quoted(used)}"], overrides)
+        _add([f"hydra.run.dir={compose.quoted(used)}"], overrides)
     if (held := used or stated) is not None and held.is_dir():
         run_folder.hold(held)
     return (lambda: None) if resumed is None else run_folder.remember(resumed)
@@ -152,19 +152,19 @@ def _task(composed: DictConfig, stop: StopRequest, put_back: Callable[[], None])
         _tell_interrupted(str(interruption))
         code = INTERRUPTED
     except BaseException as error:
-        if isinstance(error, OSError) and error.filename is None:
-            error.filename = str(folder)
         if isinstance(error, UserError | OSError):
             with contextlib.suppress(OSError):  # of a full disk
-                run_folder.write_status(folder, "failed", reason=_told(error))
+                run_folder.write_status(folder, "failed", reason=in_words(error, folder))
         put_back()
+        if isinstance(error, OSError):
+            raise UserError(in_words(error, folder)) from error
         raise
     _leave(code)
 
 
 def _run(composed: DictConfig, folder: Path, overrides: list[str], stop: StopRequest) -> int:
     composed = micro_batch.resolve(composed, overrides, folder, report=say)
-    config = compose.validate(composed, overrides)
+    config = compose.validate(composed, overrides, typed=())  # refused before if it had to be
     write_atomically(folder / ".hydra" / "config.yaml", OmegaConf.to_yaml(composed, resolve=True))
     if config.train.resume is not None:
         stop.moment = "before another step was done"  # after how many is known once checkpoints can be read
@@ -172,12 +172,6 @@ def _run(composed: DictConfig, folder: Path, overrides: list[str], stop: StopReq
         from llmmed.run import run  # torch comes with it, and is not needed to refuse a mistake
 
     return run(config, folder, started=_STARTED, stop=stop)
-
-
-def _told(error: Exception) -> str:
-    if not isinstance(error, OSError):
-        return str(error)
-    return f"{error.strerror or error}{f': {error.filename}' if error.filename else ''}"
 
 
 def _tell_interrupted(reason: str) -> None:

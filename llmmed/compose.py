@@ -31,7 +31,7 @@ from llmmed.gpus import visible_gpus
 from llmmed.kernels import catalog
 
 CONFIG_NAME = "train"
-_LONGEST_NAME = 200  # bytes, of a folder; file systems take 255
+_LONGEST_NAME, _CUT_NAME = 255, 200  # bytes, of a folder: as file systems take it, and what is left of a longer one
 _ADAPTER = TypeAdapter(Config)
 
 
@@ -61,12 +61,13 @@ def compose_yaml(
         raise UserError(explain(error)) from error
 
 
-def validate(composed: DictConfig, overrides: Sequence[str] = ()) -> Config:
+def validate(composed: DictConfig, overrides: Sequence[str] = (), *, typed: Sequence[str] | None = None) -> Config:
     """Types, ranges and missing keys, then what only several keys together can tell. Raises `UserError`.
 
     Args:
         composed: The composed YAML without Hydra's own part.
         overrides: What the user wrote. Of several problems, one that they wrote is named first.
+        typed: Those of the overrides that are refused where nothing reads their keys; None for all.
 
     `train.micro_batch_size=auto` is validated as one sequence; `micro_batch.resolve` replaces it before a run.
     """
@@ -81,7 +82,7 @@ def validate(composed: DictConfig, overrides: Sequence[str] = ()) -> Config:
         config = _ADAPTER.validate_json(json.dumps(values), strict=True)
     except ValidationError as error:
         raise UserError(explain_validation(error, overrides)) from error
-    unused_keys.refuse(config, overrides)
+    unused_keys.refuse(config, overrides if typed is None else typed)
     _check_together(config)
     data.check(config)
     return config
@@ -184,11 +185,18 @@ def explain(error: Exception, config_name: str = CONFIG_NAME) -> str:
     return " ".join(text.split()) or type(error).__name__
 
 
+def quoted(value: Path | str, mark: str = "'") -> str:
+    """A value of Hydra's override grammar, whatever characters but `${` are in it. There a backslash is escaped only
+    where a quotation mark comes next."""
+    escaped = re.sub(rf"(\\*)({mark}|$)", lambda found: 2 * found[1] + (found[2] and f"\\{mark}"), str(value))
+    return f"{mark}{escaped}{mark}"
+
+
 def _explain_override(override: str) -> str:
     key, equals, value = override.partition("=")
     if equals and re.fullmatch(r"[+~]*[\w./@-]+", key) and not value.startswith(("[", "{", '"', "'")):
-        quoted = value.replace("\\", "\\\\").replace('"', '\\"')
-        return f"{override}: a value with such characters needs quotes, within those of the shell: '{key}=\"{quoted}\"'"
+        in_quotes = quoted(value, mark='"')
+        return f"{override}: a value with such characters needs quotes, within those of the shell: '{key}={in_quotes}'"
     return f"'{override}' is not an override; write key=value, for instance train.max_steps=200"
 
 
@@ -265,7 +273,7 @@ def _short_names(path: str) -> str:
         encoded = name.encode()
         if len(encoded) <= _LONGEST_NAME:
             return name
-        return f"{encoded[:_LONGEST_NAME].decode(errors='ignore')}-{sha256_of([name])[:8]}"
+        return f"{encoded[:_CUT_NAME].decode(errors='ignore')}-{sha256_of([name])[:8]}"
 
     return "/".join(map(short, path.split("/")))
 

@@ -93,7 +93,7 @@ class OptimizerConfig:
     lr: PositiveFloat
     weight_decay: NonNegativeFloat
     betas: tuple[Fraction, Fraction]  # AdamW's
-    eps: Annotated[float, Field(ge=1e-37)]  # AdamW's; what is smaller is no normal number in float32
+    eps: Annotated[float, Field(ge=1.18e-38)]  # AdamW's; float32 has no smaller normal number
     momentum: Fraction | None  # Muon's
     schedule: Literal["cosine", "linear", "constant", "wsd"]
     decay_ratio: Annotated[float, Field(gt=0, le=1)]  # wsd's

@@ -32,8 +32,9 @@ _CHILD_SECONDS = {False: 120, True: 3600}  # without and with --full
 _MOST_ERROR = {4: 1e-4, 2: 0.1}  # relative, of a default in a small case, by the bytes of its dtype
 _FREE_GIB = 5.0  # below it a warning: checkpoints of the base model take 1.5 GB each
 _ENVIRONMENT = (
-    "CUDA_VISIBLE_DEVICES", "CUDA_HOME", "TRITON_INTERPRET", "TRITON_CACHE_DIR", "LLMMED_CACHE", "OMP_NUM_THREADS",
-    "PYTHONPATH", "LD_LIBRARY_PATH", "PYTORCH_CUDA_ALLOC_CONF", "TORCHINDUCTOR_CACHE_DIR", "WANDB_MODE", "CC", "CXX",
+    "CUDA_VISIBLE_DEVICES", "CUDA_DEVICE_ORDER", "CUDA_HOME", "TRITON_INTERPRET", "TRITON_CACHE_DIR", "LLMMED_CACHE",
+    "OMP_NUM_THREADS", "PYTHONPATH", "LD_LIBRARY_PATH", "PYTORCH_CUDA_ALLOC_CONF", "TORCHINDUCTOR_CACHE_DIR",
+    "WANDB_MODE", "CC", "CXX",
 )  # fmt: skip
 
 

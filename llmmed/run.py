@@ -21,7 +21,7 @@ from llmmed.autotune.tuner import refuse, tune
 from llmmed.autotune.workload import called_ops, record_workload
 from llmmed.compose import as_dict
 from llmmed.config import Config
-from llmmed.errors import UserError
+from llmmed.errors import UserError, in_words
 from llmmed.files import finite, write_json
 from llmmed.init_from import InitialWeights
 from llmmed.kernels.base import Unavailable
@@ -77,7 +77,7 @@ def _end(error: BaseException, folder: Path, errors: Console) -> int:
         raise error
     told = reason = str(error)
     if isinstance(error, OSError):
-        reason = f"{error.strerror or error}{f': {error.filename}' if error.filename else ''}"
+        reason = in_words(error, folder)
         told = f"{reason}; what was written before is whole"
     elif not isinstance(error, UserError):
         reason = f"{type(error).__name__}: {' '.join(str(error).split())[:300]}"

@@ -23,7 +23,7 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 from pydantic import ValidationError
 
-from llmmed.compose import as_dict, from_dict
+from llmmed.compose import as_dict, from_dict, quoted
 from llmmed.config import Config
 from llmmed.errors import UserError
 from llmmed.files import read_json, try_lock, write_atomically, write_json
@@ -260,16 +260,10 @@ def describe_environment() -> dict[str, Any]:
 def resuming(folder: Path) -> str:
     """The override that goes on in a folder, as it is typed into a shell."""
     path = shown(folder)
-    if re.fullmatch(r"[\w./@+-]+", path):
-        return f"train.resume={path}"
+    typed = f"train.resume={path}"
+    if re.fullmatch(r"[\w./@+-]+", path, re.ASCII) and _parsed(typed) == path:  # 2, true and null are no text
+        return typed
     return shlex.quote(f"train.resume={quoted(path)}")
-
-
-def quoted(path: Path | str) -> str:
-    """A path as a value of Hydra's override grammar, whatever characters are in it. There a backslash is escaped only
-    where a quote comes next."""
-    escaped = re.sub(r"(\\*)('|$)", lambda found: 2 * found[1] + (found[2] and "\\'"), str(path))
-    return f"'{escaped}'"
 
 
 def shown(folder: Path) -> str:

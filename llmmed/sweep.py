@@ -61,10 +61,10 @@ def _tell_mistakes(jobs: Sequence[Sequence[str]]) -> None:
         try:
             compose.validate(hydra.compose(compose.CONFIG_NAME, list(job)), job)
         except UserError as error:
-            own = " ".join(part for part in job if part not in common)
+            own = " ".join(part for part in job if part not in common) or " ".join(job)
             say(f"job {number}: {own}: will be refused: {error}")
         except (HydraException, OmegaConfBaseException):
-            return  # Hydra will say so, and run none
+            return  # Hydra finds that, too
 
 
 def jobs_of(hydra_part: DictConfig) -> list[list[str]]:
@@ -129,7 +129,7 @@ def run_job(composed: DictConfig, folder: Path, hydra_config: HydraConf) -> floa
         say(f"{label}: failed: {error}")
         return None
     own = [o for o in hydra_config.overrides.hydra if not o.startswith(_OF_THE_SWEEP)]
-    command = [sys.executable, "-m", "llmmed.cli", *overrides, *own, f"hydra.run.dir={run_folder.quoted(folder)}"]
+    command = [sys.executable, "-m", "llmmed.cli", *overrides, *own, f"hydra.run.dir={compose.quoted(folder)}"]
     environment = {"WANDB_RUN_GROUP": config.logger.group or Path(hydra_config.sweep.dir).resolve().name}
     launcher = hydra_config.runtime.choices["hydra/launcher"]
     output = None if launcher == "basic" else folder / OUTPUT

@@ -47,8 +47,6 @@ def _unused(config: Config) -> Iterator[tuple[str, str, str]]:
         yield "optimizer.momentum", "optimizer=adamw", "add optimizer=muon"
     if optimizer.schedule != "wsd":
         yield "optimizer.decay_ratio", f"optimizer.schedule={optimizer.schedule}", "add optimizer.schedule=wsd"
-    if optimizer.schedule == "constant":
-        yield "optimizer.min_lr_ratio", "optimizer.schedule=constant", "add optimizer.schedule=cosine, linear or wsd"
     if not config.train.sample_every:
         yield "train.sample_tokens", "train.sample_every=0", "add train.sample_every=<steps between two samples>"
         yield "train.sample_prompts", "train.sample_every=0", "add train.sample_every=<steps between two samples>"

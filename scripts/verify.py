@@ -5,8 +5,8 @@ What a kernel author runs first. Prints each implementation's verdict with its e
 are found, and at the end how many there are of each. The exit code is 0 if none failed, 1 if any did, if one that
 `impl=` names is unavailable or an argument is mistaken, and 130 if it was interrupted. Several values are separated by
 commas. `workers=4` verifies in so many processes side by side; without it there is one for each core, at most 8. One
-that takes longer than `seconds=` (600, and 20 more for each random shape) is timed out. Ctrl-C ends all, and shows what
-is known. Triton kernels run on a CPU too, in float32: TRITON_INTERPRET=1.
+that takes longer than `seconds=` (600 a seed, and 20 for each random shape) is timed out. Ctrl-C ends all, and shows
+what is known. Triton kernels run on a CPU too, in float32: TRITON_INTERPRET=1.
 """
 
 import sys

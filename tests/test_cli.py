@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import sys
 from pathlib import Path
 from types import SimpleNamespace
@@ -62,9 +63,19 @@ def test_a_folder_that_is_stated_is_left_as_it_is(tmp_path: Path, monkeypatch: p
     assert not list(tmp_path.iterdir())
 
 
-@pytest.mark.parametrize("error", [UserError("no"), SystemExit("enough")])
+@pytest.mark.parametrize(
+    ("error", "told"),
+    [
+        (UserError("no"), "no"),
+        (OSError(errno.ENOSPC, "No space left on device"), "No space left on device: {folder}"),
+        (OSError(errno.EACCES, "Permission denied", "notes.txt"), "Permission denied: notes.txt"),
+        (OSError("libcudart.so.13: cannot open shared object file"), "libcudart.so.13: cannot open shared object file"),
+        (TimeoutError(), "TimeoutError"),
+        (SystemExit("enough"), None),
+    ],
+)
 def test_what_ends_a_resumed_run_puts_its_folder_back(
-    error: BaseException, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    error: BaseException, told: str | None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def fail(*args: object) -> None:
         raise error
@@ -75,7 +86,9 @@ def test_what_ends_a_resumed_run_puts_its_folder_back(
     monkeypatch.setattr(cli.HydraConfig, "get", lambda: config)
     monkeypatch.setattr(cli, "_run", fail)
     done: list[str] = []
-    with pytest.raises(type(error)):
+    with pytest.raises(UserError if told else type(error)) as caught:
         cli._task(OmegaConf.create(), StopRequest(), lambda: done.append("put back"))
     assert done == ["put back"]
-    assert read_status(tmp_path).state == ("failed" if isinstance(error, UserError) else "none")
+    reason = told and told.format(folder=tmp_path)
+    assert (read_status(tmp_path).state, read_status(tmp_path).reason) == ("failed" if told else "none", reason)
+    assert told is None or str(caught.value) == reason

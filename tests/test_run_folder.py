@@ -18,7 +18,7 @@ from hydra.core.override_parser.overrides_parser import OverridesParser
 from omegaconf import OmegaConf
 
 from llmmed import run_folder, sweep
-from llmmed.compose import as_dict, compose, compose_yaml
+from llmmed.compose import as_dict, compose, compose_yaml, quoted
 from llmmed.errors import UserError
 from llmmed.files import read_json, write_json
 from tests.training.tiny import tiny_config
@@ -89,14 +89,14 @@ def test_latest_knows_a_path_by_where_it_leads(tmp_path: Path, monkeypatch: pyte
 
 @pytest.mark.parametrize("path", ["a", "a b", "a'b", "a\\ b", "a\\'b", "a\\\\'b", "a\\", "a,b=[c]", "\\", "'", 'a"b'])
 def test_a_quoted_path_is_read_as_it_is(path: str) -> None:
-    (parsed,) = OverridesParser.create().parse_overrides([f"hydra.run.dir={run_folder.quoted(path)}"])
+    (parsed,) = OverridesParser.create().parse_overrides([f"hydra.run.dir={quoted(path)}"])
     assert parsed.value() == path
 
 
 def test_the_words_for_a_resume_can_be_typed_into_a_shell(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     assert run_folder.resuming(tmp_path / "outputs" / "day") == "train.resume=outputs/day"
-    for name in ("seed=1,data.path=d", "it's [a, b]"):
+    for name in ("seed=1,data.path=d", "it's [a, b]", "größe", "2", "1e3", "true", "null"):
         (typed,) = shlex.split(run_folder.resuming(tmp_path / name))
         assert run_folder._named_to_resume([typed]) == Path(name)
 

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from llmmed.compose import compose
+from llmmed.compose import compose, compose_yaml, validate
 from llmmed.errors import UserError
 
 TEXT, HUB = ["data=text", "data.path=notes.txt"], ["data=hub", "data.path=someone/notes"]
@@ -35,13 +35,23 @@ def _notes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         (["optimizer.decay_ratio=0.1"], "optimizer.decay_ratio is not used by optimizer.schedule=cosine"),
         (["train.patience=3", "train.eval_every=0"], "train.patience is not used by train.eval_every=0"),
         (["train.sample_tokens=5", "train.sample_every=0"], "train.sample_tokens is not used by train.sample_every=0"),
-        (["optimizer.schedule=constant", "optimizer.min_lr_ratio=0.5"], "optimizer.min_lr_ratio is not used by"),
     ],
 )
 def test_a_key_without_a_use_is_told(overrides: list[str], message: str) -> None:
     with pytest.raises(UserError) as caught:
         compose(overrides)
     assert message in str(caught.value)
+
+
+def test_what_a_resumed_run_was_started_with_is_not_refused() -> None:
+    earlier, typed = (
+        ["data=synthetic", "train.sample_prompts=[liver]", "optimizer.decay_ratio=0.1"],
+        ["train.sample_every=0"],
+    )
+    composed = compose_yaml([*earlier, *typed])
+    validate(composed, [*earlier, *typed], typed=typed)
+    with pytest.raises(UserError, match="is not used by"):
+        validate(composed, [*earlier, *typed])
 
 
 @pytest.mark.parametrize(

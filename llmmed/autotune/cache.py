@@ -33,7 +33,8 @@ logger = logging.getLogger(__name__)
 _FAMILIES = ("TORCH", "PYTORCH_", "TRITON_", "CUDA_", "CUBLAS", "CUDNN_", "NVIDIA_", "OMP_", "MKL_", "KMP_")
 # Where something lies, what is logged, what names a job or a device (told by the hardware), what torch sets by itself.
 _NO_MATTER = re.compile(
-    r".*_(DIR|HOME)|CUDA_(CACHE_)?PATH|TORCH_(LOGS|TRACE|SHOW_CPP_STACKTRACES).*|TORCHELASTIC_.*|"
+    r".*_(DIR|DIRECTORY|HOME|FILE|LOG_LEVEL)|CUDA_(CACHE_)?PATH|PYTORCH_KERNEL_CACHE_PATH|KMP_INIT_AT_FORK|"
+    r"TORCH_(LOGS|TRACE|FR|SHOW_CPP_STACKTRACES).*|TORCHELASTIC_.*|CUDA_COREDUMP_.*|"
     r"(CUDA|NVIDIA)_VISIBLE_DEVICES|CUDA_DEVICE_ORDER|CUDA_MODULE_LOADING|NVIDIA_(DRIVER_CAPABILITIES|REQUIRE_.*)"
 )
 

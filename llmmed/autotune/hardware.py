@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ctypes
 import importlib.metadata
+import logging
 import os
 import platform
 from pathlib import Path
@@ -11,6 +12,8 @@ from pathlib import Path
 import torch
 
 from llmmed.autotune.plan import Hardware
+
+logger = logging.getLogger(__name__)
 
 
 def describe_hardware(device: str) -> Hardware:
@@ -33,10 +36,7 @@ UNKNOWN_GPU = "unknown GPU"
 
 
 def _first_gpu() -> tuple[str | None, str | None]:
-    """Name and driver version of the first GPU that this process may see, through NVML, or Nones. CUDA has to number
-    GPUs as NVML does: `llmmed` sees to it, unless somebody has asked for another order."""
-    if os.environ.get("CUDA_DEVICE_ORDER") != "PCI_BUS_ID":
-        return None, None
+    """Name and driver version of the first GPU that this process may see, through NVML, or Nones."""
     try:
         nvml = ctypes.CDLL("libnvidia-ml.so.1")
     except OSError:
@@ -46,6 +46,12 @@ def _first_gpu() -> tuple[str | None, str | None]:
     try:
         handle, name, driver = ctypes.c_void_p(), ctypes.create_string_buffer(96), ctypes.create_string_buffer(80)
         first = os.environ.get("CUDA_VISIBLE_DEVICES", "0").split(",")[0].strip()
+        count = ctypes.c_uint()
+        nvml.nvmlDeviceGetCount_v2(ctypes.byref(count))
+        order = os.environ.get("CUDA_DEVICE_ORDER", "FASTEST_FIRST")  # set by `llmmed`, if by nobody else
+        if first.isdigit() and count.value > 1 and order != "PCI_BUS_ID":
+            logger.warning("CUDA_DEVICE_ORDER=%s hides which GPU this is, so that no measurement is kept", order)
+            return None, None
         if first.isdigit():
             failed = nvml.nvmlDeviceGetHandleByIndex_v2(ctypes.c_uint(int(first)), ctypes.byref(handle))
         else:

@@ -22,7 +22,6 @@ as many times larger as it is ill-conditioned. The constants come from `scripts/
 from __future__ import annotations
 
 import math
-import sys
 from collections.abc import Mapping
 from dataclasses import dataclass
 
@@ -87,7 +86,7 @@ def judge(name: str, truth: Truth, found: Tensor, dtype: torch.dtype) -> tuple[F
         trusted = torch.full_like(norms[0, 0], min(max(1.0, truth.conditioning / _CANCELS), _MOST_LENIENT))
     else:
         # How much of its error counts: all of it where the truth is zero, and nothing else tells what is small.
-        ceiling = _CEILING[dtype] + 4 * compute_eps * min(truth.conditioning, sys.float_info.max)
+        ceiling = _CEILING[dtype] + 4 * compute_eps * truth.conditioning
         trusted = (ceiling * norms[0, 2] / norms[0, 1].clamp(min=1e-300)).clamp(max=1.0)
         trusted = torch.where(norms[0, 2] > 0, trusted, 1.0)
     amplified = min(max(1.0, truth.conditioning), _MOST_AMPLIFIED) if value.numel() == 1 else 1.0

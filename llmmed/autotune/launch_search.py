@@ -76,8 +76,8 @@ def search_launches(
         device: Where.
         times: Times functions in turns at a call, and tells of each that raises.
         gate: `gate_at` for this implementation.
-        time_is_up: Asked before each kernel is timed and before each variant goes through the gate; kernels that are
-            left keep their defaults.
+        time_is_up: Asked before each kernel is timed, where those that are left keep their defaults, and before the
+            gate sees more than the fastest variant of one.
     """
     most_frequent_first = sorted(calls, key=lambda call: -calls[call])
     opened = open_sites(op, implementation, function, most_frequent_first, device)
@@ -207,11 +207,12 @@ def _best(
     trials: dict[str, LaunchTrial], opened: OpenSite, chosen: Launches, gate: Gate, time_is_up: Callable[[], bool]
 ) -> Values:
     """The fastest that beats the default and passes the gate. Writes into `trials` why others do not."""
-    better = [name for name, trial in trials.items() if _beats(trial, trials[_DEFAULT])]
-    for name in sorted(better, key=lambda name: trials[name].ms or 0.0):
+    beating = [name for name, trial in trials.items() if _beats(trial, trials[_DEFAULT])]
+    better = sorted(beating, key=lambda name: trials[name].ms or 0.0)
+    for name in better:
         values = trials[name].values
         reason = "no time was left to prove it"
-        if not time_is_up():
+        if name == better[0] or not time_is_up():
             reason = gate(opened.calls, {**chosen, opened.site: values}, opened.site)
         if not reason:
             return values

@@ -243,7 +243,7 @@ def _run_candidate(
         with poisoned_memory() if poison else contextlib.nullcontext():
             results = _evaluate_candidate(function, facts)
             again = _evaluate_candidate(function, facts) if twice else results
-            different = _without_gradients(function, facts, results) if evaluated and facts.leaves else {}
+            different = _without_gradients(function, facts, results) if evaluated else {}
         if device.type == "cuda":
             torch.cuda.synchronize(device)
     except _Rejected:

@@ -96,7 +96,7 @@ class StepRow(_Frozen):
     status: Status
     reason: str = ""
     rounds: int = 0
-    tokens_per_second: float | None = None  # the median of all blocks of all rounds
+    tokens_per_second: float | None = None  # the median of the blocks, or of the medians of several rounds
     tokens_per_second_low: float | None = None  # 95 % confidence interval of the median
     tokens_per_second_high: float | None = None
     step_ms: float | None = None  # the median

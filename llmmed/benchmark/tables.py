@@ -103,9 +103,9 @@ _LIGER_NOTE = (
 _STEP_NOTE = (
     "Every contestant in a process of its own, from the same weights, on the same batches. Speed: the median of "
     "the timed blocks with its 95 % interval (±: half of it), which is that of one process: others, and other "
-    "machines, may differ by more; of several rounds, the median and interval of their medians. x plain compiled: over "
-    "the fastest compiled step of plain PyTorch. First step: seconds from the start of the process with empty compiler "
-    "caches; in brackets in a later round."
+    "machines, may differ by more; of several rounds, that of their medians, of up to five the range. x plain "
+    "compiled: over the fastest compiled step of plain PyTorch. First step: seconds from the start of the process with "
+    "empty compiler caches; in brackets in a later round."
 )
 _HUGGING_FACE_NOTE = (
     " Hugging Face's model gets no mask, since batches are never padded; its residual stream, norms and rotary "

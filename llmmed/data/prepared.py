@@ -44,7 +44,7 @@ _VERIFIED = "verified.json"  # size and time of the files whose hashes were foun
 class Dataset:
     """Packed tokens, documents separated by `end_token`.
 
-    `fingerprint` is a hash of the tokens themselves.
+    `fingerprint` is a hash of the tokens themselves, of synthetic ones of what they are drawn with.
     """
 
     name: str
@@ -280,5 +280,5 @@ def _synthetic(config: Config) -> Dataset:
         bytes_per_token=None,
         train_documents=0,
         validation_documents=0,
-        fingerprint=sha256_of(["synthetic", *map(str, (config.seed, size, vocab_size, held_out))]),
+        fingerprint=sha256_of(["synthetic", str(config.seed), str(size), str(vocab_size)]),
     )

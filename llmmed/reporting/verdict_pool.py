@@ -145,7 +145,8 @@ class _Worker:
         if exit_code is None and time.monotonic() - self.since > seconds:
             self._end()
             self.task = None
-            return Verdict("timed_out", f"took longer than {seconds:g} s; seconds=<number> gives it more", None, None, 0)
+            reason = f"took longer than {seconds:g} s, its process's start included; seconds=<number> gives it more"
+            return Verdict("timed_out", reason, None, None, 0)
         if exit_code is None:
             return None
         was_fresh = self._is_fresh

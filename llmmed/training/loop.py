@@ -107,6 +107,7 @@ def train(
         requested = StopRequest() if stop is None else contextlib.nullcontext(stop)
         with memory.advised(config.train), requested as request, progress:
             run.loop(first, request, progress)
+        run.warn_of_no_trace()
     finally:
         run.close()
         if stop is not None:
@@ -247,8 +248,8 @@ class _Run:
             return run()
         results: list[tuple[Tensor, Tensor]] = []
         names = launched_kernels(lambda: results.append(run()))
-        self.plan = self.launched(names)
-        self.launched = None
+        launched, self.launched = self.launched, None
+        self.plan = launched(names)
         return results[0]
 
     def _evaluate_and_sample(self, done: int, stop: StopRequest, progress: TrainingProgress) -> bool:
@@ -283,9 +284,14 @@ class _Run:
             if isinstance(sink, SampleSink):
                 sink.log_samples(samples, done)
 
+    def warn_of_no_trace(self) -> None:
+        """Where nothing shows which kernels a step launched, of this process or of one before it."""
+        if self.launched is None or self.done == self.first or self.plan.get("executed"):
+            return
+        why = "train.profile_steps took them all" if self.config.train.profile_steps else "too few were made"
+        logger.warning("no step was traced, so that nothing shows that the chosen kernels ran: %s", why)
+
     def close(self) -> None:
-        if self.launched is not None and self.done > self.first:
-            logger.warning("no step was traced, so that nothing shows that the chosen kernels ran: too few were made")
         if self.trace is not None:
             self.trace.write(self.done)  # of a run that ended while it was recorded
         if self.sampler is not None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 from pathlib import Path
+from textwrap import shorten
 
 import torch
 from tokenizers import Tokenizer
@@ -53,8 +54,8 @@ class Sampler:
         most = self._train.seq_len // 2
         lengths = {prompt: len(self._ids(prompt)) for prompt in self._train.sample_prompts}
         return [
-            f"train.sample_prompts: of the {length} tokens of {prompt[:20]!r} ... the model is given the first {most}, "
-            f"half of train.seq_len"
+            f"train.sample_prompts: of the {length} tokens of {shorten(prompt, 24, placeholder=' ...')!r} the model is "
+            f"given the first {most}, half of train.seq_len"
             for prompt, length in lengths.items()
             if length > most
         ]

@@ -117,12 +117,23 @@ def test_the_fingerprint_holds_the_sources(
 
 def test_the_fingerprint_holds_the_environment(facts: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
     found = {cache.fingerprint(**facts)}
-    for name in ("TRITON_CACHE_DIR", "CUDA_HOME", "CUDA_VISIBLE_DEVICES", "TORCH_LOGS", "TORCH_LOGS_OUT"):
+    for name in (
+        "TRITON_CACHE_DIR",
+        "CUDA_HOME",
+        "CUDA_VISIBLE_DEVICES",
+        "TORCH_LOGS",
+        "TORCH_LOGS_OUT",
+        "CUDA_MPS_PIPE_DIRECTORY",
+        "TORCH_CPP_LOG_LEVEL",
+        "CUDA_LOG_FILE",
+        "TORCH_FR_BUFFER_SIZE",
+    ):
         monkeypatch.setenv(name, "1")
     assert cache.fingerprint(**facts) in found
     matter = ("TORCHINDUCTOR_MAX_AUTOTUNE", "TRITON_DEBUG", "NVIDIA_TF32_OVERRIDE", "PYTORCH_CUDA_ALLOC_CONF",
               "TORCH_COMPILE_DISABLE", "TORCHDYNAMO_DISABLE", "CUDA_LAUNCH_BLOCKING", "CUBLAS_WORKSPACE_CONFIG",
-              "TORCH_BLAS_PREFER_CUBLASLT", "TRITON_PTXAS_PATH")  # fmt: skip
+              "TORCH_BLAS_PREFER_CUBLASLT", "TRITON_PTXAS_PATH", "OMP_NUM_THREADS", "MKL_CBWR",
+              "KMP_AFFINITY")  # fmt: skip
     for name in matter:
         monkeypatch.setenv(name, "1")
         found.add(cache.fingerprint(**facts))

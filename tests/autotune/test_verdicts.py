@@ -55,17 +55,6 @@ def test_one_that_ends_the_process_has_a_verdict_and_the_others_theirs(
     assert " wrong float32 wrong " in wrong
 
 
-def test_one_that_takes_too_long_is_timed_out_and_the_others_have_their_verdicts(
-    plant: Callable[..., None], capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setenv("COLUMNS", "200")
-    plant("hangs", "right")
-    assert verdicts.main(["op=rms_norm", "impl=hangs,right", "workers=1", "seconds=12"]) == 1
-    hangs, right = rows(capfd.readouterr().out)
-    assert "hangs float32 timed out took longer than 12 s" in hangs
-    assert " right float32 verified " in right
-
-
 def test_what_is_known_is_shown_if_it_is_interrupted(
     plant: Callable[..., None], tmp_path: Path, repository: Path
 ) -> None:
@@ -148,6 +137,32 @@ def test_after_damage_the_others_are_tried_in_another_process(tmp_path: Path, mo
         assert worker.take_verdict(60.0) == VERIFIED
     assert codes == [-9, None]
     assert [json.loads(line)[1] for line in (tmp_path / "tasks").read_text().splitlines()] == ["a", "b", "c"]
+
+
+def test_one_that_takes_too_long_is_timed_out_and_its_process_ended(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    now, ended = 100.0, []
+    process = SimpleNamespace(poll=lambda: None, stdin=(tmp_path / "tasks").open("a"))
+    monkeypatch.setattr(verdict_pool, "spawn", lambda *how: process)
+    monkeypatch.setattr(verdict_pool, "end", ended.append)
+    monkeypatch.setattr(verdict_pool.time, "monotonic", lambda: now)
+    worker = verdict_pool._Worker(tmp_path / "answer.json", 1, 0, {})
+    worker.give(0, Task("rms_norm", "hangs", torch.float32))
+    now = 160.0
+    assert worker.take_verdict(60.0) is None
+    now = 160.5
+    verdict = worker.take_verdict(60.0)
+    assert verdict is not None
+    assert (verdict.status, ended, worker.task) == ("timed_out", [process], None)
+    assert verdict.reason.startswith("took longer than 60 s")
+
+
+def test_a_verdict_has_more_time_for_more_to_try() -> None:
+    def seconds(*arguments: str) -> float:
+        return verdicts.parse(["op=rms_norm", *arguments], CPU).seconds
+
+    assert (seconds(), seconds("seeds=2"), seconds("random=10"), seconds("seeds=2", "seconds=7")) == (600, 1200, 800, 7)
 
 
 def test_one_that_ends_the_process_after_its_verdict_takes_no_other_with_it(

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import pytest
@@ -15,13 +16,14 @@ from llmmed.autotune.failures import classify
 from llmmed.autotune.judge import Truth, judge
 from llmmed.autotune.plan import Status
 from llmmed.autotune.trials import trials, within
-from llmmed.autotune.verify import Verdict, forget, poisoned_memory, verify
+from llmmed.autotune.verify import Verdict, _facts, _without_gradients, forget, poisoned_memory, verify
 from llmmed.autotune.workload import record_workload
 from llmmed.compose import compose
 from llmmed.kernels.base import Call, Implementation, TensorSpec, Unavailable, tensor_spec
 from llmmed.kernels.catalog import get_implementation, get_op, load_function, op_names
 
 CPU = torch.device("cpu")
+PLANTED = Implementation("candidate", load=lambda: None)  # type: ignore[arg-type,return-value]
 
 
 def run_call(dtype: torch.dtype = torch.float32) -> Call:
@@ -377,14 +379,38 @@ def test_memory_is_poisoned_without_loosening_what_determinism_is_asked_for(aske
 def test_a_result_that_the_next_call_overwrites_is_wrong() -> None:
     buffers: dict[Any, Tensor] = {}
 
-    def reuses(x: Tensor, weight: Tensor, eps: float) -> Tensor:
-        y = right(x, weight, eps)
-        return buffers.setdefault((x.shape, x.dtype), torch.empty_like(y)).detach().copy_(y)
+    def kept(y: Tensor) -> Tensor:
+        return buffers.setdefault((y.shape, y.dtype), torch.empty_like(y)).detach().copy_(y)
 
-    verdict = judged(reuses)
-    assert (verdict.status, verdict.reason) == (
-        "wrong", "output 0 lies where that of an earlier call lies, which it overwrites",
-    )  # fmt: skip
+    newton_schulz = load_function("newton_schulz", get_implementation("newton_schulz", "pytorch"))
+    without_gradients = partial(verify, get_op("newton_schulz"), dtype=torch.float32)
+    reason = "output 0 lies where that of an earlier call lies, which it overwrites"
+    for verdict in (
+        judged(lambda x, weight, eps: kept(right(x, weight, eps))),
+        without_gradients(PLANTED, lambda G: kept(newton_schulz(G)), [], CPU),
+    ):
+        assert (verdict.status, verdict.reason) == ("wrong", reason)
+
+
+def test_a_result_may_be_the_input_itself() -> None:
+    plain = replace(get_op("rms_norm"), reference=lambda x, weight, eps: x + 0 * weight)
+    facts = _facts(plain, 0, CPU, next(trials(plain, [], torch.float32, CPU)))
+    assert facts is not None
+    found = _without_gradients(lambda x, weight, eps: x, facts, {"output0": facts.inputs["x"]})
+    assert found == {}
+
+
+def test_what_is_compiled_for_each_shape_is_not_compiled_again_without_gradients() -> None:
+    seen: set[bool] = set()
+
+    def noted(x: Tensor, weight: Tensor, eps: float) -> Tensor:
+        seen.add(torch.is_grad_enabled())
+        return right(x, weight, eps)
+
+    assert verify(get_op("rms_norm"), replace(PLANTED, per_shape=True), noted, [run_call()], CPU).status == "verified"
+    assert seen == {True}
+    assert verify(get_op("rms_norm"), PLANTED, noted, [run_call()], CPU).status == "verified"
+    assert seen == {True, False}
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)

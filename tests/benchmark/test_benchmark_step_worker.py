@@ -87,6 +87,13 @@ def test_times_outlive_a_profiler_that_fails_or_hangs(tmp_path: Path, monkeypatc
     assert entry.row().tokens_per_second is not None
 
 
+def test_of_several_rounds_each_counts_once() -> None:
+    found = [StepFound(status="verified", samples=samples, peak_memory_gib=1.0)
+             for samples in ([10.0] * 20, [20.0, 21.0, 22.0], [30.0])]  # fmt: skip
+    row = step._Entry(CONTESTANTS[0], None, compose_benchmark([*TINY, *STEP])[1], found).row()
+    assert (row.tokens_per_second, row.tokens_per_second_low, row.tokens_per_second_high) == (21.0, 10.0, 30.0)
+
+
 def test_all_contestants_warm_up_for_the_same_time(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     clock = iter(range(1000))  # reading it takes a second
     monkeypatch.setattr(step_worker.time, "perf_counter", lambda: float(next(clock)))

@@ -289,10 +289,14 @@ def test_a_damaged_checkpoint_costs_only_the_steps_since_the_one_before(
 
 def test_a_start_in_a_used_folder_keeps_its_own_checkpoints(tmp_path: Path) -> None:
     run(tiny_config("train.keep_last=1"), tmp_path)
+    others = {"samples.jsonl", "summary.json", "trace.json.gz"}  # which only a whole run writes
+    for name in others:
+        (tmp_path / name).write_text("of the first")
     run(tiny_config("train.keep_last=1", "train.max_steps=4"), tmp_path)
+    assert not others & {path.name for path in tmp_path.iterdir()}
     assert [path.name for path in (tmp_path / "checkpoints").iterdir()] == ["step_00000004"]
     before = {path.name for path in (tmp_path / "checkpoints.before-1").iterdir()}
-    assert before == {"step_00000012", "metrics.jsonl", "loss.png"}
+    assert before == {"step_00000012", "metrics.jsonl", "loss.png", *others}
     assert read_metrics(tmp_path / "checkpoints.before-1" / "metrics.jsonl")[-1]["step"] == 12
     assert "checkpoints.before-1" in (tmp_path / "console.txt").read_text().replace("\n", "")
 
