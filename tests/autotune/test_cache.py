@@ -128,14 +128,14 @@ def test_the_fingerprint_holds_the_environment(facts: dict[str, Any], monkeypatc
         "CUDA_LOG_FILE",
         "TORCH_FR_BUFFER_SIZE",
     ):
-        monkeypatch.setenv(name, "1")
+        monkeypatch.setenv(name, "planted")
     assert cache.fingerprint(**facts) in found
     matter = ("TORCHINDUCTOR_MAX_AUTOTUNE", "TRITON_DEBUG", "NVIDIA_TF32_OVERRIDE", "PYTORCH_CUDA_ALLOC_CONF",
               "TORCH_COMPILE_DISABLE", "TORCHDYNAMO_DISABLE", "CUDA_LAUNCH_BLOCKING", "CUBLAS_WORKSPACE_CONFIG",
               "TORCH_BLAS_PREFER_CUBLASLT", "TRITON_PTXAS_PATH", "OMP_NUM_THREADS", "MKL_CBWR",
               "KMP_AFFINITY")  # fmt: skip
     for name in matter:
-        monkeypatch.setenv(name, "1")
+        monkeypatch.setenv(name, "planted")
         found.add(cache.fingerprint(**facts))
     assert len(found) == 1 + len(matter)
 
