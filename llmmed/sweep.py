@@ -56,15 +56,19 @@ class BeforeTheJobs(Callback):
 
 def _tell_mistakes(jobs: Sequence[Sequence[str]]) -> None:
     """Says which jobs will be refused. The others run: of a grid, some may be what nobody meant."""
-    common = set.intersection(*map(set, jobs)) if len(jobs) > 1 else set()
-    for number, job in enumerate(jobs):
+    for number, (job, name) in enumerate(zip(jobs, names_of(jobs), strict=True)):
         try:
             compose.validate(hydra.compose(compose.CONFIG_NAME, list(job)), job)
         except UserError as error:
-            own = " ".join(part for part in job if part not in common) or " ".join(job)
-            say(f"job {number}: {own}: will be refused: {error}")
+            say(f"job {number}: {name}: will be refused: {error}")
         except (HydraException, OmegaConfBaseException):
             return  # Hydra finds that, too
+
+
+def names_of(jobs: Sequence[Sequence[str]]) -> list[str]:
+    """What each job is called: its overrides that not all have, or all of them where it has no others."""
+    common = set.intersection(*map(set, jobs)) if jobs else set()
+    return [" ".join(o for o in job if o not in common) or " ".join(job) or "no overrides" for job in jobs]
 
 
 def jobs_of(hydra_part: DictConfig) -> list[list[str]]:

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import json
 import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
 from rich.console import Console
 
-from llmmed import continuation, run_folder
+from llmmed import cli, continuation, run_folder
 from llmmed.compose import as_dict, from_dict
 from llmmed.errors import UserError
 from llmmed.files import write_json
@@ -42,6 +43,19 @@ def test_what_is_given_again_replaces_what_it_was_started_with(
 ) -> None:
     folder = stored(tmp_path / "a run", [*STARTED, "train.resume=auto"])
     assert run_folder.earlier_overrides([*given, f"train.resume='{folder}'"]) == kept
+
+
+def test_what_it_was_started_with_may_be_without_use_now(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    folder = stored(tmp_path / "run", [*STARTED[:2], "train.sample_every=5", "train.sample_tokens=7"])
+    write_json(folder / ".hydra" / "config.yaml", {})
+    write_json(folder / "checkpoints" / "step_00000002" / "state.json", {"config": as_dict(tiny_config())})
+    monkeypatch.setattr(continuation, "changes", lambda *_: [])
+    typed = [f"train.resume='{folder}'", "train.sample_every=0"]
+    monkeypatch.setattr(sys, "argv", ["train.py", *typed])
+    assert cli._prepare_arguments() is not None
+    monkeypatch.setattr(sys, "argv", ["train.py", *typed, "train.sample_tokens=8"])
+    with pytest.raises(UserError, match=r"train\.sample_tokens is not used by"):
+        cli._prepare_arguments()
 
 
 @pytest.mark.parametrize("resume", ["auto", "latest", "null", "nowhere"])

@@ -101,6 +101,16 @@ def test_the_words_for_a_resume_can_be_typed_into_a_shell(tmp_path: Path, monkey
         assert run_folder._named_to_resume([typed]) == Path(name)
 
 
+@pytest.mark.parametrize(("name", "kept"), [("a" * 255, 255), ("a" * 256, 200), ("ß" * 130, 200)])
+def test_a_jobs_folder_has_a_name_that_file_systems_take(name: str, kept: int, tmp_path: Path) -> None:
+    short = [OmegaConf.create({"name": f"${{short_names:'day/{each}'}}"}).name for each in (name, f"{name[:-1]}b")]
+    (tmp_path / short[0]).mkdir(parents=True)
+    assert short[0] != short[1]
+    assert all(each.startswith("day/") for each in short)
+    assert len(short[0].removeprefix("day/").encode()[:kept]) == kept
+    assert (short[0] == f"day/{name}") == (kept == 255)
+
+
 def test_an_empty_folder_is_refused() -> None:
     with pytest.raises(UserError, match=r"hydra\.run\.dir is empty"):
         run_folder.stated(["seed=1", "hydra.run.dir="])

@@ -211,8 +211,9 @@ def _best(
     better = sorted(beating, key=lambda name: trials[name].ms or 0.0)
     for name in better:
         values = trials[name].values
-        reason = "no time was left to prove it"
-        if name == better[0] or not time_is_up():
+        if name != better[0] and time_is_up():
+            reason = "no time was left to prove it"
+        else:
             reason = gate(opened.calls, {**chosen, opened.site: values}, opened.site)
         if not reason:
             return values

@@ -114,8 +114,8 @@ def as_lists(arguments: Sequence[str]) -> list[str]:
     for argument in arguments:
         key, equals, value = argument.partition("=")
         plain = equals and key in _LISTS and not value.startswith("[")
-        quoted = ",".join(f"'{part}'" if "/" in part else part for part in value.split(",")) if plain else ""
-        found.append(f"{key}=[{quoted}]" if plain else argument)
+        parts = ",".join(compose.quoted(part) if "/" in part else part for part in value.split(",")) if plain else ""
+        found.append(f"{key}=[{parts}]" if plain else argument)
     return found
 
 

@@ -86,16 +86,13 @@ def summarize_sweep(folder: Path) -> list[JobSummary]:
     missing = [job for job in planned if job not in overrides.values()]
     order = {tuple(job): place for place, job in enumerate(planned)}
     paths = sorted(overrides, key=lambda path: (order.get(tuple(overrides[path]), len(order)), str(path)))
-    common = set.intersection(*map(set, [*overrides.values(), *missing])) if overrides or missing else set()
-
-    def name(job: list[str]) -> str:
-        return " ".join(part for part in job if part not in common) or " ".join(job) or "no overrides"
-
+    names = sweep.names_of([*(overrides[path] for path in paths), *missing])
     found = [
-        replace(summarize_run(path), job=name(overrides[path]), folder=str(path.relative_to(folder))) for path in paths
+        replace(summarize_run(path), job=name, folder=str(path.relative_to(folder)))
+        for path, name in zip(paths, names[: len(paths)], strict=True)
     ]
     reason = "the sweep ended before it; the same command with hydra.sweep.dir=<this folder> runs what is missing"
-    return found + [JobSummary(name(job), "", "not started", reason) for job in missing]
+    return found + [JobSummary(name, "", "not started", reason) for name in names[len(paths) :]]
 
 
 def summarize_run(folder: Path) -> JobSummary:

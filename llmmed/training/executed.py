@@ -51,9 +51,9 @@ def compare(choice: Mapping[str, str], called: Collection[str], launched: Collec
         if op not in called:
             found[op] = NOT_CALLED
             continue
-        own = get_implementation(op, name).kernel_names
+        own, others = get_implementation(op, name).kernel_names, _others(op, name)
         # Kernels of PyTorch's backends do not carry the op's name: the default may take them as well.
-        tell = {kernel for kernels in _others(op, name).values() for kernel in kernels if kernel.startswith(f"{op}_")}
+        tell = {kernel for kernels in others.values() for kernel in kernels if kernel.startswith(f"{op}_")}
         foreign = {kernel for kernel in tell.difference(own) if _seen(kernel, launched)}
         if foreign:
             raise UserError(
@@ -67,7 +67,7 @@ def compare(choice: Mapping[str, str], called: Collection[str], launched: Collec
                 f"please report this with kernels.json, and use kernels.pin.{op}={DEFAULT} until then"
             )
         found[op] = f"seen: {', '.join(seen)}" if seen else "no kernel of another implementation of ours was seen"
-        if same := [other for other, kernels in _others(op, name).items() if seen and {*kernels} == {*own}]:
+        if same := [other for other, kernels in others.items() if seen and {*kernels} == {*own}]:
             found[op] += f", by which it cannot be told from {', '.join(same)}"
     return found
 

@@ -411,8 +411,8 @@ class _Run:
 
     def _batches_of(self, begin: int, end: int) -> tuple[int, int]:
         """The first micro-batch of step `begin` and that of step `end`, by their numbers in the data."""
-        size = self.config.train.micro_batch_size * self.config.train.seq_len
-        return self._tokens(begin) // size, self._tokens(begin) // size + (end - begin) * self.count
+        first = self._tokens(begin) // (self.config.train.micro_batch_size * self.config.train.seq_len)
+        return first, first + (end - begin) * self.count
 
     def _mfu(self, tokens_per_second: float | None) -> float | None:
         if self.peak is None or tokens_per_second is None:

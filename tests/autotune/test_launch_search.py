@@ -153,6 +153,15 @@ def test_without_time_the_default_stays_and_is_said_to(planted: Planted, calls: 
     assert [trial.reason for trial in backward.tried] == ["no time was left to search"]
 
 
+def test_the_fastest_of_each_kernel_is_proved_whatever_the_time(
+    planted: Planted, calls: dict[Call, int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(MS, WRONG, 3.0)
+    answers = chain([False, False], repeat(True))
+    forward, _ = search(planted, calls, time_is_up=lambda: next(answers))
+    assert forward.chosen == {"block": RIGHT}
+
+
 def test_what_there_is_no_time_to_prove_is_not_taken(planted: Planted, calls: dict[Call, int]) -> None:
     answers = chain([False, False], repeat(True))
     for found in search(planted, calls, time_is_up=lambda: next(answers)):

@@ -12,6 +12,7 @@ import time
 from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -27,6 +28,7 @@ from llmmed.run import run as run_everything
 from llmmed.run_folder import read_status
 from llmmed.signals import Interrupted
 from llmmed.training import checkpoint
+from llmmed.training.loop import _Run
 from llmmed.training.metrics import JsonLines
 from tests.training.tiny import build, pattern, run, run_with, tiny_config
 
@@ -213,6 +215,26 @@ def test_steps_of_another_size_go_on_in_the_data_where_those_before_ended(
     assert all(torch.equal(found, batches.get(4 + place)) for place, found in enumerate(resumed))
     run(replace(larger, train=replace(train, max_steps=7)), tmp_path, resume=True)
     assert read_metrics(tmp_path / "metrics.jsonl")[-2]["tokens"] == 640
+
+
+@pytest.mark.parametrize(
+    ("changes", "told"),
+    [
+        ({}, "too few were made"),
+        ({"profiled": 3}, "train.profile_steps took them all"),
+        ({"launched": None}, None),
+        ({"done": 5}, None),
+        ({"plan": {"executed": {"rms_norm": "seen: a_kernel"}}}, None),
+    ],
+)
+def test_a_run_that_was_never_traced_says_so(
+    changes: dict[str, Any], told: str | None, caplog: pytest.LogCaptureFixture
+) -> None:
+    facts = {"launched": lambda names: {}, "first": 5, "done": 7, "plan": {"executed": None}, "profiled": 0} | changes
+    config = SimpleNamespace(train=SimpleNamespace(profile_steps=facts.pop("profiled")))
+    _Run.warn_of_no_trace(SimpleNamespace(config=config, **facts))  # type: ignore[arg-type]
+    assert bool(told) == bool(caplog.text)
+    assert told is None or told in caplog.text
 
 
 def test_a_speed_that_nothing_was_timed_for_is_none(tmp_path: Path) -> None:
