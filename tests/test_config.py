@@ -119,6 +119,7 @@ def test_yaml_without_a_schema_value_is_refused() -> None:
 @pytest.mark.parametrize(
     ("override", "message"),
     [
+        ("optimizer.eps=1e-40", "optimizer.eps=1e-40: should be greater than or equal to"),
         ("optimizer.lr=inf", "optimizer.lr=Infinity: should be a finite number"),
         ("train.grad_clip=nan", "train.grad_clip=NaN: should be a finite number"),
         ("seed=18446744073709551616", "should be less than 9223372036854775808"),

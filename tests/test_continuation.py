@@ -12,10 +12,12 @@ import pytest
 from rich.console import Console
 
 from llmmed import cli, continuation, run_folder
-from llmmed.compose import as_dict, from_dict
+from llmmed import run as run_module
+from llmmed.compose import as_dict, compose_yaml, from_dict
 from llmmed.errors import UserError
 from llmmed.files import write_json
 from llmmed.run import _newest_checkpoint
+from llmmed.signals import StopRequest
 from tests.processes import run_script
 from tests.training.tiny import pattern, run, tiny_config
 
@@ -56,6 +58,14 @@ def test_what_it_was_started_with_may_be_without_use_now(tmp_path: Path, monkeyp
     monkeypatch.setattr(sys, "argv", ["train.py", *typed, "train.sample_tokens=8"])
     with pytest.raises(UserError, match=r"train\.sample_tokens is not used by"):
         cli._prepare_arguments()
+
+
+def test_a_run_refuses_nothing_that_its_command_was_not_refused_for(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(run_module, "run", lambda *arguments, **options: 0)
+    earlier = ["experiment=smoke", "data=synthetic", "train.sample_tokens=7", "train.sample_every=0"]
+    assert cli._run(compose_yaml(earlier), tmp_path, earlier, StopRequest()) == 0
 
 
 @pytest.mark.parametrize("resume", ["auto", "latest", "null", "nowhere"])

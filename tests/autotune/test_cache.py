@@ -127,6 +127,7 @@ def test_the_fingerprint_holds_the_environment(facts: dict[str, Any], monkeypatc
         "TORCH_CPP_LOG_LEVEL",
         "CUDA_LOG_FILE",
         "TORCH_FR_BUFFER_SIZE",
+        "CUDA_COREDUMP_SHOW_PROGRESS",
     ):
         monkeypatch.setenv(name, "planted")
     assert cache.fingerprint(**facts) in found

@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 
 from llmmed.errors import UserError
+from llmmed.training import executed
 from llmmed.training.executed import NOT_CALLED, compare
 
 OURS = ("add_rms_norm_triton_fwd_kernel", "add_rms_norm_triton_bwd_kernel")
@@ -41,6 +42,11 @@ def test_what_two_implementations_launch_tells_them_not_apart() -> None:
     for name, other in (("triton", "triton_recompute"), ("triton_recompute", "triton")):
         said = compare({"linear_cross_entropy": name}, {"linear_cross_entropy"}, kernels)["linear_cross_entropy"]
         assert said.endswith(f"bwd_kernel, by which it cannot be told from {other}")
+
+
+def test_what_launches_no_kernels_of_its_own_is_not_likened_to_another_such(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(executed, "_others", lambda op, chosen: {"compiled": ()})
+    assert compare({"rms_norm": "pytorch"}, {"rms_norm"}, set())["rms_norm"].endswith("of ours was seen")
 
 
 def test_an_op_without_work_need_not_run() -> None:
