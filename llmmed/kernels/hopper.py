@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
-from triton.experimental.gluon.language.nvidia.hopper import mbarrier
+from triton.experimental.gluon.language.nvidia.hopper import mbarrier, warpgroup_mma, warpgroup_mma_wait
 from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
 # Four warps of the first group; twelve in all, for whose 168 registers a thread there is room, and which the compiler
@@ -25,6 +25,23 @@ def barriers(count: gl.constexpr, arrivals: gl.constexpr):
     for i in gl.static_range(count):
         mbarrier.init(bars.index(i), count=arrivals)
     return bars
+
+
+@gluon.jit
+def add_step(
+    acc, left_tiles, right_tiles, full, empty, step, later,
+    ROWS: gl.constexpr, COLS: gl.constexpr, STAGES: gl.constexpr, WHICH: gl.constexpr,
+):  # fmt: skip
+    """Begins a step of a product's sum, left right^T, and waits for the one before, unless it is the first: its buffer
+    is free then. Of the left tile a group has ROWS rows, of the right one the first COLS."""
+    slot = step % STAGES
+    mbarrier.wait(full.index(slot), step // STAGES & 1)
+    left = left_tiles.index(slot).slice(WHICH * ROWS, ROWS, dim=0)
+    right = right_tiles.index(slot).slice(0, COLS, dim=0).permute((1, 0))
+    acc = warpgroup_mma(left, right, acc, is_async=True)
+    acc = warpgroup_mma_wait(1, deps=(acc,))
+    mbarrier.arrive(empty.index((step + STAGES - 1) % STAGES), pred=later)
+    return acc
 
 
 def described(tensor: Tensor, *block: int) -> TensorDescriptor:

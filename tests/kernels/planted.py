@@ -49,7 +49,10 @@ def mutant(op: str, bug: str, folder: Path, table: str = "BUGS") -> tuple[Implem
 def sources(op: str) -> dict[str, str]:
     """What an op's Triton implementation is made of, by module, in the order of their imports."""
     folder = op_folder(op)
-    found = [folder / f"{stem}.py" for stem in ("loops", "hopper", "hopper_forward", "hopper_backward", "triton_impl")]
+    found = [
+        folder / f"{stem}.py"
+        for stem in ("loops", "hopper", "hopper_forward", "hopper_backward", "products", "exponentials", "triton_impl")
+    ]
     return {path.stem: path.read_text(encoding="utf-8") for path in found if path.exists()}
 
 

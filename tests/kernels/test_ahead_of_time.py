@@ -111,14 +111,16 @@ def assert_products_run_beside_each_other_and_nothing_leaves_unfinished(compiled
             waits = "".join(map(str, waits_for_stores(code)))
             found.setdefault(kernel.kernel, set()).add((stores(code), waits))
             # Data does not go through shared memory where a layout should do, nor by single elements.
-            assert "swiglu" not in kernel.kernel or "convert_layout" not in code
+            assert "swiglu_mlp_hopper_bwd" not in kernel.kernel or "convert_layout" not in code
+            assert "rotary" in kernel.kernel or "st.shared.b16" not in kernel.code["ptx"]
             if "newton_schulz" in kernel.kernel:
-                assert "st.shared.b16" not in kernel.code["ptx"]
                 assert "stmatrix.sync.aligned.m8n8.x4.trans" in kernel.code["ptx"]
     # All twice, for two groups.
     assert found == {
-        # Three of its four buffers are on their way.
-        "swiglu_mlp_hopper_fwd_kernel": {(2 * 6, 2 * "3333330")},
+        # Three parts beside the next tile's sum, three at once, three at the end; one buffer of two is on its way.
+        "swiglu_mlp_hopper_fwd_kernel": {(2 * 9, 2 * "1111111110")},
+        # Likewise three, one, and three; nothing where only sums are wanted.
+        "linear_cross_entropy_hopper_fwd_kernel": {(2 * 7, 2 * "11111110"), (0, 2 * "0")},
         # A quarter's two. A third result goes by way of one of these, which must have been read before its own gradient
         # is written there.
         "swiglu_mlp_hopper_bwd_kernel": {(2 * 8, 2 * "2220"), (2 * 12, 2 * "11212120")},

@@ -31,17 +31,18 @@ def cases(dtype: torch.dtype) -> Mapping[str, Call]:
         "one row": call(1, 16, 64),
         "odd vocabulary": call(37, 24, 97),
         "odd width": call(20, 33, 1000, scaled=True),
-        "many rows": call(130, 16, 40, scaled=True),
+        "many rows": call(130, 16, 100, scaled=True),
         "rows of a wider tensor": call(19, 32, 130, row_stride=64, ignore_index=0),
         "past a block": call(7, 16, 4099),
         "large vocabulary": call(3, 8, 33001),
+        "several tiles": call(140, 200, 700),
     }
 
 
 def draw(dice: random.Random, dtype: torch.dtype) -> Call:
     """A small call of random shapes and strides."""
-    hidden_states = apart(dice, tensor_spec(size(dice, 70), size(dice, 130), dtype=dtype, requires_grad=True))
-    vocab = size(dice, 400, least=2)
+    hidden_states = apart(dice, tensor_spec(size(dice, 150), size(dice, 200), dtype=dtype, requires_grad=True))
+    vocab = size(dice, 600, least=2)
     return _call(hidden_states, vocab, ignore_index=dice.choice((-100, 0)), scaled=dice.choice((False, True)))
 
 

@@ -2,6 +2,8 @@
 
 The logits of a chunk are turned into their gradient in place, which the other two products take up at once; the
 weight's gradient is summed over the chunks in float32. Nothing waits for the host, so a CUDA graph can hold it.
+
+On Hopper, in bfloat16, the first product writes exponentials, and nothing lies between: see `exponentials.py`.
 """
 
 # Annotations must be real objects: torch infers the operator's schema from them. So no `from __future__` here.
@@ -25,6 +27,8 @@ from llmmed.kernels.cross_entropy.triton_impl import (
 )
 from llmmed.kernels.cross_entropy.triton_impl import alternatives as row_alternatives
 from llmmed.kernels.cross_entropy.triton_impl import launch as row_launch
+from llmmed.kernels.linear_cross_entropy import exponentials
+from llmmed.kernels.linear_cross_entropy.products import add_product
 from llmmed.kernels.operator import (
     TRITON_DEVICES,
     as_rows,
@@ -37,6 +41,11 @@ from llmmed.kernels.operator import (
 )
 from llmmed.kernels.tunable import Tunable
 
+KERNEL_NAMES = (
+    "linear_cross_entropy_triton_fwd_kernel",
+    "linear_cross_entropy_hopper_fwd_kernel",
+    "linear_cross_entropy_triton_bwd_kernel",
+)
 _CHUNKS = 2  # the logits of a chunk take half of what all would
 _CHUNK_MIB = 576  # and no more than this, or a third more where two are then enough: each costs traffic of its own
 
@@ -145,19 +154,28 @@ def losses_and_raw_gradients(
     raw_weight = torch.empty(weight.shape if weight_gradient else (0,), dtype=torch.float32, device=weight.device)
     width, itemsize = hidden_states.shape[1], weight.element_size()
     most = launches.chunks(weight.device, vocab=vocab, width=width, itemsize=itemsize)
-    how = launches.rows(weight.device, vocab=vocab, itemsize=itemsize)
     row = _padded_row(vocab)
     chunk_rows = _chunk_rows(n_rows, row * itemsize, most)
-    buffer = torch.empty((chunk_rows, row), dtype=weight.dtype, device=weight.device)
+    gradient = hidden_gradient or weight_gradient
+    on_hopper = exponentials.takes(hidden_states, weight)
+    buffer_rows = chunk_rows if gradient or not on_hopper else 0
+    buffer = torch.empty((buffer_rows, row), dtype=weight.dtype, device=weight.device)
+    if on_hopper:
+        exponentials.fill(
+            hidden_states, weight, targets, ignore_index, buffer[:, :vocab] if gradient else None, chunk_rows,
+            losses, raw_hidden if hidden_gradient else None, raw_weight if weight_gradient else None,
+        )  # fmt: skip
+        return losses, raw_hidden, raw_weight
+    how = launches.rows(weight.device, vocab=vocab, itemsize=itemsize)
     for start in range(0, n_rows, chunk_rows):
         rows = slice(start, min(start + chunk_rows, n_rows))
         logits = buffer[: rows.stop - start, :vocab]
         torch.mm(hidden_states[rows], weight.T, out=logits)
-        _differentiate(logits, targets[rows], losses[rows], ignore_index, hidden_gradient or weight_gradient, how)
+        _differentiate(logits, targets[rows], losses[rows], ignore_index, gradient, how)
         if hidden_gradient:
             torch.mm(logits, weight, out=raw_hidden[rows])
         if weight_gradient:
-            _add_product(raw_weight, logits.T, hidden_states[rows], first=start == 0)
+            add_product(raw_weight, logits.T, hidden_states[rows], first=start == 0)
     return losses, raw_hidden, raw_weight if n_rows else raw_weight.zero_()
 
 
@@ -201,17 +219,6 @@ def _differentiate(
         V=vocab, PADDED=logits.stride(0), BLOCK=how.block, STAGES=how.stages, HELD=how.held if with_gradient else 0,
         GRADIENT=with_gradient, GAIN=_gain(logits.dtype), num_warps=how.num_warps,
     )  # fmt: skip
-
-
-def _add_product(total: Tensor, left: Tensor, right: Tensor, first: bool) -> None:
-    """total += left @ right, in float32 whatever the factors are; the first product overwrites what was there."""
-    if total.is_meta:
-        return  # nothing to compute, and torch 2.11 has no such operator for meta tensors
-    beta = 0 if first else 1
-    if left.dtype == torch.float32:
-        torch.addmm(total, left, right, beta=beta, out=total)
-    else:
-        torch.addmm(total, left, right, out_dtype=torch.float32, beta=beta, out=total)
 
 
 _TUNABLES = tunables()
@@ -320,6 +327,6 @@ IMPL = Implementation(
     "triton",
     load=_load,
     devices=TRITON_DEVICES,
-    kernel_names=("linear_cross_entropy_triton_fwd_kernel", "linear_cross_entropy_triton_bwd_kernel"),
+    kernel_names=KERNEL_NAMES,
     tunable=_TUNABLES,
 )

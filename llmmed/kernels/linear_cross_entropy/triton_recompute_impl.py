@@ -13,7 +13,7 @@ from torch import Tensor
 
 from llmmed.kernels.base import Implementation
 from llmmed.kernels.cross_entropy.triton_impl import mean_factor
-from llmmed.kernels.linear_cross_entropy.triton_impl import finish, losses_and_raw_gradients, tunables
+from llmmed.kernels.linear_cross_entropy.triton_impl import KERNEL_NAMES, finish, losses_and_raw_gradients, tunables
 from llmmed.kernels.operator import TRITON_DEVICES, make_operator, require_triton
 
 _TUNABLES = tunables()
@@ -78,6 +78,6 @@ IMPL = Implementation(
     "triton_recompute",
     load=_load,
     devices=TRITON_DEVICES,
-    kernel_names=("linear_cross_entropy_triton_fwd_kernel", "linear_cross_entropy_triton_bwd_kernel"),
+    kernel_names=KERNEL_NAMES,
     tunable=_TUNABLES,
 )

@@ -19,12 +19,11 @@ from triton.experimental.gluon.language.nvidia.hopper import (
     fence_async_shared,
     mbarrier,
     tma,
-    warpgroup_mma,
     warpgroup_mma_wait,
 )
 from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
-from llmmed.kernels.hopper import RESOURCES, barriers, described
+from llmmed.kernels.hopper import RESOURCES, add_step, barriers, described
 from llmmed.kernels.operator import gpu_of
 
 BLOCK = 128  # rows of a tile; it has twice as many columns, or as many where a row of tiles would cross the diagonal
@@ -169,22 +168,6 @@ def _finished(
 
 
 @gluon.jit
-def _add_step(
-    acc, left_tiles, right_tiles, full, empty, step, later,
-    WIDTH: gl.constexpr, STAGES: gl.constexpr, WHICH: gl.constexpr,
-):  # fmt: skip
-    """Begins a step of the sum, and waits for the one before, unless it is the first."""
-    slot = step % STAGES
-    mbarrier.wait(full.index(slot), step // STAGES & 1)
-    left = left_tiles.index(slot).slice(WHICH * _P, _P, dim=0)
-    right = right_tiles.index(slot).slice(0, WIDTH, dim=0).permute((1, 0))
-    acc = warpgroup_mma(left, right, acc, is_async=True)
-    acc = warpgroup_mma_wait(1, deps=(acc,))  # the step before is done, and its buffer free
-    mbarrier.arrive(empty.index((step + STAGES - 1) % STAGES), pred=later)
-    return acc
-
-
-@gluon.jit
 def _multiply_tile(
     two, three, four, before, out_desc, left_tiles, right_tiles, outgoing, full, empty, step, first, row, col, inner,
     alpha, beta, diagonal, WIDTH: gl.constexpr, STAGES: gl.constexpr, ADD: gl.constexpr, WHICH: gl.constexpr,
@@ -193,12 +176,12 @@ def _multiply_tile(
     layout: gl.constexpr = gl.NVMMADistributedLayout(version=[3, 0], warps_per_cta=[4, 1], instr_shape=[16, WIDTH, 16])
     acc = gl.zeros((_P, WIDTH), gl.float32, layout)
     for late in gl.static_range(_LATE):
-        acc = _add_step(acc, left_tiles, right_tiles, full, empty, step, late > 0, WIDTH, STAGES, WHICH)
+        acc = add_step(acc, left_tiles, right_tiles, full, empty, step, late > 0, _P, WIDTH, STAGES, WHICH)
         quarter = (two, three, four)[late // 2]
         _send_part(quarter, out_desc, outgoing, before[0], before[1], before[2], before[3], 2 + late, WHICH)
         step += 1
     for _ in range(_LATE * _K, inner, _K):
-        acc = _add_step(acc, left_tiles, right_tiles, full, empty, step, True, WIDTH, STAGES, WHICH)
+        acc = add_step(acc, left_tiles, right_tiles, full, empty, step, True, _P, WIDTH, STAGES, WHICH)
         step += 1
     acc = warpgroup_mma_wait(0, deps=(acc,))
     mbarrier.arrive(empty.index((step + STAGES - 1) % STAGES))

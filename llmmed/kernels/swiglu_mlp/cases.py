@@ -31,7 +31,7 @@ def cases(dtype: torch.dtype) -> Mapping[str, Call]:
         "past a block": call(131, d_model=136, d_ff=72),
         "whole blocks of hidden units": call(131, d_model=136, d_ff=256),
         "three dimensions, many blocks of rows": call(3, 100, d_model=16, d_ff=136),
-        "long sum": call(9, d_model=1032, d_ff=128),
+        "long sum": call(70, d_model=1032, d_ff=128),
         "long sum, part of a block of hidden units": call(9, d_model=1032, d_ff=40),
         "long sum, odd hidden width": call(9, d_model=1032, d_ff=37),
         "rows of a wider tensor": call(19, d_model=32, d_ff=48, row_stride=64),

@@ -5,6 +5,8 @@ as far ahead as shared memory holds; two groups of four warps multiply. Rings of
 with a barrier that says full and one that says empty; a barrier's phase is how often its ring has gone around.
 
 * Forward, both groups work at the same tile of 128 rows and 128 hidden units, gate and up, each at half of its rows.
+  Half of what a group has computed stays in registers, rounded, until the next tile's sum is under way, and is then
+  stored one part a step, while the tensor cores are busy.
 * Backward, each group has a tile of 128 x 128 of its own: while one multiplies, the other reads gate and up, which
   another warp has asked for in quarters of the tile, and writes both gradients over them, to be stored from there.
   Where forward has not kept the activation's result, it is written once more, over up, before up's gradient is.
@@ -24,15 +26,15 @@ from triton.experimental.gluon.language.nvidia.hopper import (
     warpgroup_mma_wait,
 )
 
-from llmmed.kernels.hopper import RESOURCES, barriers, described
+from llmmed.kernels.hopper import RESOURCES, add_step, barriers, described
 from llmmed.kernels.operator import gpu_of
 
 BLOCK = 128  # rows of a tile, and its hidden units
 _DEPTH = 64  # of the sum, a step
 _PART = BLOCK // 2  # rows that a group multiplies at a time, and sides of what is stored at a time
 _GROUP = 8  # rows of tiles that run beside each other
-_FORWARD_STAGES, _BACKWARD_STAGES = 3, 5  # steps that shared memory holds
-_UNITS = 4  # parts of a result that one group of the forward kernel has on their way to memory
+_FORWARD_STAGES, _BACKWARD_STAGES = 4, 5  # steps that shared memory holds
+_LATE_PARTS = 3  # of the six that a group of the forward kernel stores of a tile, or none: beside the next tile's sum
 
 _M: gl.constexpr = gl.constexpr(BLOCK)
 _K: gl.constexpr = gl.constexpr(_DEPTH)
@@ -82,73 +84,123 @@ def _fetch_forward(x_desc, weight_desc, x_tiles, weight_tiles, full, empty, n_ro
 
 
 @gluon.jit
-def _send(part, desc, row, col, outgoing, unit, UNITS: gl.constexpr):
-    """Stores a part of a result, by way of the next of some buffers, once that is free."""
-    buffer = outgoing.index(unit % UNITS)
-    tma.store_wait(UNITS - 1)
+def _send(part, desc, row, col, outgoing, PART: gl.constexpr):
+    """Stores a part of a result, by way of one of two buffers, once that is free."""
+    buffer = outgoing.index(PART % 2)
+    tma.store_wait(1)
     buffer.store(part)
     fence_async_shared()
     tma.async_copy_shared_to_global(desc, [row, col], buffer)
 
 
 @gluon.jit
+def _rounded(acc, dtype: gl.constexpr):
+    """Two at a time. Where the compiler is free to, it rounds what is stored late only then, and lets the next sum wait
+    until it has."""
+    if dtype == gl.bfloat16:
+        return gl.inline_asm_elementwise(
+            "cvt.rn.bf16x2.f32 $0, $2, $1;", "=r,f,f", [acc], dtype=gl.bfloat16, is_pure=True, pack=2
+        )
+    else:
+        return gl.inline_asm_elementwise(
+            "cvt.rn.f16x2.f32 $0, $2, $1;", "=r,f,f", [acc], dtype=gl.float16, is_pure=True, pack=2
+        )
+
+
+@gluon.jit
+def _activated(gate, up):
+    """In the dtype of the product that follows. Backward has gate and up as they are stored, so that forward computes
+    with the same values."""
+    wide = gate.to(gl.float32)
+    return (wide * _sigmoid(wide) * up.to(gl.float32)).to(gate.dtype)
+
+
+@gluon.jit
+def _activate_tile(
+    late, before, gate_up_desc, hidden_desc, x_tiles, weight_tiles, outgoing, full, empty, step, row, col, d_ff, width,
+    STAGES: gl.constexpr, LATE: gl.constexpr, WHICH: gl.constexpr,
+):  # fmt: skip
+    """A group's rows of one tile, while the second half of its hidden units in the tile before is stored."""
+    layout: gl.constexpr = gl.NVMMADistributedLayout(version=[3, 0], warps_per_cta=[4, 1], instr_shape=[16, 2 * _M, 16])
+    acc = gl.zeros((_P, 2 * _M), gl.float32, layout)
+    for i in gl.static_range(LATE):
+        acc = add_step(acc, x_tiles, weight_tiles, full, empty, step, i > 0, _P, 2 * _M, STAGES, WHICH)
+        if before[0]:
+            _send_late(late, before, gate_up_desc, hidden_desc, d_ff, outgoing, i)
+        step += 1
+    for start in range(LATE * _K, width, _K):
+        acc = add_step(acc, x_tiles, weight_tiles, full, empty, step, start > 0, _P, 2 * _M, STAGES, WHICH)
+        step += 1
+    acc = warpgroup_mma_wait(0, deps=(acc,))
+    mbarrier.arrive(empty.index((step + STAGES - 1) % STAGES))
+    # Columns that lie 64 or 128 apart are in the same thread: nothing moves.
+    gates, ups = _rounded(acc, hidden_desc.dtype).reshape((_P, 2, _M)).permute((0, 2, 1)).split()
+    first_gate, second_gate = gates.reshape((_P, 2, _P)).permute((0, 2, 1)).split()
+    first_up, second_up = ups.reshape((_P, 2, _P)).permute((0, 2, 1)).split()
+    top = row + WHICH * _P
+    _send(first_gate, gate_up_desc, top, col, outgoing, 0)
+    _send(first_up, gate_up_desc, top, d_ff + col, outgoing, 1)
+    _send(_activated(first_gate, first_up), hidden_desc, top, col, outgoing, 0)
+    like: gl.constexpr = late[0].type.layout
+    second_gate = gl.convert_layout(second_gate, like, assert_trivial=True)
+    second_up = gl.convert_layout(second_up, like, assert_trivial=True)
+    late = (second_gate, second_up, _activated(second_gate, second_up))
+    if LATE == 0:
+        for i in gl.static_range(3):
+            _send_late(late, (True, top, col), gate_up_desc, hidden_desc, d_ff, outgoing, i)
+    return late, step
+
+
+@gluon.jit
+def _send_late(late, at, gate_up_desc, hidden_desc, d_ff, outgoing, PART: gl.constexpr):
+    """One of the three parts that the second half of a tile's hidden units has."""
+    col = at[2] + _P
+    if PART == 0:
+        _send(late[0], gate_up_desc, at[1], col, outgoing, 1)
+    elif PART == 1:
+        _send(late[1], gate_up_desc, at[1], d_ff + col, outgoing, 0)
+    else:
+        _send(late[2], hidden_desc, at[1], col, outgoing, 1)
+
+
+@gluon.jit
 def _activate_tiles(
     gate_up_desc, hidden_desc, x_tiles, weight_tiles, outgoing, full, empty, n_rows, d_ff, width,
-    STAGES: gl.constexpr, UNITS: gl.constexpr, WHICH: gl.constexpr,
+    STAGES: gl.constexpr, LATE: gl.constexpr, WHICH: gl.constexpr,
 ):  # fmt: skip
-    layout: gl.constexpr = gl.NVMMADistributedLayout(version=[3, 0], warps_per_cta=[4, 1], instr_shape=[16, 2 * _M, 16])
-    dtype: gl.constexpr = hidden_desc.dtype
+    layout: gl.constexpr = gl.NVMMADistributedLayout(version=[3, 0], warps_per_cta=[4, 1], instr_shape=[16, _P, 16])
+    part = gl.zeros((_P, _P), hidden_desc.dtype, layout)
+    late = (part, part, part)
+    some, top, left = False, 0, 0  # whether anything is left to be stored, and where
     step = 0
-    unit = 0
     for tile in range(gl.program_id(0), _tiles(n_rows, d_ff), gl.num_programs(0)):
         row, col = _tile_of(tile, n_rows, d_ff)
-        row += WHICH * _P
-        acc = gl.zeros((_P, 2 * _M), gl.float32, layout)
-        for start in range(0, width, _K):
-            slot = step % STAGES
-            mbarrier.wait(full.index(slot), step // STAGES & 1)
-            x, weight = x_tiles.index(slot).slice(WHICH * _P, _P, dim=0), weight_tiles.index(slot).permute((1, 0))
-            acc = warpgroup_mma(x, weight, acc, is_async=True)
-            acc = warpgroup_mma_wait(1, deps=(acc,))  # the step before is done, and its buffer free
-            mbarrier.arrive(empty.index((step + STAGES - 1) % STAGES), pred=start > 0)
-            step += 1
-        acc = warpgroup_mma_wait(0, deps=(acc,))
-        mbarrier.arrive(empty.index((step + STAGES - 1) % STAGES))
-        # Columns that lie 64 or 128 apart are in the same thread: nothing moves.
-        gates, ups = acc.reshape((_P, 2, _M)).permute((0, 2, 1)).split()
-        first_gate, second_gate = gates.reshape((_P, 2, _P)).permute((0, 2, 1)).split()
-        first_up, second_up = ups.reshape((_P, 2, _P)).permute((0, 2, 1)).split()
-        for half in gl.static_range(2):
-            # Backward has them as they are stored, so that forward computes with the same values.
-            if half == 0:
-                gate, up = first_gate.to(dtype), first_up.to(dtype)
-            else:
-                gate, up = second_gate.to(dtype), second_up.to(dtype)
-            at = col + half * _P
-            _send(gate, gate_up_desc, row, at, outgoing, unit, UNITS)
-            _send(up, gate_up_desc, row, d_ff + at, outgoing, unit + 1, UNITS)
-            wide = gate.to(gl.float32)
-            hidden = wide * _sigmoid(wide) * up.to(gl.float32)
-            _send(hidden.to(dtype), hidden_desc, row, at, outgoing, unit + 2, UNITS)
-            unit += 3
+        late, step = _activate_tile(
+            late, (some, top, left), gate_up_desc, hidden_desc, x_tiles, weight_tiles, outgoing, full, empty, step,
+            row, col, d_ff, width, STAGES, LATE, WHICH,
+        )  # fmt: skip
+        some, top, left = True, row + WHICH * _P, col
+    for i in gl.static_range(LATE):
+        if some:
+            _send_late(late, (some, top, left), gate_up_desc, hidden_desc, d_ff, outgoing, i)
     tma.store_wait(0)
 
 
 @gluon.jit
 def swiglu_mlp_hopper_fwd_kernel(
-    x_desc, weight_desc, gate_up_desc, hidden_desc, n_rows, d_ff, width, STAGES: gl.constexpr, UNITS: gl.constexpr
+    x_desc, weight_desc, gate_up_desc, hidden_desc, n_rows, d_ff, width, STAGES: gl.constexpr, LATE: gl.constexpr
 ):
     x_tiles = gl.allocate_shared_memory(x_desc.dtype, [STAGES, _M, _K], x_desc.layout)
     weight_tiles = gl.allocate_shared_memory(weight_desc.dtype, [STAGES, 2 * _M, _K], weight_desc.layout)
-    upper = gl.allocate_shared_memory(hidden_desc.dtype, [UNITS, _P, _P], hidden_desc.layout)
-    lower = gl.allocate_shared_memory(hidden_desc.dtype, [UNITS, _P, _P], hidden_desc.layout)
+    upper = gl.allocate_shared_memory(hidden_desc.dtype, [2, _P, _P], hidden_desc.layout)
+    lower = gl.allocate_shared_memory(hidden_desc.dtype, [2, _P, _P], hidden_desc.layout)
     full, empty = barriers(STAGES, 1), barriers(STAGES, 2)  # both groups have read a buffer before it is free
     fence_async_shared()
     gl.warp_specialize([
         (_activate_tiles, (gate_up_desc, hidden_desc, x_tiles, weight_tiles, upper, full, empty,
-                           n_rows, d_ff, width, STAGES, UNITS, 0)),
+                           n_rows, d_ff, width, STAGES, LATE, 0)),
         (_activate_tiles, (gate_up_desc, hidden_desc, x_tiles, weight_tiles, lower, full, empty,
-                           n_rows, d_ff, width, STAGES, UNITS, 1)),
+                           n_rows, d_ff, width, STAGES, LATE, 1)),
         (_fetch_forward, (x_desc, weight_desc, x_tiles, weight_tiles, full, empty, n_rows, d_ff, width, STAGES)),
     ], [4, 1], [240, 24])  # fmt: skip
 
@@ -294,9 +346,10 @@ def programs(x: Tensor, d_ff: int) -> int:
 def activate(x: Tensor, weight: Tensor, gate_up: Tensor, hidden: Tensor) -> None:
     """Writes x weight^T to `gate_up` [rows, 2 d_ff] and the activation's result to `hidden` [rows, d_ff]."""
     (n_rows, width), d_ff = x.shape, hidden.shape[1]
+    late = _LATE_PARTS if width > (_LATE_PARTS - 1) * _DEPTH else 0
     swiglu_mlp_hopper_fwd_kernel[(programs(x, d_ff),)](
         described(x, BLOCK, _DEPTH), described(weight, BLOCK, _DEPTH), described(gate_up, _PART, _PART),
-        described(hidden, _PART, _PART), n_rows, d_ff, width, STAGES=_FORWARD_STAGES, UNITS=_UNITS, **RESOURCES,
+        described(hidden, _PART, _PART), n_rows, d_ff, width, STAGES=_FORWARD_STAGES, LATE=late, **RESOURCES,
     )  # fmt: skip
 
 

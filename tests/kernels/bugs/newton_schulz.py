@@ -74,7 +74,10 @@ HOPPER_BUGS = {
         "tma.async_copy_global_to_shared(left_desc, [first + row, gl.minimum(start, inner - 2 * _K)]",
     ),
     "right columns multiplied with the left": ("[first + col + _M, start]", "[first + col, start]"),
-    "both groups at the same rows": ("left_tiles.index(slot).slice(WHICH * _P,", "left_tiles.index(slot).slice(0,"),
+    "both groups at the same rows, in a tile's first steps": (
+        "late > 0, _P, WIDTH, STAGES, WHICH)",
+        "late > 0, _P, WIDTH, STAGES, 0)",
+    ),
     "both groups store the same rows": ("top, left = row + WHICH * _P, col +", "top, left = row, col +"),
     "every matrix the first one": ("return index // _tiles(size) * size,", "return 0,"),
     "stored where the next tile belongs": (

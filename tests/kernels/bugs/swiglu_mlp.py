@@ -84,21 +84,36 @@ BUGS = {
 
 # Planted into the kernels for Hopper, which no interpreter runs. None of them keeps a warp waiting for ever.
 HOPPER_BUGS = {
-    "sigmoid for silu": ("hidden = wide * _sigmoid(wide) * up", "hidden = _sigmoid(wide) * up"),
+    "sigmoid for silu": ("return (wide * _sigmoid(wide) * up", "return (_sigmoid(wide) * up"),
     "sigmoid 2 % too large": ("inverse = 1.0 + gl.exp2(", "inverse = 0.98 + gl.exp2("),
-    "gate and up exchanged": ("gates, ups = acc", "ups, gates = acc"),
+    "gate and up exchanged": ("gates, ups = _rounded", "ups, gates = _rounded"),
     "halves of the gate exchanged": ("first_gate, second_gate = gates", "second_gate, first_gate = gates"),
     "up's weight taken from the gate's": (
         "tma.async_copy_global_to_shared(weight_desc, [d_ff + col, start]",
         "tma.async_copy_global_to_shared(weight_desc, [col, start]",
     ),
-    "up stored over the gate": ("_send(up, gate_up_desc, row, d_ff + at,", "_send(up, gate_up_desc, row, at,"),
-    "a second half of hidden units over the first": ("at = col + half * _P", "at = col"),
-    "both groups at the same rows of x": (
-        "slice(WHICH * _P, _P, dim=0), weight_tiles",
-        "slice(0, _P, dim=0), weight_tiles",
+    "up stored over the gate": (
+        "_send(first_up, gate_up_desc, top, d_ff + col,",
+        "_send(first_up, gate_up_desc, top, col,",
     ),
-    "both groups store the same rows": ("        row += WHICH * _P\n", ""),
+    "a second half of hidden units over the first": ("col = at[2] + _P", "col = at[2]"),
+    "both groups at the same rows of x, in a tile's first steps": (
+        "i > 0, _P, 2 * _M, STAGES, WHICH)",
+        "i > 0, _P, 2 * _M, STAGES, 0)",
+    ),
+    "both groups at the same rows of x, in its later steps": (
+        "start > 0, _P, 2 * _M, STAGES, WHICH)",
+        "start > 0, _P, 2 * _M, STAGES, 0)",
+    ),
+    "the last tile's second half not stored": (
+        "        if some:\n            _send_late(",
+        "        if top < 0:\n            _send_late(",
+    ),
+    "up's second half over the gate's": (
+        "_send(late[1], gate_up_desc, at[1], d_ff + col,",
+        "_send(late[1], gate_up_desc, at[1], col,",
+    ),
+    "both groups store the same rows": ("    top = row + WHICH * _P\n", "    top = row\n"),
     "lower rows of dy taken from the upper": ("dy.slice(_P, _P, dim=0)", "dy.slice(0, _P, dim=0)"),
     "derivative of the sigmoid left out": ("(silu * (1.0 - sigmoid) + sigmoid)", "sigmoid"),
     "derivative with the wrong sign": ("(silu * (1.0 - sigmoid) + sigmoid)", "(sigmoid - silu * (1.0 - sigmoid))"),
