@@ -10,7 +10,13 @@ import torch
 from torch import Tensor
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
-from triton.experimental.gluon.language.nvidia.hopper import mbarrier, warpgroup_mma, warpgroup_mma_wait
+from triton.experimental.gluon.language.nvidia.hopper import (
+    fence_async_shared,
+    mbarrier,
+    tma,
+    warpgroup_mma,
+    warpgroup_mma_wait,
+)
 from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
 # Four warps of the first group; twelve in all, for whose 168 registers a thread there is room, and which the compiler
@@ -42,6 +48,39 @@ def add_step(
     acc = warpgroup_mma_wait(1, deps=(acc,))
     mbarrier.arrive(empty.index((step + STAGES - 1) % STAGES), pred=later)
     return acc
+
+
+@gluon.jit
+def end_sum(acc, empty, step, STAGES: gl.constexpr):
+    """Waits for the last step of a sum, which came before `step`."""
+    acc = warpgroup_mma_wait(0, deps=(acc,))
+    mbarrier.arrive(empty.index((step + STAGES - 1) % STAGES))
+    return acc
+
+
+@gluon.jit
+def send(part, desc, row, col, outgoing, PART: gl.constexpr):
+    """Stores a part of a result by way of one of two buffers, once that is free. Neighbouring parts take turns: of what
+    is on its way when one begins, all but the one right before has left."""
+    buffer = outgoing.index(PART % 2)
+    tma.store_wait(1)
+    buffer.store(part)
+    fence_async_shared()
+    tma.async_copy_shared_to_global(desc, [row, col], buffer)
+
+
+@gluon.jit
+def rounded(acc, dtype: gl.constexpr):
+    """Two at a time. Where the compiler is free to, it rounds what is stored late only then, and lets the next sum wait
+    until it has."""
+    if dtype == gl.bfloat16:
+        return gl.inline_asm_elementwise(
+            "cvt.rn.bf16x2.f32 $0, $2, $1;", "=r,f,f", [acc], dtype=gl.bfloat16, is_pure=True, pack=2
+        )
+    else:
+        return gl.inline_asm_elementwise(
+            "cvt.rn.f16x2.f32 $0, $2, $1;", "=r,f,f", [acc], dtype=gl.float16, is_pure=True, pack=2
+        )
 
 
 def described(tensor: Tensor, *block: int) -> TensorDescriptor:

@@ -23,3 +23,15 @@ def stores(code: str) -> int:
 def waits_for_stores(code: str) -> list[int]:
     """How many stores may still be on their way after each wait."""
     return [int(pending) for pending in re.findall(r"async_tma_store_wait {pendings = (\d+)", code)]
+
+
+def buffers_of_stores(code: str) -> str:
+    """Which of a ring's buffers each store leaves from, where the code says so by number."""
+    at: dict[str, str] = {}
+    found = ""
+    for line in code.splitlines():
+        if made := re.search(r"(%\w+) = ttg\.memdesc_index %\w+\[%c(\d)_i32", line):
+            at[made[1]] = made[2]
+        elif stored := re.search(r"async_tma_copy_local_to_global .*\] (%\w+) :", line):
+            found += at.get(stored[1], "?")
+    return found

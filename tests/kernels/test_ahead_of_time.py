@@ -42,7 +42,7 @@ from llmmed.kernels.catalog import (
     op_names,
 )
 from llmmed.kernels.operator import INTERPRETED, absent_gpu
-from tests.kernels.hopper_code import stores, waits_for_stores
+from tests.kernels.hopper_code import buffers_of_stores, stores, waits_for_stores
 from tests.kernels.planted import sources
 
 pytestmark = pytest.mark.skipif(INTERPRETED, reason="nothing is compiled under TRITON_INTERPRET=1")
@@ -113,14 +113,19 @@ def assert_products_run_beside_each_other_and_nothing_leaves_unfinished(compiled
             # Data does not go through shared memory where a layout should do, nor by single elements.
             assert "swiglu_mlp_hopper_bwd" not in kernel.kernel or "convert_layout" not in code
             assert "rotary" in kernel.kernel or "st.shared.b16" not in kernel.code["ptx"]
+            if kernel.kernel in ("swiglu_mlp_hopper_fwd_kernel", "linear_cross_entropy_hopper_fwd_kernel"):
+                left_from = buffers_of_stores(code)  # each group's two by turns, from one tile to the next
+                assert left_from[: len(left_from) // 2] == left_from[len(left_from) // 2 :]
+                assert re.fullmatch("(10)*1?|(01)*", left_from[: len(left_from) // 2]), left_from
             if "newton_schulz" in kernel.kernel:
                 assert "stmatrix.sync.aligned.m8n8.x4.trans" in kernel.code["ptx"]
     # All twice, for two groups.
     assert found == {
-        # Three parts beside the next tile's sum, three at once, three at the end; one buffer of two is on its way.
-        "swiglu_mlp_hopper_fwd_kernel": {(2 * 9, 2 * "1111111110")},
-        # Likewise three, one, and three; nothing where only sums are wanted.
-        "linear_cross_entropy_hopper_fwd_kernel": {(2 * 7, 2 * "11111110"), (0, 2 * "0")},
+        # Three parts beside the next tile's sum, three at once, three at the end; one buffer of two is on its way. Of a
+        # short sum all six at once.
+        "swiglu_mlp_hopper_fwd_kernel": {(2 * 9, 2 * "1111111110"), (2 * 6, 2 * "1111110")},
+        # Likewise three, one, and three; or four; nothing where only sums are wanted.
+        "linear_cross_entropy_hopper_fwd_kernel": {(2 * 7, 2 * "11111110"), (2 * 4, 2 * "11110"), (0, 2 * "0")},
         # A quarter's two. A third result goes by way of one of these, which must have been read before its own gradient
         # is written there.
         "swiglu_mlp_hopper_bwd_kernel": {(2 * 8, 2 * "2220"), (2 * 12, 2 * "11212120")},
@@ -145,6 +150,8 @@ def shipped_launches() -> list[Launch]:
         # Elsewhere base alone, to save minutes. Attention has tiles of its own for large's heads, and others
         # where there is less shared memory.
         launches += record_launches(op, name, base, targets=[target for target in targets(op) if target != 90])
+        if op in ("swiglu_mlp", "linear_cross_entropy"):  # sums that are too short to store beside
+            launches += record_launches(op, name, [narrow(op, torch.bfloat16)], targets=[90])
         if op == "swiglu_mlp":  # on an H100 what hidden units in whole blocks of 128 do without
             launches += record_launches(op, name, [unaligned(base[0]), unaligned(large[0])], targets=[90])
             # In large's width backward writes a third result.
@@ -156,6 +163,17 @@ def shipped_launches() -> list[Launch]:
         if "rms_norm" in op:  # whose pipelines take twice the shared memory in float32
             launches += record_launches(op, name, [base[0].with_compute_dtype(torch.float32)], targets=[86])
     return launches
+
+
+def narrow(op: str, dtype: torch.dtype) -> Call:
+    """A call whose model is 128 wide, in 16 bits."""
+    x = tensor_spec(300, 128, dtype=dtype, requires_grad=True)
+    if op == "swiglu_mlp":
+        gate_up, down = (tensor_spec(*s, dtype=dtype, requires_grad=True) for s in ((512, 128), (128, 256)))
+        return Call.of(op, x=x, gate_up_weight=gate_up, down_weight=down)
+    weight = tensor_spec(700, 128, dtype=torch.float32, requires_grad=True)
+    targets = tensor_spec(300, dtype=torch.int64)
+    return Call.of(op, hidden_states=x, weight=weight, targets=targets, ignore_index=-100, scale=None)
 
 
 def unaligned(call: Call) -> Call:

@@ -1,8 +1,9 @@
 """`linear_cross_entropy` without a pass over its logits: the product that computes them writes their exponentials.
 
 A row's gradient is softmax - one_hot, and softmax is exp(logits - shift) / sum, for any shift. The sum is known only
-after the whole row; but it is a factor of the row, which the other two products can have on their other side. With
-E = exp(logits - shift), zero at each row's target, s = 1 / the whole sums, and p the target's probability,
+after the whole row; but it is a factor of the row, which the hidden states take over in one of the products that
+follow, and the result in the other. With E = exp(logits - shift), zero at each row's target, s = 1 / the row's sum, the
+target's exponential included, and p the target's probability,
 
     dX = s * (E W) + (p - 1) * W[target],    dW = E^T (s * X) + one_hot^T ((p - 1) * X),
 
@@ -13,6 +14,9 @@ The shift is the target's logit: the sum is then the exponential of the row's lo
 2^64, at a loss of 44 nats, the row's maximum becomes the shift, and the product is computed again for blocks of rows
 that have such a row. Whether there are any is only known on the device, where the second product ends at once if there
 are none. Exponentials are bfloat16, of float32's range; float16 cannot hold them.
+
+The target's logit is summed twice, here and in the product, in two orders. So p and the loss are off by about 1e-6
+times the logit, where that of PyTorch, rounded to bfloat16, is off by 4e-3 times itself.
 """
 
 # Annotations are arguments' kinds, for the compiler. So no `from __future__` here.
@@ -28,17 +32,25 @@ from llmmed.kernels.operator import INTERPRETED, capability, describable
 _FAR = 1e30  # the shift of a row without a target: its exponentials are zero
 _MOST = 2.0**64  # of a row's sum; single exponentials end at 2^100
 _PLACES = 32  # of rows in the order of their targets, a program
+# What kernels are compiled once for, whatever it is: nothing is faster for knowing it.
+_SIZES = ("n_rows", "n_tiles", "vocab", "ignore_index", "targets_stride", "exponentials_stride")
+_VECTORS = (
+    "targets_ptr", "classes_ptr", "chosen_ptr", "shifts_ptr", "totals_ptr", "sums_ptr", "maxima_ptr", "again_ptr",
+    "losses_ptr", "factors_ptr", "residuals_ptr", "exponentials_ptr", "sorted_ptr", "order_ptr",
+)  # fmt: skip
 
 
 def takes(hidden_states: Tensor, weight: Tensor) -> bool:
-    """Whether these [rows, width] and [vocab, width], with unit stride in the last dimension, go this way."""
+    """Whether these [rows, width], with unit stride in the last dimension, and [vocab, width] go this way."""
     if INTERPRETED or capability(hidden_states.device) != 90 or hidden_states.dtype != torch.bfloat16:
         return False
-    whole = describable(hidden_states, weight) and hidden_states.stride(0) * hidden_states.element_size() % 16 == 0
-    return whole and hidden_states.numel() > 0 and weight.numel() > 0
+    if not hidden_states.numel() or not weight.numel() or not weight.is_contiguous():
+        return False
+    apart = hidden_states.stride(0)
+    return apart >= hidden_states.shape[1] and apart % 8 == 0 and describable(hidden_states, weight)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=_SIZES, do_not_specialize_on_alignment=_VECTORS)
 def linear_cross_entropy_hopper_fwd_target_kernel(
     hidden_ptr, weight_ptr, targets_ptr, classes_ptr, chosen_ptr, shifts_ptr,
     hidden_stride, targets_stride, n_rows, width, vocab, ignore_index,
@@ -77,7 +89,7 @@ def _over_tiles(values_ptr, rows, n_rows, n_tiles, TILES: tl.constexpr, MAXIMUM:
     return tl.max(found, axis=0) if MAXIMUM else tl.sum(found, axis=0)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=_SIZES, do_not_specialize_on_alignment=_VECTORS)
 def linear_cross_entropy_hopper_fwd_sum_kernel(
     sums_ptr, maxima_ptr, shifts_ptr, totals_ptr, again_ptr, n_rows, n_tiles,
     ROWS: tl.constexpr, TILES: tl.constexpr, TILE_ROWS: tl.constexpr, MOST: tl.constexpr,
@@ -95,7 +107,7 @@ def linear_cross_entropy_hopper_fwd_sum_kernel(
         tl.store(shifts_ptr + rows, maximum, mask=too_large & (rows < n_rows))
 
 
-@triton.jit
+@triton.jit(do_not_specialize=_SIZES, do_not_specialize_on_alignment=_VECTORS)
 def linear_cross_entropy_hopper_fwd_rows_kernel(
     hidden_ptr, classes_ptr, chosen_ptr, shifts_ptr, totals_ptr, sums_ptr, again_ptr,
     exponentials_ptr, losses_ptr, factors_ptr, residuals_ptr, scaled_ptr,
@@ -114,28 +126,29 @@ def linear_cross_entropy_hopper_fwd_rows_kernel(
     shift = tl.load(shifts_ptr + rows, mask=inside, other=0.0)
     counts = class_ >= 0
     at_target = tl.exp(chosen - shift)
-    # The product added up the target's logit in another order; a loss below zero it must not become. A sum that is not
-    # a number stays one.
+    # Summed in another order, the target's exponential in the sum may be below this one, and the loss below zero. A sum
+    # that is not a number compares as false, and stays.
     total = tl.where(total < at_target, at_target, total)
     total = tl.where(counts, total, 1.0)
     loss = tl.where(counts, (shift - chosen) + tl.log(total), chosen)  # zero, or NaN where there is no such class
     tl.store(losses_ptr + rows, loss, mask=inside)
-    if scaled_ptr is not None:
+    if exponentials_ptr is not None:
         factor = tl.where(counts, 1.0 / total, 0.0)
         tl.store(factors_ptr + rows, factor, mask=inside)
         tl.store(residuals_ptr + rows, tl.where(counts, (at_target - total) / total, 0.0), mask=inside)
         at = exponentials_ptr + rows.to(tl.int64) * exponentials_stride + class_
         tl.store(at, tl.zeros((ROWS,), dtype=exponentials_ptr.dtype.element_ty), mask=inside & counts)
-        wide = rows.to(tl.int64)[:, None]
-        for start in range(0, width, BLOCK):
-            cols = start + tl.arange(0, BLOCK)[None, :]
-            mask = inside[:, None] & (cols < width)
-            x = tl.load(hidden_ptr + wide * hidden_stride + cols, mask=mask, other=0.0).to(tl.float32)
-            scaled = tl.where(counts[:, None], x * factor[:, None], 0.0)
-            tl.store(scaled_ptr + wide * width + cols, scaled.to(scaled_ptr.dtype.element_ty), mask=mask)
+        if scaled_ptr is not None:
+            wide = rows.to(tl.int64)[:, None]
+            for start in range(0, width, BLOCK):
+                cols = start + tl.arange(0, BLOCK)[None, :]
+                mask = inside[:, None] & (cols < width)
+                x = tl.load(hidden_ptr + wide * hidden_stride + cols, mask=mask, other=0.0).to(tl.float32)
+                scaled = tl.where(counts[:, None], x * factor[:, None], 0.0)
+                tl.store(scaled_ptr + wide * width + cols, scaled.to(scaled_ptr.dtype.element_ty), mask=mask)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=_SIZES, do_not_specialize_on_alignment=_VECTORS)
 def linear_cross_entropy_hopper_fwd_hidden_kernel(
     raw_ptr, weight_ptr, classes_ptr, factors_ptr, residuals_ptr, n_rows, width, ROWS: tl.constexpr, BLOCK: tl.constexpr
 ):
@@ -155,7 +168,7 @@ def linear_cross_entropy_hopper_fwd_hidden_kernel(
         tl.store(raw, gradient.to(raw_ptr.dtype.element_ty), mask=mask)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=_SIZES, do_not_specialize_on_alignment=_VECTORS)
 def linear_cross_entropy_hopper_fwd_runs_kernel(
     gradient_ptr, heads_ptr, tails_ptr, hidden_ptr, sorted_ptr, order_ptr, residuals_ptr, hidden_stride, n_rows, width,
     PLACES: tl.constexpr, BLOCK: tl.constexpr,
@@ -174,9 +187,8 @@ def linear_cross_entropy_hopper_fwd_runs_kernel(
     residual = tl.load(residuals_ptr + rows, mask=places < n_rows, other=0.0)
     mask = (places < n_rows)[:, None] & inside
     x = tl.load(hidden_ptr + rows[:, None] * hidden_stride + cols, mask=mask, other=0.0).to(tl.float32)
-    # Of each place, what all of its run has here: a product with ones where two places are of the same run.
-    others = tl.load(sorted_ptr + first + tl.arange(0, PLACES), mask=places < n_rows, other=-1)
-    same = class_[:, None] == others[None, :]
+    # At each place, what all of its run has here: a product with ones where two places are of the same run.
+    same = class_[:, None] == class_[None, :]
     sums = tl.dot(same.to(tl.float32), x * residual[:, None], input_precision="ieee")
 
     began = class_ != tl.load(sorted_ptr + first - 1, mask=first > 0, other=-2)
@@ -190,7 +202,7 @@ def linear_cross_entropy_hopper_fwd_runs_kernel(
     tl.store(tails_ptr + kept, sums, mask=(began & (ends == 0) & is_last)[:, None] & inside)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=_SIZES, do_not_specialize_on_alignment=_VECTORS)
 def linear_cross_entropy_hopper_fwd_ends_kernel(
     gradient_ptr, heads_ptr, tails_ptr, sorted_ptr, n_rows, width,
     PLACES: tl.constexpr, GROUPS: tl.constexpr, BLOCK: tl.constexpr,
@@ -218,6 +230,64 @@ def linear_cross_entropy_hopper_fwd_ends_kernel(
         tl.store(gradient, tl.load(gradient, mask=cols < width, other=0.0) + total, mask=cols < width)
 
 
+class _Chunks:
+    """Rows of a call, some at a time, and what all chunks share.
+
+    Args:
+        hidden_states: [rows, width], as `takes` has them. weight: [vocab, width], likewise.
+        targets, ignore_index: See `reference.linear_cross_entropy`.
+        chunk_rows: Rows of all chunks but the last one.
+    """
+
+    def __init__(
+        self, hidden_states: Tensor, weight: Tensor, targets: Tensor, ignore_index: int, chunk_rows: int
+    ) -> None:
+        (n_rows, width), vocab, device = hidden_states.shape, weight.shape[0], hidden_states.device
+        self.hidden_states, self.weight, self.chunk_rows = hidden_states, weight, chunk_rows
+        self.n_tiles = -(-vocab // hopper.CLASSES)
+        self.classes = torch.empty(n_rows, dtype=torch.int32, device=device)
+        self.chosen, self.shifts, self.factors, self.residuals = torch.empty(
+            (4, n_rows), dtype=torch.float32, device=device
+        ).unbind()
+        self.partial = torch.empty((2, self.n_tiles * chunk_rows), dtype=torch.float32, device=device)
+        self.totals = torch.empty(chunk_rows, dtype=torch.float32, device=device)
+        # Of each chunk, whether the product is needed a second time, and for which blocks.
+        chunks, blocks = -(-n_rows // chunk_rows), -(-chunk_rows // hopper.ROWS)
+        self.again = torch.zeros((chunks, 1 + blocks), dtype=torch.int32, device=device)
+        linear_cross_entropy_hopper_fwd_target_kernel[(triton.cdiv(n_rows, 8),)](
+            hidden_states, weight, targets, self.classes, self.chosen, self.shifts,
+            hidden_states.stride(0), targets.stride(0), n_rows, width, vocab, ignore_index,
+            ROWS=8, BLOCK=256, FAR=_FAR, num_warps=4,
+        )  # fmt: skip
+
+    def exponentiate(self, rows: slice, out: Tensor | None, losses: Tensor, scaled: Tensor | None) -> None:
+        """Fills `out` [rows, vocab] with E and `scaled` [rows, width] with s * X, if they are asked for, and `losses`;
+        keeps s and p - 1 where there is `out`."""
+        x, shifts, again = self.hidden_states[rows], self.shifts[rows], self.again[rows.start // self.chunk_rows]
+        n_rows, width = x.shape
+        sums, maxima = (values[: self.n_tiles * n_rows].view(self.n_tiles, n_rows) for values in self.partial)
+        hopper.exponentiate(x, self.weight, shifts, out, sums, maxima, None)
+        linear_cross_entropy_hopper_fwd_sum_kernel[(triton.cdiv(n_rows, 32),)](
+            sums, maxima, shifts, self.totals, again, n_rows, self.n_tiles,
+            ROWS=32, TILES=64, TILE_ROWS=hopper.ROWS, MOST=_MOST, num_warps=8,
+        )  # fmt: skip
+        hopper.exponentiate(x, self.weight, shifts, out, sums, maxima, again)
+        linear_cross_entropy_hopper_fwd_rows_kernel[(triton.cdiv(n_rows, 8),)](
+            x, self.classes[rows], self.chosen[rows], shifts, self.totals, sums, again,
+            out, losses, self.factors[rows], self.residuals[rows], scaled,
+            x.stride(0), 0 if out is None else out.stride(0), n_rows, width, self.n_tiles,
+            ROWS=8, BLOCK=256, TILES=32, TILE_ROWS=hopper.ROWS, num_warps=4,
+        )  # fmt: skip
+
+    def finish_hidden(self, rows: slice, raw: Tensor) -> None:
+        """Makes dX [rows, width] of E W, in place."""
+        n_rows, width = raw.shape
+        linear_cross_entropy_hopper_fwd_hidden_kernel[(triton.cdiv(n_rows, 8),)](
+            raw, self.weight, self.classes[rows], self.factors[rows], self.residuals[rows], n_rows, width,
+            ROWS=8, BLOCK=256, num_warps=4,
+        )  # fmt: skip
+
+
 def fill(
     hidden_states: Tensor, weight: Tensor, targets: Tensor, ignore_index: int, buffer: Tensor | None, chunk_rows: int,
     losses: Tensor, raw_hidden: Tensor | None, raw_weight: Tensor | None,
@@ -225,64 +295,34 @@ def fill(
     """Fills losses and gradients of their sum, as `triton_impl.losses_and_raw_gradients` has them.
 
     Args:
-        hidden_states: [rows, width], as `takes` has them. weight: [vocab, width], contiguous.
+        hidden_states: [rows, width], as `takes` has them. weight: [vocab, width], likewise.
         targets, ignore_index: See `reference.linear_cross_entropy`.
-        buffer: [chunk_rows, vocab] for exponentials; None if no gradient is asked for.
+        buffer: [chunk_rows, vocab] for exponentials, rows a multiple of 16 bytes apart; None if no gradient is asked
+            for.
         chunk_rows: Rows of all chunks but the last one.
         losses: [rows] float32.
         raw_hidden: [rows, width]; None if not asked for.
         raw_weight: [vocab, width] float32; None if not asked for.
     """
-    (n_rows, width), vocab, device = hidden_states.shape, weight.shape[0], hidden_states.device
-    n_tiles, blocks = -(-vocab // hopper.CLASSES), -(-chunk_rows // hopper.ROWS)
-    classes = torch.empty(n_rows, dtype=torch.int32, device=device)
-    chosen, shifts, factors, residuals = torch.empty((4, n_rows), dtype=torch.float32, device=device).unbind()
-    partial_sums, partial_maxima = torch.empty((2, n_tiles * chunk_rows), dtype=torch.float32, device=device).unbind()
-    totals = torch.empty(chunk_rows, dtype=torch.float32, device=device)
-    # Of each chunk, whether the product is needed a second time, and for which blocks.
-    again_of = torch.zeros((-(-n_rows // chunk_rows), 1 + blocks), dtype=torch.int32, device=device)
-    linear_cross_entropy_hopper_fwd_target_kernel[(triton.cdiv(n_rows, 8),)](
-        hidden_states, weight, targets, classes, chosen, shifts,
-        hidden_states.stride(0), targets.stride(0), n_rows, width, vocab, ignore_index,
-        ROWS=8, BLOCK=256, FAR=_FAR, num_warps=4,
-    )  # fmt: skip
-    # What is multiplied for the weight lies where the hidden states' gradient goes then.
-    scaled_chunk = None
-    if buffer is not None:
-        scaled_chunk = raw_hidden if raw_hidden is not None else torch.empty_like(hidden_states[:chunk_rows])
-    for chunk, start in enumerate(range(0, n_rows, chunk_rows)):
-        rows = slice(start, min(start + chunk_rows, n_rows))
-        n, x, again = rows.stop - start, hidden_states[rows], again_of[chunk]
-        sums, maxima = (values[: n_tiles * n].view(n_tiles, n) for values in (partial_sums, partial_maxima))
-        exponentials = None if buffer is None else buffer[:n]
+    chunks = _Chunks(hidden_states, weight, targets, ignore_index, chunk_rows)
+    for start in range(0, len(hidden_states), chunk_rows):
+        rows = slice(start, min(start + chunk_rows, len(hidden_states)))
+        left = None if buffer is None else buffer[: rows.stop - start]
         scaled = None
-        if scaled_chunk is not None:
-            scaled = scaled_chunk[rows] if raw_hidden is not None else scaled_chunk[:n]
-        hopper.exponentiate(x, weight, shifts[rows], exponentials, sums, maxima, None)
-        linear_cross_entropy_hopper_fwd_sum_kernel[(triton.cdiv(n, 32),)](
-            sums, maxima, shifts[rows], totals, again, n, n_tiles,
-            ROWS=32, TILES=64, TILE_ROWS=hopper.ROWS, MOST=_MOST, num_warps=8,
-        )  # fmt: skip
-        hopper.exponentiate(x, weight, shifts[rows], exponentials, sums, maxima, again)
-        linear_cross_entropy_hopper_fwd_rows_kernel[(triton.cdiv(n, 8),)](
-            x, classes[rows], chosen[rows], shifts[rows], totals, sums, again,
-            exponentials, losses[rows], factors[rows], residuals[rows], scaled,
-            x.stride(0), 0 if exponentials is None else exponentials.stride(0), n, width, n_tiles,
-            ROWS=8, BLOCK=256, TILES=32, TILE_ROWS=hopper.ROWS, num_warps=4,
-        )  # fmt: skip
+        if raw_weight is not None:  # it may lie where the hidden states' gradient goes then
+            x = hidden_states[rows]
+            scaled = torch.empty(x.shape, dtype=x.dtype, device=x.device) if raw_hidden is None else raw_hidden[rows]
+        chunks.exponentiate(rows, left, losses[rows], scaled)
         if raw_weight is not None:
-            assert exponentials is not None
+            assert left is not None
             assert scaled is not None
-            add_product(raw_weight, exponentials.T, scaled, first=start == 0)
+            add_product(raw_weight, left.T, scaled, first=start == 0)
         if raw_hidden is not None:
-            assert exponentials is not None
-            torch.mm(exponentials, weight, out=raw_hidden[rows])
-            linear_cross_entropy_hopper_fwd_hidden_kernel[(triton.cdiv(n, 8),)](
-                raw_hidden[rows], weight, classes[rows], factors[rows], residuals[rows], n, width,
-                ROWS=8, BLOCK=256, num_warps=4,
-            )  # fmt: skip
+            assert left is not None
+            torch.mm(left, weight, out=raw_hidden[rows])
+            chunks.finish_hidden(rows, raw_hidden[rows])
     if raw_weight is not None:
-        _add_targets(raw_weight, hidden_states, classes, residuals)
+        _add_targets(raw_weight, hidden_states, chunks.classes, chunks.residuals)
 
 
 def _add_targets(raw_weight: Tensor, hidden_states: Tensor, classes: Tensor, residuals: Tensor) -> None:

@@ -17,10 +17,9 @@ from triton.experimental.gluon.language.nvidia.hopper import (
     fence_async_shared,
     mbarrier,
     tma,
-    warpgroup_mma_wait,
 )
 
-from llmmed.kernels.hopper import RESOURCES, add_step, barriers, described
+from llmmed.kernels.hopper import RESOURCES, add_step, barriers, described, end_sum, rounded, send
 from llmmed.kernels.operator import gpu_of
 
 ROWS = 128  # of a tile
@@ -29,7 +28,7 @@ _DEPTH = 64  # of the sum, a step
 _PART = ROWS // 2  # rows that a group multiplies, and sides of what is stored at a time
 _GROUP = 4  # tiles of classes that run beside each other
 _STAGES = 4  # steps that shared memory holds
-_LATE_PARTS = 3  # of the four that a group stores of a tile: they are stored beside the next tile's sum
+_LATE_PARTS = 3  # of four that a group stores of a tile: as many wait for the next tile's sum
 
 _M: gl.constexpr = gl.constexpr(ROWS)
 _N: gl.constexpr = gl.constexpr(CLASSES)
@@ -95,16 +94,6 @@ def _exponentials(logits, shift):
 
 
 @gluon.jit
-def _send(part, desc, row, col, outgoing, PART: gl.constexpr):
-    """Stores one of four parts of a group's rows, by way of one of two buffers, once that is free."""
-    buffer = outgoing.index(PART % 2)
-    tma.store_wait(1)
-    buffer.store(part)
-    fence_async_shared()
-    tma.async_copy_shared_to_global(desc, [row, col + PART * _P], buffer)
-
-
-@gluon.jit
 def _exponentiate_tile(
     late, before, out_desc, x_tiles, weight_tiles, outgoing, full, empty, shifts_ptr, sums_ptr, maxima_ptr, step,
     row, col, n_rows, vocab, width, STAGES: gl.constexpr, LATE: gl.constexpr, WHICH: gl.constexpr,
@@ -118,13 +107,12 @@ def _exponentiate_tile(
     for i in gl.static_range(LATE):
         acc = add_step(acc, x_tiles, weight_tiles, full, empty, step, i > 0, _P, _N, STAGES, WHICH)
         if before[0]:
-            _send(late[i], out_desc, before[1], before[2], outgoing, 4 - LATE + i)
+            send(late[i], out_desc, before[1], before[2] + (4 - LATE + i) * _P, outgoing, 4 - LATE + i)
         step += 1
     for start in range(LATE * _K, width, _K):
         acc = add_step(acc, x_tiles, weight_tiles, full, empty, step, start > 0, _P, _N, STAGES, WHICH)
         step += 1
-    acc = warpgroup_mma_wait(0, deps=(acc,))
-    mbarrier.arrive(empty.index((step + STAGES - 1) % STAGES))
+    acc = end_sum(acc, empty, step, STAGES)
 
     if col + _N > vocab:
         cols = col + gl.arange(0, _N, gl.SliceLayout(0, layout))
@@ -138,12 +126,12 @@ def _exponentiate_tile(
     else:
         # Columns that lie 64 or 128 apart are in the same thread: nothing moves.
         like: gl.constexpr = late[0].type.layout
-        left, right = acc.to(out_desc.dtype).reshape((_P, 2, _N // 2)).permute((0, 2, 1)).split()
+        left, right = rounded(acc, out_desc.dtype).reshape((_P, 2, _N // 2)).permute((0, 2, 1)).split()
         first, second = left.reshape((_P, 2, _P)).permute((0, 2, 1)).split()
         third, fourth = right.reshape((_P, 2, _P)).permute((0, 2, 1)).split()
         parts = (first, second, third, fourth)
         for i in gl.static_range(4 - LATE):
-            _send(parts[i], out_desc, top, col, outgoing, i)
+            send(parts[i], out_desc, top, col + i * _P, outgoing, i)
         second = gl.convert_layout(second, like, assert_trivial=True)
         third = gl.convert_layout(third, like, assert_trivial=True)
         fourth = gl.convert_layout(fourth, like, assert_trivial=True)
@@ -170,11 +158,15 @@ def _exponentiate_tiles(
             some, top, left = True, row + WHICH * _P, col
     for i in gl.static_range(LATE):
         if some:
-            _send(late[i], out_desc, top, left, outgoing, 4 - LATE + i)
+            send(late[i], out_desc, top, left + (4 - LATE + i) * _P, outgoing, 4 - LATE + i)
     tma.store_wait(0)
 
 
-@gluon.jit
+# Compiled for any sizes and addresses: compiling takes seconds, and nothing here would be faster for knowing them.
+@gluon.jit(
+    do_not_specialize=["n_rows", "vocab", "width"],
+    do_not_specialize_on_alignment=["shifts_ptr", "sums_ptr", "maxima_ptr", "again_ptr"],
+)
 def linear_cross_entropy_hopper_fwd_kernel(
     x_desc, weight_desc, out_desc, shifts_ptr, sums_ptr, maxima_ptr, again_ptr, n_rows, vocab, width,
     STAGES: gl.constexpr, LATE: gl.constexpr,
@@ -209,9 +201,10 @@ def exponentiate(
     """Takes exponentials of logits x weight^T, each no more than 2^100.
 
     Args:
-        x: [rows, width] in 16 bits. weight: [vocab, width], likewise.
+        x: [rows, width] in bfloat16, whose range the exponentials need. weight: [vocab, width], likewise.
         shifts: [rows] float32, what is subtracted of a row's logits first.
-        out: [rows, vocab] the exponentials, rounded; None if only the sums are wanted.
+        out: [rows, vocab] the exponentials, rounded; None if only the sums are wanted. Rows of this and of the factors
+            begin a multiple of 16 bytes apart.
         sums: [tiles of classes, rows] float32, of exponentials that are not rounded.
         maxima: The same, of logits.
         again: int32, all of which is zero where nothing is to be done: [0] whether anything is, then for each block of

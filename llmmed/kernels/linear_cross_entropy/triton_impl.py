@@ -3,7 +3,7 @@
 The logits of a chunk are turned into their gradient in place, which the other two products take up at once; the
 weight's gradient is summed over the chunks in float32. Nothing waits for the host, so a CUDA graph can hold it.
 
-On Hopper, in bfloat16, the first product writes exponentials, and nothing lies between: see `exponentials.py`.
+On Hopper, in bfloat16, no pass over the logits lies between: the first product writes exponentials (`exponentials.py`).
 """
 
 # Annotations must be real objects: torch infers the operator's schema from them. So no `from __future__` here.

@@ -19,11 +19,10 @@ from triton.experimental.gluon.language.nvidia.hopper import (
     fence_async_shared,
     mbarrier,
     tma,
-    warpgroup_mma_wait,
 )
 from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
-from llmmed.kernels.hopper import RESOURCES, add_step, barriers, described
+from llmmed.kernels.hopper import RESOURCES, add_step, barriers, described, end_sum
 from llmmed.kernels.operator import gpu_of
 
 BLOCK = 128  # rows of a tile; it has twice as many columns, or as many where a row of tiles would cross the diagonal
@@ -183,8 +182,7 @@ def _multiply_tile(
     for _ in range(_LATE * _K, inner, _K):
         acc = add_step(acc, left_tiles, right_tiles, full, empty, step, True, _P, WIDTH, STAGES, WHICH)
         step += 1
-    acc = warpgroup_mma_wait(0, deps=(acc,))
-    mbarrier.arrive(empty.index((step + STAGES - 1) % STAGES))
+    acc = end_sum(acc, empty, step, STAGES)
 
     if WIDTH == _M:
         one, two = _finished(

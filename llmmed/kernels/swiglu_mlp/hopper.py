@@ -26,7 +26,7 @@ from triton.experimental.gluon.language.nvidia.hopper import (
     warpgroup_mma_wait,
 )
 
-from llmmed.kernels.hopper import RESOURCES, add_step, barriers, described
+from llmmed.kernels.hopper import RESOURCES, add_step, barriers, described, end_sum, rounded, send
 from llmmed.kernels.operator import gpu_of
 
 BLOCK = 128  # rows of a tile, and its hidden units
@@ -34,7 +34,7 @@ _DEPTH = 64  # of the sum, a step
 _PART = BLOCK // 2  # rows that a group multiplies at a time, and sides of what is stored at a time
 _GROUP = 8  # rows of tiles that run beside each other
 _FORWARD_STAGES, _BACKWARD_STAGES = 4, 5  # steps that shared memory holds
-_LATE_PARTS = 3  # of the six that a group of the forward kernel stores of a tile, or none: beside the next tile's sum
+_LATE_PARTS = 3  # of six that a group of the forward kernel stores of a tile: as many wait for the next tile's sum
 
 _M: gl.constexpr = gl.constexpr(BLOCK)
 _K: gl.constexpr = gl.constexpr(_DEPTH)
@@ -84,30 +84,6 @@ def _fetch_forward(x_desc, weight_desc, x_tiles, weight_tiles, full, empty, n_ro
 
 
 @gluon.jit
-def _send(part, desc, row, col, outgoing, PART: gl.constexpr):
-    """Stores a part of a result, by way of one of two buffers, once that is free."""
-    buffer = outgoing.index(PART % 2)
-    tma.store_wait(1)
-    buffer.store(part)
-    fence_async_shared()
-    tma.async_copy_shared_to_global(desc, [row, col], buffer)
-
-
-@gluon.jit
-def _rounded(acc, dtype: gl.constexpr):
-    """Two at a time. Where the compiler is free to, it rounds what is stored late only then, and lets the next sum wait
-    until it has."""
-    if dtype == gl.bfloat16:
-        return gl.inline_asm_elementwise(
-            "cvt.rn.bf16x2.f32 $0, $2, $1;", "=r,f,f", [acc], dtype=gl.bfloat16, is_pure=True, pack=2
-        )
-    else:
-        return gl.inline_asm_elementwise(
-            "cvt.rn.f16x2.f32 $0, $2, $1;", "=r,f,f", [acc], dtype=gl.float16, is_pure=True, pack=2
-        )
-
-
-@gluon.jit
 def _activated(gate, up):
     """In the dtype of the product that follows. Backward has gate and up as they are stored, so that forward computes
     with the same values."""
@@ -131,16 +107,15 @@ def _activate_tile(
     for start in range(LATE * _K, width, _K):
         acc = add_step(acc, x_tiles, weight_tiles, full, empty, step, start > 0, _P, 2 * _M, STAGES, WHICH)
         step += 1
-    acc = warpgroup_mma_wait(0, deps=(acc,))
-    mbarrier.arrive(empty.index((step + STAGES - 1) % STAGES))
+    acc = end_sum(acc, empty, step, STAGES)
     # Columns that lie 64 or 128 apart are in the same thread: nothing moves.
-    gates, ups = _rounded(acc, hidden_desc.dtype).reshape((_P, 2, _M)).permute((0, 2, 1)).split()
+    gates, ups = rounded(acc, hidden_desc.dtype).reshape((_P, 2, _M)).permute((0, 2, 1)).split()
     first_gate, second_gate = gates.reshape((_P, 2, _P)).permute((0, 2, 1)).split()
     first_up, second_up = ups.reshape((_P, 2, _P)).permute((0, 2, 1)).split()
     top = row + WHICH * _P
-    _send(first_gate, gate_up_desc, top, col, outgoing, 0)
-    _send(first_up, gate_up_desc, top, d_ff + col, outgoing, 1)
-    _send(_activated(first_gate, first_up), hidden_desc, top, col, outgoing, 0)
+    send(first_gate, gate_up_desc, top, col, outgoing, 0)
+    send(first_up, gate_up_desc, top, d_ff + col, outgoing, 1)
+    send(_activated(first_gate, first_up), hidden_desc, top, col, outgoing, 0)
     like: gl.constexpr = late[0].type.layout
     second_gate = gl.convert_layout(second_gate, like, assert_trivial=True)
     second_up = gl.convert_layout(second_up, like, assert_trivial=True)
@@ -156,11 +131,11 @@ def _send_late(late, at, gate_up_desc, hidden_desc, d_ff, outgoing, PART: gl.con
     """One of the three parts that the second half of a tile's hidden units has."""
     col = at[2] + _P
     if PART == 0:
-        _send(late[0], gate_up_desc, at[1], col, outgoing, 1)
+        send(late[0], gate_up_desc, at[1], col, outgoing, 1)
     elif PART == 1:
-        _send(late[1], gate_up_desc, at[1], d_ff + col, outgoing, 0)
+        send(late[1], gate_up_desc, at[1], d_ff + col, outgoing, 0)
     else:
-        _send(late[2], hidden_desc, at[1], col, outgoing, 1)
+        send(late[2], hidden_desc, at[1], col, outgoing, 1)
 
 
 @gluon.jit

@@ -39,7 +39,7 @@ BUGS = {
     ),
 }
 
-# In the kernels for Hopper, and in those around them.
+# In Hopper's product.
 HOPPER_BUGS = {
     "exponentials 2 % too large": (
         "exponents = gl.fma(logits, gl.full_like(logits, _LOG2_E), -shift)",
@@ -61,18 +61,30 @@ HOPPER_BUGS = {
     ),
     "quarters exchanged": ("return (second, third, fourth), step", "return (second, fourth, third), step"),
     "the last tile's quarters not stored": (
-        "        if some:\n            _send(late[i], out_desc, top, left,",
-        "        if top < 0:\n            _send(late[i], out_desc, top, left,",
+        "        if some:\n            send(late[i], out_desc, top, left +",
+        "        if top < 0:\n            send(late[i], out_desc, top, left +",
     ),
     "quarters stored where the next tile is": (
-        "_send(late[i], out_desc, before[1], before[2],",
-        "_send(late[i], out_desc, before[1], col,",
+        "send(late[i], out_desc, before[1], before[2] +",
+        "send(late[i], out_desc, before[1], col +",
     ),
     "sums of one column of tiles over those of another": ("at = col // _N * n_rows + rows", "at = rows"),
     "rows of tiles counted as columns": ("return in_group // width * _M", "return in_group % width * _M"),
+}
+
+# Around Hopper's product, in `exponentials.py`.
+EXPONENTIALS_BUGS = {
     "large sums taken as they are": ("too_large = total > MOST", "too_large = total > MOST * MOST"),
+    "the maximum of the first tile of classes alone": (
+        "total = _over_tiles(sums_ptr, rows, n_rows, n_tiles, TILES, False)\n    tl.store",
+        "total = _over_tiles(sums_ptr, rows, n_rows, n_tiles, TILES, False)\n    n_tiles = 1\n    tl.store",
+    ),
+    "the first block computed again for another": (
+        "tl.store(again_ptr + 1 + first // TILE_ROWS, 1)",
+        "tl.store(again_ptr + 1, 1)",
+    ),
     "not computed again": (
-        "hopper.exponentiate(x, weight, shifts[rows], exponentials, sums, maxima, again)",
+        "hopper.exponentiate(x, self.weight, shifts, out, sums, maxima, again)",
         "pass",
     ),
     "the old sums after the second time": (
@@ -107,8 +119,8 @@ HOPPER_BUGS = {
         "tl.load(gradient, mask=whole, other=0.0) + x * residual[:, None]",
     ),
     "what all rows of a program add in each": (
-        "same = class_[:, None] == others[None, :]",
-        "same = class_[:, None] + others[None, :] >= -2",
+        "same = class_[:, None] == class_[None, :]",
+        "same = class_[:, None] + class_[None, :] >= -2",
     ),
     "a class that goes on past a program cut off": (
         "        total += tl.sum(tl.load(heads",

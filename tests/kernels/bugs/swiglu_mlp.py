@@ -86,15 +86,15 @@ BUGS = {
 HOPPER_BUGS = {
     "sigmoid for silu": ("return (wide * _sigmoid(wide) * up", "return (_sigmoid(wide) * up"),
     "sigmoid 2 % too large": ("inverse = 1.0 + gl.exp2(", "inverse = 0.98 + gl.exp2("),
-    "gate and up exchanged": ("gates, ups = _rounded", "ups, gates = _rounded"),
+    "gate and up exchanged": ("gates, ups = rounded", "ups, gates = rounded"),
     "halves of the gate exchanged": ("first_gate, second_gate = gates", "second_gate, first_gate = gates"),
     "up's weight taken from the gate's": (
         "tma.async_copy_global_to_shared(weight_desc, [d_ff + col, start]",
         "tma.async_copy_global_to_shared(weight_desc, [col, start]",
     ),
     "up stored over the gate": (
-        "_send(first_up, gate_up_desc, top, d_ff + col,",
-        "_send(first_up, gate_up_desc, top, col,",
+        "send(first_up, gate_up_desc, top, d_ff + col,",
+        "send(first_up, gate_up_desc, top, col,",
     ),
     "a second half of hidden units over the first": ("col = at[2] + _P", "col = at[2]"),
     "both groups at the same rows of x, in a tile's first steps": (
@@ -110,8 +110,8 @@ HOPPER_BUGS = {
         "        if top < 0:\n            _send_late(",
     ),
     "up's second half over the gate's": (
-        "_send(late[1], gate_up_desc, at[1], d_ff + col,",
-        "_send(late[1], gate_up_desc, at[1], col,",
+        "send(late[1], gate_up_desc, at[1], d_ff + col,",
+        "send(late[1], gate_up_desc, at[1], col,",
     ),
     "both groups store the same rows": ("    top = row + WHICH * _P\n", "    top = row\n"),
     "lower rows of dy taken from the upper": ("dy.slice(_P, _P, dim=0)", "dy.slice(0, _P, dim=0)"),
