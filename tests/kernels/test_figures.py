@@ -159,7 +159,7 @@ class _Products(torch.autograd.Function):
 
 
 @pytest.mark.parametrize(
-    ("rows", "width", "most"), [(24576, 384, 1.6), (16384, 768, 1.35), (32768, 768, 1.35), (16384, 2048, 1.2)]
+    ("rows", "width", "most"), [(24576, 384, 1.25), (16384, 768, 1.2), (32768, 768, 1.15), (16384, 2048, 1.15)]
 )  # fmt: skip
 def test_linear_cross_entropy(rows: int, width: int, most: float, monkeypatch: pytest.MonkeyPatch) -> None:
     """At most so many times its three products, in an eighth of the memory that eager PyTorch takes besides."""
