@@ -5,8 +5,9 @@
     python scripts/regret.py show=small.json,large.json      what was found before, as tables in Markdown
 
 Takes the overrides of `scripts/train.py`. The plan comes from the tuning cache if it is there, or from a finished run's
-`kernels.json`, with `plan=<path>`: its verdicts are then taken as they are. The exit code is 1 if a neighbour is faster
-than the chosen plan by more than 1 %, beyond the noise.
+`kernels.json`, with `plan=<path>`: its verdicts are then taken as they are. `out=<path>` is written after every plan
+that was tried; if it is there already, of the same plan, kernels and hardware, what it lacks is tried. The exit code is
+1 if a neighbour is faster than the chosen plan by more than 1 %, beyond the noise.
 """
 
 from __future__ import annotations
@@ -30,7 +31,7 @@ from llmmed.autotune.confirm import Choice, Failed
 from llmmed.autotune.hardware import describe_hardware
 from llmmed.autotune.plan import KernelPlan, Mode
 from llmmed.autotune.process_settings import take_one_core
-from llmmed.autotune.regret import Neighbour, Regret, choice_of, measure_regret, neighbours
+from llmmed.autotune.regret import Neighbour, Regret, choice_of, measure_regret, measured_before, neighbours
 from llmmed.autotune.step_ahead import little_memory, most_processes
 from llmmed.autotune.step_clock import StepClock
 from llmmed.autotune.tuner import tune
@@ -77,6 +78,7 @@ def main(arguments: list[str]) -> int:
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         return 1
+    out = Path(own["out"]) if own["out"] else None
     prepare_backend(config)
     torch._dynamo.config.recompile_limit = torch._dynamo.config.accumulated_recompile_limit = 1024
     started = time.perf_counter()
@@ -84,13 +86,29 @@ def main(arguments: list[str]) -> int:
         console.print(f"plan={own['plan']} is from {given.hardware.device}, or from other versions")
     plan = given or tune(config, workload, mode=resolve_compile(config), report=lambda p: None)
 
-    def told(neighbour: Neighbour) -> None:
+    about = {
+        "chosen": plan.choice,
+        "hardware": describe_hardware(config.device).model_dump(),
+        "model": config.model.name,
+        "sources": {op: found.source_sha256 for op, found in plan.ops.items()},
+    }
+    try:
+        before = measured_before(out, about) if out is not None else []
+    except UserError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 1
+
+    def told(regret: Regret) -> None:
+        neighbour = regret.neighbours[-1]
         result = neighbour.reason or f"{neighbour.gain_ms:+.3f} ms"
         console.print(f"[dim]{time.perf_counter() - started:5.0f} s  {neighbour.name}: {result}[/]")
+        if out is not None:
+            write_json(out, regret.to_json() | about)
 
     near = neighbours(plan, pairs=own["pairs"] == "true")
     clock = StepClock(config, plan.mode, plan.launches)
-    with _compiling(config, clock, plan, near) as ready:
+    known = {each.name for each in before}
+    with _compiling(config, clock, plan, [each for each in near if each.name not in known]) as ready:
         try:
             regret = measure_regret(
                 clock,
@@ -99,13 +117,13 @@ def main(arguments: list[str]) -> int:
                 told=told,
                 time_is_up=lambda: time.perf_counter() - started > seconds,
                 ready=ready,
+                before=before,
             )
         except Failed as failure:
             print(f"error: {failure}", file=sys.stderr)
             return 1
-    if own["out"]:
-        hardware = describe_hardware(config.device).model_dump()
-        write_json(Path(own["out"]), regret.to_json() | {"hardware": hardware, "model": config.model.name})
+    if out is not None:
+        write_json(out, regret.to_json() | about)
     _print(regret, config.model.name, console)
     return int(regret.share > _LIMIT)
 

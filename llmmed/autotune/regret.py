@@ -8,12 +8,15 @@ from the chosen one in one op, or in a fused op and one of its parts, and those 
 from __future__ import annotations
 
 import itertools
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
+from pathlib import Path
 from typing import Any
 
 from llmmed.autotune.confirm import Arena, Choice, Failed
 from llmmed.autotune.plan import KernelPlan
+from llmmed.errors import UserError
+from llmmed.files import read_json
 from llmmed.kernels.catalog import DEFAULT, get_implementation
 
 
@@ -93,9 +96,10 @@ def measure_regret(
     plan: KernelPlan,
     unmeasured: list[Neighbour],
     *,
-    told: Callable[[Neighbour], None],
+    told: Callable[[Regret], None],
     time_is_up: Callable[[], bool],
     ready: Callable[[Choice], None] = lambda choice: None,
+    before: Sequence[Neighbour] = (),
 ) -> Regret:
     """Holds the chosen plan against its neighbours, one by one.
 
@@ -103,9 +107,10 @@ def measure_regret(
         arena: Measures.
         plan: What the tuner chose.
         unmeasured: From `neighbours`. Those whose step does not call what they flip are passed over.
-        told: Hears of each at once.
+        told: Hears after each of what is known so far; the last neighbour is the new one.
         time_is_up: Asked before each.
         ready: Called with a plan before it is timed; may wait, say for a compiler.
+        before: Neighbours that were measured before, each against the chosen plan in the minutes of its own.
 
     Raises:
         Failed: not even the default or the chosen plan runs.
@@ -117,8 +122,14 @@ def measure_regret(
     ready(chosen)
     chosen_ms = arena.whole(chosen, chosen).first.ms
     wanted = [each for each in unmeasured if each.flips.keys() <= arena.called(choice_of(each, plan))]
-    found: list[Neighbour] = []
-    for each in wanted:
+    known = {each.name for each in before}
+    open_ones = [each for each in wanted if each.name not in known]
+    found = list(before)
+
+    def so_far() -> Regret:
+        return Regret(dict(chosen), chosen_ms, list(found), len(open_ones) - (len(found) - len(before)))
+
+    for each in open_ones:
         if time_is_up():
             break
         try:
@@ -130,5 +141,24 @@ def measure_regret(
         except Failed as failure:
             neighbour = replace(each, reason=str(failure))
         found.append(neighbour)
-        told(neighbour)
-    return Regret(dict(chosen), chosen_ms, found, len(wanted) - len(found))
+        told(so_far())
+    return so_far()
+
+
+def measured_before(path: Path, about: Mapping[str, Any]) -> list[Neighbour]:
+    """What an earlier run has written there beside the same `about`; nothing if there is no file.
+
+    Raises:
+        UserError: it is of something else.
+    """
+    if not path.exists():
+        return []
+    try:
+        found = read_json(path)
+        neighbours = [Neighbour(**each) for each in found["neighbours"]]
+        others = [key for key, value in about.items() if found.get(key) != value]
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        raise UserError(f"out={path}: it is there, and not what scripts/regret.py writes; name another file") from error
+    if others:
+        raise UserError(f"out={path}: it is there, of other {', '.join(others)}; name another file, or remove it")
+    return neighbours

@@ -10,7 +10,9 @@ import pytest
 from llmmed.autotune.confirm import Choice
 from llmmed.autotune.hardware import describe_hardware
 from llmmed.autotune.plan import Candidate, KernelPlan, OpPlan
-from llmmed.autotune.regret import Neighbour, choice_of, measure_regret, neighbours
+from llmmed.autotune.regret import Regret, choice_of, measure_regret, measured_before, neighbours
+from llmmed.errors import UserError
+from llmmed.files import write_json
 from tests.autotune.test_confirm import Known
 from tests.processes import run_script
 
@@ -59,12 +61,12 @@ def test_what_flips_an_op_that_is_not_called_is_passed_over() -> None:
         def called(self, choice: Mapping[str, str]) -> set[str]:
             return {"rotary", "swiglu"} if choice["rotary"] == "triton" else {"rotary", "swiglu", "add_rms_norm"}
 
-    told: list[Neighbour] = []
+    told: list[Regret] = []
     chosen = plan(rotary="triton")
     regret = measure_regret(
         Blind({}), chosen, neighbours(chosen, pairs=False), told=told.append, time_is_up=lambda: False
     )
-    names = [each.name for each in told]
+    names = [each.neighbours[-1].name for each in told]
     assert names == ["the chosen, but rotary pytorch", "the chosen, but swiglu triton",
                      "add_rms_norm triton", "swiglu triton"]  # fmt: skip
     assert regret.left_out == 0
@@ -73,12 +75,15 @@ def test_what_flips_an_op_that_is_not_called_is_passed_over() -> None:
 def test_the_best_neighbour_is_found() -> None:
     together = (("rotary", "triton"), ("swiglu", "triton"))
     arena = Known({(("rotary", "triton"),): -0.5, (("swiglu", "triton"),): +0.2, together: -1.7})
-    chosen, told = plan(rotary="triton"), list[Neighbour]()
+    chosen, heard = plan(rotary="triton"), list[Regret]()
     waited_for: list[Choice] = []
     regret = measure_regret(
-        arena, chosen, neighbours(chosen, pairs=True), told=told.append, time_is_up=lambda: False,
+        arena, chosen, neighbours(chosen, pairs=True), told=heard.append, time_is_up=lambda: False,
         ready=waited_for.append,
     )  # fmt: skip
+    told = [each.neighbours[-1] for each in heard]
+    assert [each.left_out for each in heard] == list(range(len(told)))[::-1]
+    assert regret.neighbours == told
     assert waited_for == [dict.fromkeys(chosen.ops, "pytorch"), chosen.choice, *(choice_of(n, chosen) for n in told)]
     assert regret.chosen_ms == pytest.approx(9.5)
     best = max(told, key=lambda n: n.gain_ms or 0.0)
@@ -100,6 +105,38 @@ def test_noise_is_no_regret_and_time_ends_it() -> None:
         arena, plan(), neighbours(plan(), pairs=False), told=lambda n: None, time_is_up=lambda: next(answers)
     )
     assert (len(cut.neighbours), cut.left_out) == (1, 2)  # the default is the chosen plan
+
+
+def test_what_was_measured_before_is_gone_on_with() -> None:
+    arena, chosen, answers = Known({}), plan(rotary="triton"), iter([False, False, True])
+    near = neighbours(chosen, pairs=True)
+    first = measure_regret(arena, chosen, near, told=lambda r: None, time_is_up=lambda: next(answers))
+    assert (len(first.neighbours), first.left_out) == (2, len(near) - 2)
+    tried = len(arena.losses_enough)
+    rest = measure_regret(
+        arena, chosen, near, told=lambda r: None, time_is_up=lambda: False, before=first.neighbours
+    )  # fmt: skip
+    assert rest.neighbours[:2] == first.neighbours
+    assert [each.name for each in rest.neighbours] == [each.name for each in near]
+    assert rest.left_out == 0
+    assert len(arena.losses_enough) - tried == 1 + len(near) - 2  # the chosen plan, and what was left
+
+
+def test_only_what_is_of_the_same_plan_is_gone_on_with(tmp_path: Path) -> None:
+    path, about = tmp_path / "base.json", {"model": "base", "sources": {"rotary": "a"}}
+    assert measured_before(path, about) == []
+    chosen = plan(rotary="triton")
+    regret = measure_regret(
+        Known({}), chosen, neighbours(chosen, pairs=True), told=lambda r: None, time_is_up=lambda: False
+    )
+    write_json(path, regret.to_json() | about)
+    assert measured_before(path, about) == regret.neighbours
+    with pytest.raises(UserError, match=r"out=.*base.json: it is there, of other model, sources; name another file"):
+        measured_before(path, {"model": "small", "sources": {"rotary": "b"}})
+    for text in ("{", "[]", '{"neighbours": 1}', '{"neighbours": [{"name": 1}]}'):
+        path.write_text(text)
+        with pytest.raises(UserError, match=r"not what scripts/regret.py writes"):
+            measured_before(path, about)
 
 
 @pytest.mark.parametrize("argument", ["seconds=abc", "seconds=0", "seconds=inf", "pairs=yes"])
