@@ -41,8 +41,8 @@ def cases(dtype: torch.dtype) -> Mapping[str, Call]:
 
 def draw(dice: random.Random, dtype: torch.dtype) -> Call:
     """A small call of random shapes and strides."""
-    hidden_states = apart(dice, tensor_spec(size(dice, 140), size(dice, 160), dtype=dtype, requires_grad=True))
-    vocab = size(dice, 500, least=2)
+    hidden_states = apart(dice, tensor_spec(size(dice, 70), size(dice, 160), dtype=dtype, requires_grad=True))
+    vocab = size(dice, 400, least=2)
     return _call(hidden_states, vocab, ignore_index=dice.choice((-100, 0)), scaled=dice.choice((False, True)))
 
 
