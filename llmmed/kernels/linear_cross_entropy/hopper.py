@@ -13,11 +13,7 @@ then stored one a step, while the tensor cores are busy.
 from torch import Tensor
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
-from triton.experimental.gluon.language.nvidia.hopper import (
-    fence_async_shared,
-    mbarrier,
-    tma,
-)
+from triton.experimental.gluon.language.nvidia.hopper import fence_async_shared, mbarrier, tma
 
 from llmmed.kernels.hopper import RESOURCES, add_step, barriers, described, end_sum, rounded, send
 from llmmed.kernels.operator import gpu_of
