@@ -83,14 +83,15 @@ def rounded(acc, dtype: gl.constexpr):
         )
 
 
-def described(tensor: Tensor, *block: int) -> TensorDescriptor:
-    """For copies of tiles of this shape by the hardware (TMA)."""
-    layout = _layout(block, tensor.dtype)
+def described(tensor: Tensor, *block: int, swizzle: int | None = None) -> TensorDescriptor:
+    """For copies of tiles of this shape by the hardware (TMA), which swizzles so many bytes, or those of a row."""
+    layout = _layout(block, tensor.dtype, swizzle)
     return TensorDescriptor(tensor, list(tensor.shape), list(tensor.stride()), list(block), layout)
 
 
 @functools.cache
-def _layout(block: tuple[int, ...], dtype: torch.dtype) -> gl.NVMMASharedLayout:
-    if len(block) == 1:
-        return gl.NVMMASharedLayout(swizzle_byte_width=0, element_bitwidth=8 * dtype.itemsize, rank=1)
+def _layout(block: tuple[int, ...], dtype: torch.dtype, swizzle: int | None) -> gl.NVMMASharedLayout:
+    swizzle = 0 if len(block) == 1 else swizzle
+    if swizzle is not None:
+        return gl.NVMMASharedLayout(swizzle_byte_width=swizzle, element_bitwidth=8 * dtype.itemsize, rank=len(block))
     return gl.NVMMASharedLayout.get_default_for(list(block), getattr(gl, str(dtype).removeprefix("torch.")))

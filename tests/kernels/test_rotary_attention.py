@@ -49,7 +49,10 @@ def in_a_wider_tensor(call: Call) -> Call:
         (call_of(2, 1024, 12, 12, 64), 86, "triton"),
         (call_of(2, 1024, 12, 12, 64, torch.float32), 90, "triton"),
         (call_of(2, 1000, 12, 12, 64), 90, "triton"),
-        (call_of(2, 1024, 8, 8, 48), 90, "triton"),
+        (call_of(2, 512, 8, 8, 48), 90, "hopper"),
+        (call_of(2, 512, 8, 8, 80), 90, "hopper"),
+        (call_of(2, 512, 8, 8, 56), 90, "triton"),  # halves of 56 bytes, and the hardware copies multiples of 16
+        (call_of(2, 512, 8, 8, 32), 90, "triton"),
         (in_a_wider_tensor(call_of(2, 1024, 12, 12, 64)), 90, "triton"),
     ],
 )
@@ -105,7 +108,17 @@ class TestOnHopper:
     @pytest.mark.parametrize("programs", [1, 2, 3, 7])
     @pytest.mark.parametrize(
         ("batch", "seq", "n_heads", "n_kv_heads", "head_dim"),
-        [(1, 128, 1, 1, 64), (2, 256, 2, 2, 128), (1, 384, 4, 2, 128), (3, 640, 2, 1, 64), (1, 1280, 6, 2, 64)],
+        [
+            (1, 128, 1, 1, 64),
+            (2, 256, 2, 2, 128),
+            (1, 384, 4, 2, 128),
+            (3, 640, 2, 1, 64),
+            (1, 1280, 6, 2, 64),
+            (3, 640, 4, 2, 48),
+            (1, 384, 3, 3, 48),
+            (2, 512, 4, 2, 80),
+            (1, 256, 2, 2, 112),
+        ],
     )
     def test_it_is_right_however_many_blocks_a_program_takes(
         self, batch: int, seq: int, n_heads: int, n_kv_heads: int, head_dim: int, programs: int, dtype: torch.dtype,
@@ -117,7 +130,9 @@ class TestOnHopper:
         for regime in get_op("rotary_attention").regimes:
             assert_right(call, regime)
 
-    @pytest.mark.parametrize("shape", [(8, 2048, 16, 16, 128), (32, 1024, 12, 12, 64), (2, 8192, 16, 4, 128)])
+    @pytest.mark.parametrize(
+        "shape", [(8, 2048, 16, 16, 128), (32, 1024, 12, 12, 64), (48, 512, 8, 8, 48), (2, 8192, 16, 4, 128)]
+    )
     def test_a_whole_gpu_gives_the_same_bits_every_time(self, shape: tuple[int, ...]) -> None:
         call = call_of(*shape)
         first = assert_right(call, "bland") if shape[1] <= 2048 else differentiated(call, "bland")
@@ -134,7 +149,7 @@ class TestOnHopper:
     @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
     def test_without_a_bug_it_is_accepted(self, dtype: torch.dtype) -> None:
         op, implementation = get_op("rotary_attention"), get_implementation("rotary_attention", "triton")
-        calls = [call_of(2, 512, 4, 2, 128, dtype), call_of(2, 512, 4, 2, 64, dtype)]
+        calls = [call_of(2, 512, 4, 2, head_dim, dtype) for head_dim in (128, 64, 48)]
         verdict = verify(op, implementation, rotary_attention, calls, torch.device("cuda"))
         assert verdict.status == "verified", verdict
 
@@ -144,7 +159,8 @@ class TestOnHopper:
         monkeypatch.setattr(operator, "gpu_of", lambda device: gpu._replace(multiprocessors=3))
         _, function = mutant("rotary_attention", bug, tmp_path, "HOPPER_BUGS")
         op, implementation = get_op("rotary_attention"), get_implementation("rotary_attention", "triton")
-        calls = [call_of(2, 384, 4, 2, 64), call_of(2, 640, 2, 2, 128)]  # several tasks a program
+        # Several tasks a program.
+        calls = [call_of(2, 384, 4, 2, 64), call_of(2, 640, 2, 2, 128), call_of(2, 384, 4, 2, 48)]
         verdict = verify(op, implementation, function, calls, torch.device("cuda"))
         assert verdict.status == "wrong", verdict
 

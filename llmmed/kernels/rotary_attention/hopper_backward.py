@@ -31,12 +31,14 @@ from llmmed.kernels.rotary_attention.hopper import (
     by_head,
     by_position,
     fetch_for_queries,
+    fetch_head,
     halves,
     pairs_of,
     place,
     place_before,
     programs,
     rotation,
+    store_head,
 )
 
 _B: gl.constexpr = gl.constexpr(BLOCK)
@@ -52,15 +54,19 @@ def _turned_back(gradient, cos, sin, D: gl.constexpr):
 
 
 @gluon.jit
-def _send(first, second, desc, row, col, tile, D: gl.constexpr):
-    """Stores both halves of 64 heads by way of a tile whose content has been read."""
-    buffer = tile._reinterpret(desc.dtype, [2, _H, D // 2], desc.layout)
+def _send(first, second, desc, row, head, tile, D: gl.constexpr):
+    """Stores both halves of a head at 64 positions by way of a tile whose content has been read."""
+    layout: gl.constexpr = gl.NVMMASharedLayout(D, 16, rank=2)  # of halves, a row's bytes being D
+    buffer = tile._reinterpret(desc.dtype, [2, _H, D // 2], layout)
     upper, lower = buffer.index(0), buffer.index(1)
     upper.store(first.to(desc.dtype))
     lower.store(second.to(desc.dtype))
     fence_async_shared()
-    tma.async_copy_shared_to_global(desc, [row, col], upper)
-    tma.async_copy_shared_to_global(desc, [row, col + D // 2], lower)
+    if len(desc.block_type.shape) == 3:
+        store_head(desc, row, head, tile, D)
+    else:
+        tma.async_copy_shared_to_global(desc, [row, head * D], upper)
+        tma.async_copy_shared_to_global(desc, [row, head * D + D // 2], lower)
 
 
 @gluon.jit
@@ -94,8 +100,8 @@ def _query_step(
 def _differentiate_queries(
     dqkv_desc, cos_ptr, sin_ptr, lse_ptr, delta_ptr, q_tiles, k_tiles, v_tiles, dout_tiles, out_tiles,
     q_full, q_empty, k_full, k_empty, v_full, v_empty, out_full, out_empty, tasks, pairs, seq,
-    HEADS: gl.constexpr, D: gl.constexpr, STAGES: gl.constexpr, BUFFERS: gl.constexpr, SCALE: gl.constexpr,
-    WHICH: gl.constexpr,
+    HEADS: gl.constexpr, D: gl.constexpr, HEAD_DIM: gl.constexpr, STAGES: gl.constexpr, BUFFERS: gl.constexpr,
+    SCALE: gl.constexpr, WHICH: gl.constexpr,
 ):  # fmt: skip
     layout: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, _H, 16])
     dq_layout: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, D, 16])
@@ -112,7 +118,7 @@ def _differentiate_queries(
             statistics = sequence * seq + first + WHICH * _H + rows
             lse = gl.load(lse_ptr + statistics)
             if TABLES_FIRST:
-                cos, sin = rotation(first + WHICH * _H, cos_ptr, sin_ptr, dq_layout, D)
+                cos, sin = rotation(first + WHICH * _H, cos_ptr, sin_ptr, dq_layout, D, HEAD_DIM)
             q_slot, q_phase = place(turn, WHICH, BUFFERS)
             out_slot, out_phase = place(turn, WHICH, 2)
             q, dout, out = q_tiles.index(q_slot), dout_tiles.index(q_slot), out_tiles.index(out_slot)
@@ -148,26 +154,26 @@ def _differentiate_queries(
             turn += 1
 
             if not TABLES_FIRST:
-                cos, sin = rotation(first + WHICH * _H, cos_ptr, sin_ptr, dq_layout, D)
+                cos, sin = rotation(first + WHICH * _H, cos_ptr, sin_ptr, dq_layout, D, HEAD_DIM)
             # SCALE carries log2(e) for exp2; the gradient of the scores does not.
             first_half, second_half = _turned_back(acc * (SCALE * _LN_2), cos, sin, D)
             at = sequence // HEADS * seq + first + WHICH * _H
             # By way of the output, which was read in the beginning.
-            _send(first_half, second_half, dqkv_desc, at, sequence % HEADS * D, out, D)
+            _send(first_half, second_half, dqkv_desc, at, sequence % HEADS, out, D)
     tma.store_wait(0)
 
 
 @gluon.jit(do_not_specialize=["tasks", "pairs"])
 def rotary_attention_hopper_bwd_q_kernel(
     q_desc, k_desc, v_desc, dout_desc, out_desc, dqkv_desc, cos_ptr, sin_ptr, lse_ptr, delta_ptr, tasks, pairs, seq,
-    HEADS: gl.constexpr, GROUP: gl.constexpr, D: gl.constexpr, STAGES: gl.constexpr, BUFFERS: gl.constexpr,
-    SCALE: gl.constexpr,
+    HEADS: gl.constexpr, GROUP: gl.constexpr, D: gl.constexpr, HEAD_DIM: gl.constexpr, STAGES: gl.constexpr,
+    BUFFERS: gl.constexpr, SCALE: gl.constexpr,
 ):  # fmt: skip
     q_tiles = gl.allocate_shared_memory(q_desc.dtype, [2 * BUFFERS, _H, D], q_desc.layout)
-    dout_tiles = gl.allocate_shared_memory(q_desc.dtype, [2 * BUFFERS, _H, D], dout_desc.layout)
-    out_tiles = gl.allocate_shared_memory(q_desc.dtype, [4, _H, D], out_desc.layout)
+    dout_tiles = gl.allocate_shared_memory(q_desc.dtype, [2 * BUFFERS, _H, D], q_desc.layout)
+    out_tiles = gl.allocate_shared_memory(q_desc.dtype, [4, _H, D], q_desc.layout)
     k_tiles = gl.allocate_shared_memory(q_desc.dtype, [STAGES, _H, D], k_desc.layout)
-    v_tiles = gl.allocate_shared_memory(q_desc.dtype, [STAGES, _H, D], v_desc.layout)
+    v_tiles = gl.allocate_shared_memory(q_desc.dtype, [STAGES, _H, D], q_desc.layout)
     q_full, q_empty = barriers(2 * BUFFERS, 1), barriers(2 * BUFFERS, 1)
     out_full, out_empty = barriers(4, 1), barriers(4, 1)
     k_full, k_empty = barriers(STAGES, 1), barriers(STAGES, 2)
@@ -176,10 +182,10 @@ def rotary_attention_hopper_bwd_q_kernel(
     gl.warp_specialize([
         (_differentiate_queries, (dqkv_desc, cos_ptr, sin_ptr, lse_ptr, delta_ptr, q_tiles, k_tiles, v_tiles,
                                   dout_tiles, out_tiles, q_full, q_empty, k_full, k_empty, v_full, v_empty, out_full,
-                                  out_empty, tasks, pairs, seq, HEADS, D, STAGES, BUFFERS, SCALE, 0)),
+                                  out_empty, tasks, pairs, seq, HEADS, D, HEAD_DIM, STAGES, BUFFERS, SCALE, 0)),
         (_differentiate_queries, (dqkv_desc, cos_ptr, sin_ptr, lse_ptr, delta_ptr, q_tiles, k_tiles, v_tiles,
                                   dout_tiles, out_tiles, q_full, q_empty, k_full, k_empty, v_full, v_empty, out_full,
-                                  out_empty, tasks, pairs, seq, HEADS, D, STAGES, BUFFERS, SCALE, 1)),
+                                  out_empty, tasks, pairs, seq, HEADS, D, HEAD_DIM, STAGES, BUFFERS, SCALE, 1)),
         (fetch_for_queries, (q_desc, k_desc, v_desc, q_tiles, k_tiles, v_tiles, q_full, q_empty, k_full, k_empty,
                        v_full, v_empty, tasks, pairs, seq, HEADS, GROUP, D, _H, STAGES, BUFFERS,
                        dout_desc, out_desc, dout_tiles, out_tiles, out_full, out_empty)),
@@ -208,8 +214,7 @@ def _fetch_for_keys(
                 bar = kv_full.index(slot)
                 mbarrier.expect(bar, 2 * _H * D * 2)
                 tma.async_copy_global_to_shared(k_desc, [kv_sequence * seq + row, 0], bar, k_tiles.index(slot))
-                col = (HEADS + KV_HEADS + kv_head) * D
-                tma.async_copy_global_to_shared(v_desc, [batch * seq + row, col], bar, v_tiles.index(slot))
+                fetch_head(v_desc, batch * seq + row, HEADS + KV_HEADS + kv_head, bar, v_tiles.index(slot), D)
             turn += 1
             for member in range(0, GROUP):
                 head = kv_head * GROUP + member
@@ -221,7 +226,7 @@ def _fetch_for_keys(
                     mbarrier.expect(bar, 2 * _H * D * 2 + 2 * _H * 4)
                     tma.async_copy_global_to_shared(q_desc, [statistics + start, 0], bar, q_tiles.index(slot))
                     at = batch * seq + start
-                    tma.async_copy_global_to_shared(dout_desc, [at, head * D], bar, dout_tiles.index(slot))
+                    fetch_head(dout_desc, at, head, bar, dout_tiles.index(slot), D)
                     tma.async_copy_global_to_shared(lse_desc, [statistics + start], bar, lse_tiles.index(slot))
                     tma.async_copy_global_to_shared(delta_desc, [statistics + start], bar, delta_tiles.index(slot))
                     step += 1
@@ -273,8 +278,8 @@ def _key_step(
 def _differentiate_keys(
     dqkv_desc, cos_ptr, sin_ptr, q_tiles, k_tiles, v_tiles, dout_tiles, lse_tiles,
     delta_tiles, full, empty, kv_full, kv_empty, tasks, pairs, seq,
-    HEADS: gl.constexpr, GROUP: gl.constexpr, D: gl.constexpr, STAGES: gl.constexpr, SCALE: gl.constexpr,
-    WHICH: gl.constexpr,
+    HEADS: gl.constexpr, GROUP: gl.constexpr, D: gl.constexpr, HEAD_DIM: gl.constexpr, STAGES: gl.constexpr,
+    SCALE: gl.constexpr, WHICH: gl.constexpr,
 ):  # fmt: skip
     KV_HEADS: gl.constexpr = HEADS // GROUP
     dk_layout: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, D, 16])
@@ -288,7 +293,7 @@ def _differentiate_keys(
         for block in range(pair, seq // _B - pair, between(pair, seq)):
             first = block * _B
             if TABLES_FIRST:
-                cos, sin = rotation(first + WHICH * _H, cos_ptr, sin_ptr, dk_layout, D)
+                cos, sin = rotation(first + WHICH * _H, cos_ptr, sin_ptr, dk_layout, D, HEAD_DIM)
             kv_slot, kv_phase = place(turn, WHICH, 2)
             mbarrier.wait(kv_full.index(kv_slot), kv_phase)
             dk_sum = gl.zeros((_H, D), gl.float32, dk_layout)
@@ -319,25 +324,26 @@ def _differentiate_keys(
                 mbarrier.arrive(empty.index((step + STAGES - 1) % STAGES))
             turn += 1
 
-            at, col = batch * seq + first + WHICH * _H, (HEADS + kv_head) * D
+            at, head = batch * seq + first + WHICH * _H, HEADS + kv_head
             first_half, second_half = halves(dv_sum, D)
-            _send(first_half, second_half, dqkv_desc, at, col + KV_HEADS * D, v_tiles.index(kv_slot), D)
+            _send(first_half, second_half, dqkv_desc, at, head + KV_HEADS, v_tiles.index(kv_slot), D)
             if not TABLES_FIRST:
-                cos, sin = rotation(first + WHICH * _H, cos_ptr, sin_ptr, dk_layout, D)
+                cos, sin = rotation(first + WHICH * _H, cos_ptr, sin_ptr, dk_layout, D, HEAD_DIM)
             first_half, second_half = _turned_back(dk_sum * (SCALE * _LN_2), cos, sin, D)
-            _send(first_half, second_half, dqkv_desc, at, col, k_tiles.index(kv_slot), D)
+            _send(first_half, second_half, dqkv_desc, at, head, k_tiles.index(kv_slot), D)
     tma.store_wait(0)
 
 
 @gluon.jit(do_not_specialize=["tasks", "pairs"])
 def rotary_attention_hopper_bwd_kv_kernel(
     q_desc, k_desc, v_desc, dout_desc, lse_desc, delta_desc, dqkv_desc, cos_ptr, sin_ptr, tasks, pairs, seq,
-    HEADS: gl.constexpr, GROUP: gl.constexpr, D: gl.constexpr, STAGES: gl.constexpr, SCALE: gl.constexpr,
+    HEADS: gl.constexpr, GROUP: gl.constexpr, D: gl.constexpr, HEAD_DIM: gl.constexpr, STAGES: gl.constexpr,
+    SCALE: gl.constexpr,
 ):  # fmt: skip
     k_tiles = gl.allocate_shared_memory(q_desc.dtype, [4, _H, D], k_desc.layout)
-    v_tiles = gl.allocate_shared_memory(q_desc.dtype, [4, _H, D], v_desc.layout)
+    v_tiles = gl.allocate_shared_memory(q_desc.dtype, [4, _H, D], q_desc.layout)
     q_tiles = gl.allocate_shared_memory(q_desc.dtype, [STAGES, _H, D], q_desc.layout)
-    dout_tiles = gl.allocate_shared_memory(q_desc.dtype, [STAGES, _H, D], dout_desc.layout)
+    dout_tiles = gl.allocate_shared_memory(q_desc.dtype, [STAGES, _H, D], q_desc.layout)
     lse_tiles = gl.allocate_shared_memory(gl.float32, [STAGES, _H], lse_desc.layout)
     delta_tiles = gl.allocate_shared_memory(gl.float32, [STAGES, _H], delta_desc.layout)
     full, empty = barriers(STAGES, 1), barriers(STAGES, 2)
@@ -346,10 +352,10 @@ def rotary_attention_hopper_bwd_kv_kernel(
     gl.warp_specialize([
         (_differentiate_keys, (dqkv_desc, cos_ptr, sin_ptr, q_tiles, k_tiles, v_tiles, dout_tiles,
                                lse_tiles, delta_tiles, full, empty, kv_full, kv_empty, tasks, pairs, seq,
-                               HEADS, GROUP, D, STAGES, SCALE, 0)),
+                               HEADS, GROUP, D, HEAD_DIM, STAGES, SCALE, 0)),
         (_differentiate_keys, (dqkv_desc, cos_ptr, sin_ptr, q_tiles, k_tiles, v_tiles, dout_tiles,
                                lse_tiles, delta_tiles, full, empty, kv_full, kv_empty, tasks, pairs, seq,
-                               HEADS, GROUP, D, STAGES, SCALE, 1)),
+                               HEADS, GROUP, D, HEAD_DIM, STAGES, SCALE, 1)),
         (_fetch_for_keys, (q_desc, k_desc, v_desc, dout_desc, lse_desc, delta_desc, q_tiles, k_tiles, v_tiles,
                           dout_tiles, lse_tiles, delta_tiles, full, empty, kv_full, kv_empty, tasks, pairs, seq,
                           HEADS, GROUP, D, STAGES)),
@@ -361,15 +367,18 @@ def differentiate(
     dqkv: Tensor,
 ) -> None:  # fmt: skip
     """Writes the gradient of the projection, given that of the output, contiguous as all of them."""
-    batch, heads, seq, head_dim = q_rot.shape
-    kv_heads, pairs = k_rot.shape[1], pairs_of(seq)
-    wide = head_dim == 128  # fewer tiles fill the shared memory
+    batch, heads, seq, width = q_rot.shape
+    head_dim, kv_heads, pairs = qkv.shape[-1], k_rot.shape[1], pairs_of(seq)
+    wide = width == 128  # fewer tiles fill the shared memory
     delta = torch.empty_like(lse)
-    read = (by_head(q_rot, HALF), by_head(k_rot, HALF), by_position(qkv, HALF), by_position(dout, HALF))
-    written = by_position(dqkv, HALF, head_dim // 2)
-    constants = {"HEADS": heads, "GROUP": heads // kv_heads, "D": head_dim, "SCALE": head_dim**-0.5 * LOG2_E}
+    rotated = (by_head(x, HALF, head_dim) for x in (q_rot, k_rot))
+    read = (*rotated, by_position(qkv, HALF, width), by_position(dout, HALF, width))
+    written = by_position(dqkv, HALF, width, width // 2)
+    constants = {
+        "HEADS": heads, "GROUP": heads // kv_heads, "D": width, "HEAD_DIM": head_dim, "SCALE": head_dim**-0.5 * LOG2_E
+    }  # fmt: skip
     rotary_attention_hopper_bwd_q_kernel[(programs(qkv.device, pairs * batch * heads),)](
-        *read, by_position(out, HALF), written, cos, sin, lse, delta, pairs * batch * heads, pairs, seq,
+        *read, by_position(out, HALF, width), written, cos, sin, lse, delta, pairs * batch * heads, pairs, seq,
         STAGES=3 if wide else 8, BUFFERS=1 if wide else 2, **constants, **RESOURCES,
     )  # fmt: skip
     rotary_attention_hopper_bwd_kv_kernel[(programs(qkv.device, pairs * batch * kv_heads),)](

@@ -30,6 +30,7 @@ from llmmed.kernels.rotary_attention.hopper import (
     place,
     programs,
     rotation,
+    store_head,
 )
 
 _B: gl.constexpr = gl.constexpr(BLOCK)
@@ -40,7 +41,8 @@ _H: gl.constexpr = gl.constexpr(HALF)
 def _attend(
     q_rot_desc, out_desc, cos_ptr, sin_ptr, lse_ptr, q_tiles, k_tiles, v_tiles, out_tiles, q_full, q_empty,
     k_full, k_empty, v_full, v_empty, tasks, pairs, seq,
-    HEADS: gl.constexpr, D: gl.constexpr, STAGES: gl.constexpr, SCALE: gl.constexpr, WHICH: gl.constexpr,
+    HEADS: gl.constexpr, D: gl.constexpr, HEAD_DIM: gl.constexpr, STAGES: gl.constexpr, SCALE: gl.constexpr,
+    WHICH: gl.constexpr,
 ):  # fmt: skip
     scores_layout: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, _B, 16])
     out_layout: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, D, 16])
@@ -48,7 +50,7 @@ def _attend(
     dtype: gl.constexpr = out_desc.dtype
     rows = WHICH * _H + gl.arange(0, _H, gl.SliceLayout(1, scores_layout))
     cols = gl.arange(0, _B, gl.SliceLayout(0, scores_layout))
-    cos, sin = rotation(gl.program_id(0) % pairs * _B + WHICH * _H, cos_ptr, sin_ptr, out_layout, D)
+    cos, sin = rotation(gl.program_id(0) % pairs * _B + WHICH * _H, cos_ptr, sin_ptr, out_layout, D, HEAD_DIM)
     step = 0
     turn = 0
     for task in range(gl.program_id(0), tasks, gl.num_programs(0)):
@@ -103,7 +105,7 @@ def _attend(
             # The next block's tables come meanwhile.
             partner = seq // _B - 1 - pair
             next_block = gl.where(block < partner, partner, (task + gl.num_programs(0)) % pairs)
-            cos, sin = rotation(next_block * _B + WHICH * _H, cos_ptr, sin_ptr, out_layout, D)
+            cos, sin = rotation(next_block * _B + WHICH * _H, cos_ptr, sin_ptr, out_layout, D, HEAD_DIM)
             mbarrier.wait(v_full.index(slot), step // STAGES & 1)
             sums = warpgroup_mma(factor, v_tiles.index(slot), acc, is_async=True)
             acc, factor = warpgroup_mma_wait(0, deps=(sums, factor))
@@ -117,28 +119,31 @@ def _attend(
             buffer.store(acc.to(dtype))
             fence_async_shared()
             at = sequence // HEADS * seq + row
-            tma.async_copy_shared_to_global(out_desc, [at, sequence % HEADS * D], buffer)
+            store_head(out_desc, at, sequence % HEADS, buffer, D)
     tma.store_wait(0)
 
 
 @gluon.jit(do_not_specialize=["tasks", "pairs"])
 def rotary_attention_hopper_fwd_kernel(
     q_desc, k_desc, v_desc, q_rot_desc, out_desc, cos_ptr, sin_ptr, lse_ptr, tasks, pairs, seq,
-    HEADS: gl.constexpr, GROUP: gl.constexpr, D: gl.constexpr, STAGES: gl.constexpr, SCALE: gl.constexpr,
+    HEADS: gl.constexpr, GROUP: gl.constexpr, D: gl.constexpr, HEAD_DIM: gl.constexpr, STAGES: gl.constexpr,
+    SCALE: gl.constexpr,
 ):  # fmt: skip
-    q_tiles = gl.allocate_shared_memory(q_desc.dtype, [4, _H, D], q_desc.layout)
-    out_tiles = gl.allocate_shared_memory(q_desc.dtype, [2, _H, D], out_desc.layout)
+    q_tiles = gl.allocate_shared_memory(q_desc.dtype, [4, _H, D], q_rot_desc.layout)
+    out_tiles = gl.allocate_shared_memory(q_desc.dtype, [2, _H, D], q_rot_desc.layout)
     k_tiles = gl.allocate_shared_memory(q_desc.dtype, [STAGES, _B, D], k_desc.layout)
-    v_tiles = gl.allocate_shared_memory(q_desc.dtype, [STAGES, _B, D], v_desc.layout)
+    v_tiles = gl.allocate_shared_memory(q_desc.dtype, [STAGES, _B, D], k_desc.layout)
     q_full, q_empty = barriers(4, 1), barriers(4, 1)
     k_full, k_empty = barriers(STAGES, 1), barriers(STAGES, 2)  # both groups have read a buffer before it is free
     v_full, v_empty = barriers(STAGES, 1), barriers(STAGES, 2)
     fence_async_shared()
     gl.warp_specialize([
         (_attend, (q_rot_desc, out_desc, cos_ptr, sin_ptr, lse_ptr, q_tiles, k_tiles, v_tiles, out_tiles,
-                   q_full, q_empty, k_full, k_empty, v_full, v_empty, tasks, pairs, seq, HEADS, D, STAGES, SCALE, 0)),
+                   q_full, q_empty, k_full, k_empty, v_full, v_empty, tasks, pairs, seq,
+                   HEADS, D, HEAD_DIM, STAGES, SCALE, 0)),
         (_attend, (q_rot_desc, out_desc, cos_ptr, sin_ptr, lse_ptr, q_tiles, k_tiles, v_tiles, out_tiles,
-                   q_full, q_empty, k_full, k_empty, v_full, v_empty, tasks, pairs, seq, HEADS, D, STAGES, SCALE, 1)),
+                   q_full, q_empty, k_full, k_empty, v_full, v_empty, tasks, pairs, seq,
+                   HEADS, D, HEAD_DIM, STAGES, SCALE, 1)),
         (fetch_for_queries, (q_desc, k_desc, v_desc, q_tiles, k_tiles, v_tiles, q_full, q_empty, k_full, k_empty,
                        v_full, v_empty, tasks, pairs, seq, HEADS, GROUP, D, _B, STAGES, 2)),
     ], [4, 1], [240, 24])  # fmt: skip
@@ -147,11 +152,11 @@ def rotary_attention_hopper_fwd_kernel(
 def attend(qkv: Tensor, k_rot: Tensor, cos: Tensor, sin: Tensor, q_rot: Tensor, out: Tensor, lse: Tensor) -> None:
     """Writes rotated queries [batch, n_heads, seq, head_dim], the output [batch, seq, n_heads, head_dim] and its
     statistics [batch, n_heads, seq], given rotated keys."""
-    batch, heads, seq, head_dim = q_rot.shape
-    pairs = pairs_of(seq)
+    batch, heads, seq, width = q_rot.shape
+    head_dim, pairs = qkv.shape[-1], pairs_of(seq)
     rotary_attention_hopper_fwd_kernel[(programs(qkv.device, pairs * batch * heads),)](
-        by_position(qkv, HALF), by_head(k_rot, BLOCK), by_position(qkv, BLOCK), by_head(q_rot, HALF),
-        by_position(out, HALF), cos, sin, lse, pairs * batch * heads, pairs, seq,
-        HEADS=heads, GROUP=heads // k_rot.shape[1], D=head_dim, STAGES=2 if head_dim == 128 else 4,
+        by_position(qkv, HALF, width), by_head(k_rot, BLOCK, head_dim), by_position(qkv, BLOCK, width),
+        by_head(q_rot, HALF, head_dim), by_position(out, HALF, width), cos, sin, lse, pairs * batch * heads, pairs, seq,
+        HEADS=heads, GROUP=heads // k_rot.shape[1], D=width, HEAD_DIM=head_dim, STAGES=2 if width == 128 else 4,
         SCALE=head_dim**-0.5 * LOG2_E, **RESOURCES,
     )  # fmt: skip

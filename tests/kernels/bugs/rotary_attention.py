@@ -135,14 +135,14 @@ HOPPER_BUGS = {
         "at = sequence // HEADS * seq + row\n",
         "at = sequence // HEADS * seq + block * _B\n",
     ),
-    "output of the first head": ("[at, sequence % HEADS * D], buffer)", "[at, 0], buffer)"),
+    "output of the first head": ("store_head(out_desc, at, sequence % HEADS,", "store_head(out_desc, at, 0,"),
     "keys of another group": (
         "sequence // HEADS, sequence % HEADS\n        kv_head = head // GROUP\n",
         "sequence // HEADS, sequence % HEADS\n        kv_head = head % KV_HEADS\n",
     ),
     "keys for values": (
-        "mbarrier.expect(bar, N * D * 2)\n                col = (HEADS + KV_HEADS + kv_head) * D",
-        "mbarrier.expect(bar, N * D * 2)\n                col = (HEADS + kv_head) * D",
+        "fetch_head(v_desc, batch * seq + start, HEADS + KV_HEADS + kv_head,",
+        "fetch_head(v_desc, batch * seq + start, HEADS + kv_head,",
     ),
     "last block of a pair left out": ("gl.maximum(seq // _B - 1 - 2 * pair, 1)", "gl.maximum(seq // _B - 2 * pair, 1)"),
     "delta left out for the queries": ("(p * (dp - delta[:, None]))", "(p * dp)"),
@@ -185,8 +185,8 @@ HOPPER_BUGS = {
         "gl.where(_opaque(gl.arange(0, _H, along))[None, :] >= 0 *",
     ),
     "values' gradient over the keys'": (
-        "_send(first_half, second_half, dqkv_desc, at, col + KV_HEADS * D, v_tiles.index(kv_slot), D)",
-        "_send(first_half, second_half, dqkv_desc, at, col, v_tiles.index(kv_slot), D)",
+        "_send(first_half, second_half, dqkv_desc, at, head + KV_HEADS, v_tiles.index(kv_slot), D)",
+        "_send(first_half, second_half, dqkv_desc, at, head, v_tiles.index(kv_slot), D)",
     ),
     "keys of the block before": (
         "kv_slot, _ = place(_opaque(turn), WHICH, 2)",
@@ -197,7 +197,19 @@ HOPPER_BUGS = {
         "for member in range(0, GROUP):\n                head = kv_head * GROUP\n",
     ),
     "halves of a gradient exchanged": (
-        "tma.async_copy_shared_to_global(desc, [row, col], upper)",
-        "tma.async_copy_shared_to_global(desc, [row, col], lower)",
+        "tma.async_copy_shared_to_global(desc, [row, head * D], upper)",
+        "tma.async_copy_shared_to_global(desc, [row, head * D], lower)",
+    ),
+    "halves of the second head are those of the first": (
+        "desc, [2 * head, row, 0], bar,",
+        "desc, [head, row, 0], bar,",
+    ),
+    "halves of the second head stored over the first": (
+        "desc, [2 * head, row, 0], halves",
+        "desc, [head, row, 0], halves",
+    ),
+    "a narrow head rotated by the angles of a wide one": (
+        "positions[:, None] * (HEAD_DIM // 2) + cols",
+        "positions[:, None] * (D // 2) + cols",
     ),
 }
