@@ -14,7 +14,7 @@ from llmmed.files import read_json
 from llmmed.run_folder import shown
 
 _FIXED = ("model", "optimizer.name", "data.name", "data.weights", "data.validation_fraction", "data.max_documents",
-          "tokenizer")  # fmt: skip
+          "tokenizer", "seed", "train.seq_len")  # fmt: skip
 _FREE = ("model.name", "model.init_from", "train.resume", "train.micro_batch_size", "train.log_every",
          "train.profile_steps", "train.dry_run", "kernels", "logger", "device")  # fmt: skip
 
@@ -32,7 +32,8 @@ def changes(folder: Path, config: Config) -> list[str]:
     """What the run of a folder goes on with that is not as its checkpoint was written, as `key: before -> now`.
 
     Raises:
-        UserError: the checkpoint's tensors do not fit, or it is of other data as far as the configuration tells.
+        UserError: the checkpoint's tensors do not fit, or it is of other data as far as the configuration tells: of
+            windows of another length, or in another order, nobody could say which have been trained on.
     """
     stored, wanted = stored_config(folder) or {}, as_dict(config)
     old, new = _flat(stored), _flat(wanted)

@@ -15,6 +15,7 @@ from tokenizers import Tokenizer
 
 from llmmed.config import ModelConfig
 from llmmed.data.tokenizer import end_of
+from llmmed.data.tokenizer import read as read_tokenizer
 from llmmed.errors import UserError
 from llmmed.export import TOKENIZER, best_or_newest
 from llmmed.kernels.catalog import default_choice, load_kernels
@@ -87,7 +88,7 @@ def generate(request: Request) -> Iterator[str]:
     if not tokenizer_file.exists():
         raise UserError(f"{request.run} has no {TOKENIZER}; give the folder of a run on text")
     found = best_or_newest(request.run)
-    tokenizer = Tokenizer.from_file(str(tokenizer_file))
+    tokenizer = read_tokenizer(tokenizer_file)
     config = TypeAdapter(ModelConfig).validate_python(found.state["config"]["model"])
     _, end = end_of(request.run)
     # A document begins after the end of another: without it the model would continue the middle of one.

@@ -49,8 +49,8 @@ def plan_of_checkpoint(path: Path, config: Config, workload: Workload, mode: Mod
 def _outdated(plan: KernelPlan, stored: Mapping[str, Any], config: Config, workload: Workload, mode: Mode) -> str:
     if plan.mode != mode and config.train.compile != "auto":
         return f"the step runs {mode} and ran {plan.mode}"
-    if plan.hardware != describe_hardware(config.device):
-        return "the machine or its software is another"
+    if not plan.hardware.computes_as(describe_hardware(config.device)):
+        return f"the {'GPU' if config.device == 'cuda' else 'machine'} or its software is another"
     if plan.workload_fingerprint != workload.fingerprint():
         return "the step makes other calls"
     old, new = stored.get("kernels", {}) | {"policy": plan.policy}, as_dict(config)["kernels"]

@@ -87,6 +87,8 @@ def test_changes_are_told_and_a_misfit_is_refused(tmp_path: Path) -> None:
     assert continuation.changes(tmp_path, same) == []
     assert continuation.changes(tmp_path, tiny_config("train.max_steps=4", "optimizer.betas=[0.9,0.99]")) == [
         "train.max_steps: 2 -> 4", "optimizer.betas: [0.9, 0.95] -> [0.9, 0.99]"]  # fmt: skip
+    with pytest.raises(UserError, match=r"is of seed=0 \(here 1\), train\.seq_len=16 \(here 32\); give what"):
+        continuation.changes(tmp_path, tiny_config("seed=1", "train.seq_len=32"))
     with pytest.raises(UserError, match=r"is of model\.d_ff=192 \(here 96\), optimizer\.name=adamw \(here muon\)"):
         continuation.changes(tmp_path, tiny_config("model.d_ff=96", "optimizer=muon"))
 

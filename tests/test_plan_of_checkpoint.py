@@ -94,6 +94,18 @@ def test_a_plan_from_elsewhere(
     assert f"are not taken over: {told};" in caplog.text
 
 
+def test_with_a_gpu_the_host_does_not_matter(started: tuple[Config, Workload, KernelPlan]) -> None:
+    """A job that a cluster starts again has other cores, and must compute the same."""
+    here = started[2].hardware
+    host = {"python": "3.99", "cpu": "another", "cpu_threads": 999}
+    assert here.computes_as(here)
+    assert not here.computes_as(here.model_copy(update=host))
+    gpu = here.model_copy(update={"device": "a GPU", "cuda": "13.0", "driver": "580"})
+    assert gpu.computes_as(gpu.model_copy(update=host))
+    for key in ("device", "driver", "cuda", "torch", "triton"):
+        assert not gpu.computes_as(gpu.model_copy(update={key: "another"}))
+
+
 def test_determinism_is_asked_of_the_gate(
     started: tuple[Config, Workload, KernelPlan], tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:

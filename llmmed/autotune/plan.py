@@ -191,6 +191,11 @@ class Hardware(_Frozen):
     cpu: str
     cpu_threads: int
 
+    def computes_as(self, other: Hardware) -> bool:
+        """Whether a step with the same kernels computes the same on both: with a GPU, whatever the host is."""
+        host = set() if self.cuda is None else {"python", "cpu", "cpu_threads"}
+        return self.model_dump(exclude=host) == other.model_dump(exclude=host)
+
 
 class KernelPlan(_Frozen):
     """The whole plan, immutable once training starts."""

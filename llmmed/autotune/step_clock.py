@@ -30,6 +30,7 @@ from llmmed.kernels.base import Kernels
 from llmmed.kernels.catalog import DEFAULT, default_choice, load_kernels
 from llmmed.kernels.tunable import Launches
 from llmmed.model import Transformer, compute_dtype, parameter_count
+from llmmed.optim import state_elements
 from llmmed.training.copies import keep_copies
 
 DEPTHS = (1, 2)
@@ -405,9 +406,8 @@ def _known(pairs: list[tuple[float, float]], enough: _Enough) -> bool:
 
 
 def _static_mib(config: Config) -> float:
-    """Parameters and the optimizer's state: gradients are measured with the activations."""
-    states = 2 if config.optimizer.name == "adamw" else 1  # a little more with Muon, whose AdamW part has two
-    return parameter_count(config.model) * 4 * (1 + states) / 2**20
+    """Parameters and the optimizers' states: gradients are measured with the activations."""
+    return 4 * (parameter_count(config.model) + state_elements(config.model, config.optimizer)) / 2**20
 
 
 def _plan(choice: Choice) -> _Plan:

@@ -50,9 +50,12 @@ class Batches:
 
     def get(self, index: int) -> torch.Tensor:
         """Batch `index`, counted from 0 without end: [batch_size, seq_len + 1] int64 on the CPU."""
+        return self.beginning(index * self._batch_size)
+
+    def beginning(self, first: int) -> torch.Tensor:
+        """A batch as `get` gives it, of the windows from number `first` on, counted from 0 without end."""
         import torch
 
-        first = index * self._batch_size
         rows = np.empty((self._batch_size, self._seq_len + 1), dtype=np.int64)
         for row in range(self._batch_size):
             key, number = self._mixture.draw(first + row, self._seed) if self._mixture else ("", first + row)
@@ -79,9 +82,11 @@ class _Windows:
         return self._tokens[start : start + self._seq_len + 1]
 
     def _epoch_order(self, epoch: int) -> npt.NDArray[np.integer]:
-        if self._order is None or self._order[0] != epoch:
-            order = np.arange(self.count)
-            if self._shuffle:
-                np.random.default_rng((self._seed, epoch)).shuffle(order)
-            self._order = (epoch, order)
-        return self._order[1]
+        kept = self._order  # read once: another thread may ask for another epoch meanwhile
+        if kept is not None and kept[0] == epoch:
+            return kept[1]
+        order = np.arange(self.count)
+        if self._shuffle:
+            np.random.default_rng((self._seed, epoch)).shuffle(order)
+        self._order = (epoch, order)
+        return order

@@ -45,15 +45,16 @@ class Mixture:
     def draw(self, index: int, seed: int) -> tuple[str, int]:
         """The source of window `index`, counted from 0 without end, and the number of windows it gave before."""
         block, position = divmod(index, BLOCK)
-        if self._order is None or self._order[:2] != (seed, block):
+        kept = self._order  # read once: another thread may ask for another block meanwhile
+        if kept is None or kept[:2] != (seed, block):
             sources = np.repeat(np.arange(len(self._quotas)), self._quotas)
             np.random.default_rng((seed, block)).shuffle(sources)
             before = np.zeros(BLOCK, dtype=np.int64)
             for source in range(len(self._quotas)):
                 before[sources == source] = np.arange(self._quotas[source])
-            self._order = (seed, block, sources, before)
-        source = int(self._order[2][position])
-        return list(self.parts)[source], block * int(self._quotas[source]) + int(self._order[3][position])
+            self._order = kept = (seed, block, sources, before)
+        source = int(kept[2][position])
+        return list(self.parts)[source], block * int(self._quotas[source]) + int(kept[3][position])
 
     def mean(self, values: Mapping[str, float]) -> float:
         """The mean of a value of each source, as often as its windows are drawn."""

@@ -9,7 +9,7 @@ def parameter_count(config: ModelConfig) -> int:
     """All trainable parameters; a tied table is one."""
     tables = config.vocab_size * config.d_model * (1 if config.tie_embeddings else 2)
     norms = (2 * config.n_layers + 1) * config.d_model
-    return tables + norms + config.n_layers * _matrix_parameters_per_layer(config)
+    return tables + norms + matrix_parameter_count(config)
 
 
 def flops_per_token(config: ModelConfig, seq_len: int) -> int:
@@ -22,13 +22,14 @@ def flops_per_token(config: ModelConfig, seq_len: int) -> int:
     which MFU is computed, not the machine's.
     """
     head = config.vocab_size * config.d_model
-    products = config.n_layers * _matrix_parameters_per_layer(config) + head
+    products = matrix_parameter_count(config) + head
     return 6 * products + 6 * config.n_layers * config.d_model * seq_len
 
 
-def _matrix_parameters_per_layer(config: ModelConfig) -> int:
+def matrix_parameter_count(config: ModelConfig) -> int:
+    """The parameters of the layers' matrices, which are all but tables and norms."""
     d_head = config.d_model // config.n_heads
     query_and_output = 2 * config.n_heads * d_head * config.d_model
     key_and_value = 2 * config.n_kv_heads * d_head * config.d_model
     feed_forward = 3 * config.d_model * config.d_ff
-    return query_and_output + key_and_value + feed_forward
+    return config.n_layers * (query_and_output + key_and_value + feed_forward)

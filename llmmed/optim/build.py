@@ -5,8 +5,9 @@ from __future__ import annotations
 import torch
 from torch import nn
 
-from llmmed.config import OptimizerConfig
-from llmmed.model import Transformer
+from llmmed.config import ModelConfig, OptimizerConfig
+from llmmed.model import Transformer, parameter_count
+from llmmed.model.flops import matrix_parameter_count
 from llmmed.optim.adamw import build_adamw
 from llmmed.optim.muon import Muon
 
@@ -19,6 +20,12 @@ def build_optimizers(model: Transformer, config: OptimizerConfig) -> list[torch.
     hidden = _hidden_matrices(model)
     rest = [p for name, p in model.named_parameters() if name not in hidden]
     return [build_muon(model, config), *build_adamw(rest, config, model.copies)]
+
+
+def state_elements(model: ModelConfig, config: OptimizerConfig) -> int:
+    """How many float32 values the optimizers keep: AdamW two for each parameter, Muon one for each of its own."""
+    muons = 0 if config.name == "adamw" else matrix_parameter_count(model)
+    return 2 * parameter_count(model) - muons
 
 
 def build_muon(model: Transformer, config: OptimizerConfig) -> Muon:

@@ -187,7 +187,7 @@ class _Run:
             if first < train.max_steps or self.owed:
                 stop.wait_no_more()
         begun = time.perf_counter()
-        with Prefetcher(self.batches, *self._batches_of(first, train.max_steps), self.device) as source:
+        with Prefetcher(self.batches, self._windows_of(first, train.max_steps), self.device) as source:
             for step in range(first, train.max_steps):
                 if 0 < train.patience <= self.best.waited:
                     count = f"{self.best.waited} evaluation{'s' if self.best.waited > 1 else ''}"
@@ -329,7 +329,7 @@ class _Run:
             self.in_flight.add(done, None if done % train.max_skipped_steps else in_a_row, timed=False)
             return
         values = {
-            "loss": torch.stack(self.losses).mean(),
+            "loss": _mean_of_finite(torch.stack(self.losses)),
             "grad_norm": norm,
             "skipped_steps": self.stepper.skipped,
             "loss_scale": self.stepper.scale,
@@ -377,7 +377,7 @@ class _Run:
 
     def _keep_batch(self, step: int) -> str:
         """Writes the tokens of a step that was skipped, [sequences, seq + 1]; returns where."""
-        tokens = torch.cat([self.batches.get(index) for index in range(*self._batches_of(step, step + 1))])
+        tokens = torch.cat([self.batches.beginning(first) for first in self._windows_of(step, step + 1)])
         path = self.folder / "bad_batch.safetensors"
         write_atomically(path, save({"tokens": tokens}, metadata={"step": str(step + 1)}))
         return shown(path)
@@ -409,10 +409,10 @@ class _Run:
         """Trained on after `step` steps, of this process and of those before it."""
         return self.tokens_before + (step - self.first) * self.config.train.global_batch_tokens
 
-    def _batches_of(self, begin: int, end: int) -> tuple[int, int]:
-        """The first micro-batch of step `begin` and that of step `end`, by their numbers in the data."""
-        first = self._tokens(begin) // (self.config.train.micro_batch_size * self.config.train.seq_len)
-        return first, first + (end - begin) * self.count
+    def _windows_of(self, begin: int, end: int) -> range:
+        """The first window of each micro-batch of steps `begin` to `end`, by its number in the data."""
+        first, last = (self._tokens(step) // self.config.train.seq_len for step in (begin, end))
+        return range(first, last, self.config.train.micro_batch_size)
 
     def _mfu(self, tokens_per_second: float | None) -> float | None:
         if self.peak is None or tokens_per_second is None:
@@ -425,6 +425,11 @@ class _Run:
     def _synchronize(self) -> None:
         if self.device.type == "cuda":
             torch.cuda.synchronize(self.device)
+
+
+def _mean_of_finite(losses: Tensor) -> Tensor:
+    """Of losses [n], 0-d: one step that overflowed, and was skipped, says nothing about the others. NaN without any."""
+    return losses.where(losses.isfinite(), math.nan).nanmean()
 
 
 def _or_nan(value: float | None) -> float:

@@ -72,7 +72,7 @@ class JsonLines:
             entry for entry in read_metrics(path)
             if entry["step"] < from_step or (entry["step"] == from_step and not (owed and "loss" not in entry))
         ]  # fmt: skip
-        write_atomically(path, "".join(json.dumps(entry) + "\n" for entry in kept))
+        write_atomically(path, "".join(json.dumps(finite(entry)) + "\n" for entry in kept))
         self._file = path.open("a", encoding="utf-8", buffering=1)
 
     def write(self, step: int, values: Mapping[str, object]) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import queue
 import threading
+from collections.abc import Iterable
 from typing import Any
 
 import torch
@@ -16,13 +17,13 @@ _LOOK_SECONDS = 1.0  # how often a waiting step looks whether the thread is stil
 
 
 class Prefetcher:
-    """A context that yields batches `start` to `stop`, in order: which they are depends on the index alone."""
+    """A context that yields the batches beginning at these windows, in order."""
 
-    def __init__(self, batches: Batches, start: int, stop: int, device: torch.device) -> None:
+    def __init__(self, batches: Batches, windows: Iterable[int], device: torch.device) -> None:
         self._device = device
         self._queue: queue.Queue[Tensor | BaseException] = queue.Queue(maxsize=_AHEAD)
         self._stopping = threading.Event()
-        self._thread = threading.Thread(target=self._fill, args=(batches, start, stop), name="batches", daemon=True)
+        self._thread = threading.Thread(target=self._fill, args=(batches, windows), name="batches", daemon=True)
 
     def __enter__(self) -> Prefetcher:
         self._thread.start()
@@ -52,10 +53,10 @@ class Prefetcher:
                 if not alive:
                     raise RuntimeError("the thread that cuts batches ended without a word") from None
 
-    def _fill(self, batches: Batches, start: int, stop: int) -> None:
+    def _fill(self, batches: Batches, windows: Iterable[int]) -> None:
         try:
-            for index in range(start, stop):
-                batch = batches.get(index)
+            for first in windows:
+                batch = batches.beginning(first)
                 self._queue.put(batch.pin_memory() if self._device.type == "cuda" else batch)
                 if self._stopping.is_set():
                     return

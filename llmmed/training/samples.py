@@ -7,10 +7,10 @@ from pathlib import Path
 from textwrap import shorten
 
 import torch
-from tokenizers import Tokenizer
 
 from llmmed.config import Config
 from llmmed.data import Dataset
+from llmmed.data.tokenizer import read as read_tokenizer
 from llmmed.kernels.catalog import default_choice, load_kernels
 from llmmed.model import Transformer
 from llmmed.model.decode import sample
@@ -37,8 +37,8 @@ class Sampler:
         self, model: Transformer, dataset: Dataset, config: Config, folder: Path, from_step: int, *, owed: bool = False
     ) -> None:
         self._model, self._train, self._seed, self._end = model, config.train, config.seed, dataset.end_token
-        self._tokenizer = Tokenizer.from_file(str(dataset.tokenizer_file))
-        self._tokenizer.encode_special_tokens = True  # a prompt is text, like that of the training
+        assert dataset.tokenizer_file is not None
+        self._tokenizer = read_tokenizer(dataset.tokenizer_file)
         self._kernels = load_kernels(default_choice())
         self._file = JsonLines(folder / "samples.jsonl", from_step, owed=owed)
 

@@ -45,6 +45,12 @@ def test_epochs_join_where_the_batch_does_not_divide_them() -> None:
     assert sorted(visited) == sorted(list(range(10)) * 3)
 
 
+def test_a_batch_may_begin_at_any_window() -> None:
+    whole, batches = Batches(TOKENS, 8, 30, seed=1, shuffle=True).get(0), Batches(TOKENS, 8, 4, seed=1, shuffle=True)
+    for first in (0, 3, 8, 26):
+        assert torch.equal(batches.beginning(first), whole[first : first + 4])
+
+
 def test_without_shuffling_the_order_is_that_of_the_text() -> None:
     assert starts(Batches(TOKENS, 8, 4, seed=3, shuffle=False).get(0)) == [0, 1, 2, 3]
 

@@ -48,10 +48,16 @@ def test_the_last_step_is_the_floor_however_few_there_are(schedule: str, steps: 
     assert rates(schedule, steps)[-1] == pytest.approx(0.1)
 
 
+@pytest.mark.parametrize("schedule", ["cosine", "linear"])
+def test_the_peak_is_one_step(schedule: str) -> None:
+    found = rates(schedule)
+    assert [step for step, rate in enumerate(found) if rate == max(found)] == [9]
+
+
 def test_shapes() -> None:
     cosine, linear = rates("cosine"), rates("linear")
-    middle = 10 + 30
-    progress = 30 / 89
+    middle = 10 + 29
+    progress = 30 / 90
     assert cosine[middle] == pytest.approx(0.1 + 0.9 * 0.5 * (1 + math.cos(math.pi * progress)))
     assert linear[middle] == pytest.approx(1 - 0.9 * progress)
     assert rates("constant")[-1] == 1.0

@@ -28,7 +28,7 @@ from llmmed.run import run as run_everything
 from llmmed.run_folder import read_status
 from llmmed.signals import Interrupted
 from llmmed.training import checkpoint
-from llmmed.training.loop import _Run
+from llmmed.training.loop import _mean_of_finite, _Run
 from llmmed.training.metrics import JsonLines
 from tests.training.tiny import build, pattern, run, run_with, tiny_config
 
@@ -198,9 +198,7 @@ def test_a_stopped_run_goes_on_as_if_nothing_had_happened(tmp_path: Path, stop_a
 def test_steps_of_another_size_go_on_in_the_data_where_those_before_ended(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    seen: list[Tensor] = []
-    get = Batches.get
-    monkeypatch.setattr(Batches, "get", lambda self, index: (seen.append(batch := get(self, index)), batch)[1])
+    seen = seen_batches(monkeypatch)
     run(tiny_config("train.max_steps=4"), tmp_path)
     larger = tiny_config("train.max_steps=6", "train.global_batch_tokens=128")
     seen.clear()
@@ -215,6 +213,28 @@ def test_steps_of_another_size_go_on_in_the_data_where_those_before_ended(
     assert all(torch.equal(found, batches.get(4 + place)) for place, found in enumerate(resumed))
     run(replace(larger, train=replace(train, max_steps=7)), tmp_path, resume=True)
     assert read_metrics(tmp_path / "metrics.jsonl")[-2]["tokens"] == 640
+
+
+def test_micro_batches_of_another_size_repeat_and_leave_out_nothing(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Nine windows are no whole number of batches of two."""
+    seen = seen_batches(monkeypatch)
+    run(tiny_config("train.max_steps=3", "train.micro_batch_size=3"), tmp_path)
+    smaller = tiny_config("train.max_steps=5", "train.micro_batch_size=2")
+    seen.clear()
+    run(smaller, tmp_path, resume=True)
+    resumed = torch.cat(seen[-2:])
+    windows = Batches(pattern().train, 16, 4, smaller.seed, shuffle=True)
+    assert torch.equal(resumed, windows.beginning(9))
+
+
+def seen_batches(monkeypatch: pytest.MonkeyPatch) -> list[Tensor]:
+    """Grows by every batch that is cut from now on: by those of the evaluation first, then by those trained on."""
+    seen: list[Tensor] = []
+    cut = Batches.beginning
+    monkeypatch.setattr(Batches, "beginning", lambda self, first: (seen.append(batch := cut(self, first)), batch)[1])
+    return seen
 
 
 @pytest.mark.parametrize(
@@ -370,8 +390,16 @@ def test_a_run_that_diverged_is_failed_and_its_files_are_json(tmp_path: Path, mo
     assert strict(lines[-1])["val/loss"] is None
     state = strict((tmp_path / "checkpoints" / "step_00000002" / "state.json").read_text())
     assert state["last_metrics"]["val/loss"] is None
+    JsonLines(tmp_path / "metrics.jsonl", from_step=2).close()  # as a run that goes on opens it
+    assert [*map(strict, (tmp_path / "metrics.jsonl").read_text().splitlines())] == [*map(strict, lines)]
     assert math.isnan(read_metrics(tmp_path / "metrics.jsonl")[-1]["val/loss"])
     assert run(config, tmp_path, resume=True)[1].diverged
+
+
+def test_the_loss_of_steps_that_overflowed_is_left_out() -> None:
+    losses = torch.tensor([3.0, math.nan, 1.0, math.inf, -math.inf])
+    assert float(_mean_of_finite(losses)) == 2.0
+    assert math.isnan(_mean_of_finite(losses[1:2]))
 
 
 def test_a_warm_up_that_is_longer_than_the_run_is_told(tmp_path: Path) -> None:

@@ -24,7 +24,7 @@ def thread() -> threading.Thread:
 
 
 def test_batches_come_in_order() -> None:
-    with Prefetcher(batches(), 3, 20, CPU) as source:
+    with Prefetcher(batches(), range(12, 80, 4), CPU) as source:
         for index in range(3, 20):
             assert torch.equal(source.next(), batches().get(index))
 
@@ -35,7 +35,7 @@ def test_what_cutting_a_batch_raised_is_raised_where_it_is_awaited() -> None:
             raise OSError(5, "Input/output error")
 
     with (
-        Prefetcher(batches(np.arange(4000).view(Vanishing)), 0, 20, CPU) as source,
+        Prefetcher(batches(np.arange(4000).view(Vanishing)), range(20), CPU) as source,
         pytest.raises(OSError, match="Input"),
     ):
         source.next()
@@ -43,7 +43,7 @@ def test_what_cutting_a_batch_raised_is_raised_where_it_is_awaited() -> None:
 
 @pytest.mark.timeout(30)
 def test_a_thread_that_is_killed_is_not_waited_for() -> None:
-    with Prefetcher(batches(), 0, 10_000, CPU) as source:
+    with Prefetcher(batches(), range(10_000), CPU) as source:
         source.next()
         killed = thread()
         assert ctypes.pythonapi.PyThreadState_SetAsyncExc(
@@ -55,7 +55,7 @@ def test_a_thread_that_is_killed_is_not_waited_for() -> None:
 
 @pytest.mark.timeout(30)
 def test_a_thread_that_ended_without_a_word_is_not_waited_for() -> None:
-    source = Prefetcher(batches(), 0, 2, CPU)
+    source = Prefetcher(batches(), range(2), CPU)
     with source:
         source.next()
         source.next()
