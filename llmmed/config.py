@@ -72,7 +72,8 @@ class TrainConfig:
     eval_every: NonNegative  # 0: only at the end
     eval_tokens: Positive  # in windows of seq_len, one at least; all there are where there are fewer
     checkpoint_every: NonNegative  # 0: only at the end
-    keep_last: Positive  # the best is kept besides
+    keep_last: Positive
+    keep_best: bool  # besides those, the one with the best validation loss
     patience: NonNegative  # evaluations without a better validation loss that end the run; 0: it is never ended
     log_every: Positive
     max_skipped_steps: Positive  # in a row, for a loss or gradients that are not finite; then the run ends

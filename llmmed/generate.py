@@ -96,7 +96,7 @@ def generate(request: Request) -> Iterator[str]:
     device = "cuda" if torch.cuda.is_available() else "cpu"
     kernels = load_kernels(default_choice())
     length = len(prompt) + request.max_tokens
-    model = Transformer(config, kernels, torch.float32, max_seq_len=length, device=device)
+    model = Transformer(config, kernels, torch.float32, max_seq_len=length, seed=None, device=device)
     model.load_state_dict(found.model)
     tokens = sample(
         model,

@@ -141,7 +141,7 @@ def _run(config: Config, folder: Path, console: Console, started: float, stop: S
         return confirmed.to_json()
 
     with memory.advised(config.train):
-        model = build(config, plan, initial)
+        model = build(config, plan, initial, goes_on=newest is not None)
     sink = open_wandb(config, folder, as_dict(config))
     if sink is not None:
         sink.log_plan(plan, folder / "kernels.json")
@@ -191,8 +191,11 @@ def _confirm_execution(config: Config, plan: KernelPlan, launched: set[str]) -> 
     return plan.model_copy(update={"executed": compare(plan.choice, called_ops(config, plan.choice), launched)})
 
 
-def build(config: Config, plan: KernelPlan, initial: InitialWeights | None = None) -> Transformer:
-    """The model with the plan's kernels, on the run's device. Parameters are the same under every plan.
+def build(
+    config: Config, plan: KernelPlan, initial: InitialWeights | None = None, *, goes_on: bool = False
+) -> Transformer:
+    """The model with the plan's kernels, on the run's device. Parameters are the same under every plan; those of a run
+    that goes on are left to its checkpoint.
 
     Raises:
         UserError: Pins ask for implementations that do not go together.
@@ -201,7 +204,7 @@ def build(config: Config, plan: KernelPlan, initial: InitialWeights | None = Non
         kernels = load_kernels(plan.choice, plan.launches)
     except Unavailable as reason:
         raise UserError(str(reason)) from reason
-    model = Transformer.for_training(config, kernels, config.device)
+    model = Transformer.for_training(config, kernels, config.device, initialized=initial is None and not goes_on)
     if initial is not None:
         model.load_state_dict(initial.load(config.model))
     return model

@@ -37,7 +37,8 @@ class Transformer(nn.Module):
         compute_dtype: The dtype of activations, and of weights inside matrix products.
         max_seq_len: The longest sequence that `forward` accepts, in tokens. It sizes the rotary tables and nothing
             else: a checkpoint loads into a model of any length.
-        seed: Of the initial parameters, which are the same numbers on every device.
+        seed: Of the initial parameters, which are the same numbers on every device. None leaves them uninitialised, for
+            whoever loads others at once: drawing a billion takes seconds.
         device: Where the parameters are created. On `meta` they stay without values.
         checkpoint_blocks: Keeps only what enters a block and computes the rest again in the backward pass (Chen et al.
             2016, arXiv:1604.06174): the same gradients with less memory, for a third more arithmetic.
@@ -56,7 +57,7 @@ class Transformer(nn.Module):
         compute_dtype: torch.dtype,
         *,
         max_seq_len: int,
-        seed: int = 0,
+        seed: int | None = 0,
         device: torch.device | str = "cpu",
         checkpoint_blocks: bool = False,
     ) -> None:
@@ -75,10 +76,13 @@ class Transformer(nn.Module):
         self.register_buffer("sin", sin.to(device), persistent=False)
         self._embed, self._loss = _embed, _loss
         self.register_load_state_dict_post_hook(lambda model, _: model._refresh_copies())
-        self.initialize(seed)
+        if seed is not None:
+            self.initialize(seed)
 
     @classmethod
-    def for_training(cls, config: Config, kernels: Kernels, device: torch.device | str) -> Transformer:
+    def for_training(
+        cls, config: Config, kernels: Kernels, device: torch.device | str, *, initialized: bool = True
+    ) -> Transformer:
         """The model as a run trains it: its precision, sequence length, seed and activation checkpointing."""
         train = config.train
         return cls(
@@ -86,7 +90,7 @@ class Transformer(nn.Module):
             kernels,
             dtype_of(train.precision),
             max_seq_len=train.seq_len,
-            seed=config.seed,
+            seed=config.seed if initialized else None,
             device=device,
             checkpoint_blocks=train.activation_checkpointing == "block",
         )

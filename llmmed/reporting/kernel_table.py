@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
@@ -104,7 +105,8 @@ def closing_line(plan: KernelPlan) -> str:
     candidates = [candidate for op in plan.ops.values() for candidate in op.candidates.values()]
     if not any(candidate.total_ms for candidate in candidates):
         return f"Chosen: {chosen}.\n{step}[dim]For {plan.mode} mode; nothing was left to measure.[/]"
-    source = "From the tuning cache" if plan.cached else f"Found in {plan.tuning_seconds:.1f} s{_stages(plan)}"
+    found = f"Found in {plan.tuning_seconds:.1f} s{_stages(plan)}{_worth(plan)}"
+    source = "From the tuning cache" if plan.cached else found
     legend = _LEGEND
     if any(candidate.peak_memory_mib is not None for candidate in candidates):
         legend += _LEGEND_OF_MEMORY
@@ -134,6 +136,15 @@ def _stages(plan: KernelPlan) -> str:
     """Where the time went, by stage; what took less than a second is not told."""
     told = ", ".join(f"{name} {seconds:.0f} s" for name, seconds in plan.tuning_stages.items() if seconds >= 1)
     return f" ({told})" if told else ""
+
+
+def _worth(plan: KernelPlan) -> str:
+    """How many steps save what the search took: a single shorter run would be over sooner without it."""
+    gain_ms = 0.0 if plan.step is None else plan.step.default.ms - plan.step.chosen.ms
+    if gain_ms <= 0:
+        return ""
+    steps = math.ceil(plan.tuning_seconds * 1000 / gain_ms)
+    return f", won back in {steps:,} steps of this run and later ones"
 
 
 _COLUMNS: tuple[Column[Candidate], ...] = (

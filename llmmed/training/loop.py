@@ -206,7 +206,7 @@ class _Run:
                 stopping = stop.name  # read once: a signal that comes later waits for the next step
                 due = train.checkpoint_every and done % train.checkpoint_every == 0
                 ends = done == train.max_steps or 0 < train.patience <= self.best.waited
-                if due or ends or stopping or self.best.step == done:
+                if due or ends or stopping or (train.keep_best and self.best.step == done):
                     paused = True
                     self._log_finished(progress)
                     self.training_seconds = self.seconds_before + time.perf_counter() - begun
@@ -402,7 +402,8 @@ class _Run:
             "losses": finite(torch.stack(self.losses).tolist()) if self.losses else [],
         }
         model = self.model.state_dict()
-        keep, best = self.config.train.keep_last, self.best.step or None
+        keep = self.config.train.keep_last
+        best = self.best.step or None if self.config.train.keep_best else None
         checkpoint.save(self.folder / "checkpoints", step, model, self.stepper.tensors(), state, keep, best)
 
     def _tokens(self, step: int) -> int:

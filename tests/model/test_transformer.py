@@ -155,6 +155,16 @@ def test_parameters_do_not_depend_on_the_kernels_or_the_length(tiny: ModelConfig
     other.load_state_dict(model.state_dict())
 
 
+def test_parameters_that_are_loaded_are_not_drawn_before(
+    tiny: ModelConfig, kernels: Kernels, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    drawn = Transformer(tiny, kernels, torch.float32, max_seq_len=SEQ, seed=3)
+    monkeypatch.setattr(Transformer, "initialize", pytest.fail)
+    empty = Transformer(tiny, kernels, torch.float32, max_seq_len=SEQ, seed=None)
+    empty.load_state_dict(drawn.state_dict())
+    assert all(map(torch.equal, drawn.parameters(), empty.parameters()))
+
+
 @pytest.mark.parametrize(
     ("backend", "dtype", "tolerance"),
     [

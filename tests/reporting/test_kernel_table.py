@@ -121,8 +121,13 @@ def test_times_in_the_step_are_those_of_a_step() -> None:
     )  # fmt: skip
     better = make_plan().model_copy(update={"step": step})
     assert "In the step: 10.0 ms a step; 12.0 with PyTorch's" in printed(better, 200)
+    assert "Found in 12.3 s, won back in 6,170 steps of this run and later ones, for eager mode." in printed(
+        better, 300
+    )
+    assert "won back" not in printed(better.model_copy(update={"cached": True}), 300)
     same = make_plan().model_copy(update={"step": step.model_copy(update={"chosen": times})})
     assert "In the step: 12.0 ms a step." in printed(same, 200)
+    assert "won back" not in printed(same, 300)
 
 
 def test_a_stranger_is_told_what_the_columns_are() -> None:

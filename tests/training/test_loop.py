@@ -427,6 +427,10 @@ def test_only_the_last_checkpoints_and_the_best_are_kept(tmp_path: Path) -> None
     assert losses[result.best_step] == result.best_val_loss
     kept = sorted(p.name for p in (tmp_path / "checkpoints").iterdir())
     assert kept == [f"step_{step:08d}" for step in (result.best_step, 9, 12)]
+    _, again = run(replace_train(config, keep_best=False), tmp_path / "without")
+    assert again.best_step == result.best_step
+    kept = sorted(p.name for p in (tmp_path / "without" / "checkpoints").iterdir())
+    assert kept == ["step_00000009", "step_00000012"]
 
 
 def test_patience_ends_a_run_that_gets_no_better(tmp_path: Path) -> None:
