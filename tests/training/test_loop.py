@@ -9,7 +9,6 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
@@ -30,7 +29,7 @@ from llmmed.signals import Interrupted
 from llmmed.training import checkpoint
 from llmmed.training.loop import _mean_of_finite, _Run
 from llmmed.training.metrics import JsonLines
-from tests.training.tiny import build, pattern, run, run_with, tiny_config
+from tests.training.tiny import SignalsAt, build, pattern, run, run_with, tiny_config
 
 ARGUMENTS = ["experiment=smoke", "data=synthetic", "kernels=pytorch", "model.vocab_size=64", "train.seq_len=16",
              "train.micro_batch_size=4", "train.eval_every=0", "train.log_every=5", "hydra.run.dir=run"]  # fmt: skip
@@ -145,20 +144,6 @@ def test_a_signal_ends_it_after_the_step_with_a_checkpoint(
     status = json.loads((tmp_path / "run" / "status.json").read_text())
     assert status["state"] == "interrupted"
     assert checkpoint.load_latest(tmp_path / "run" / "checkpoints") is not None
-
-
-class SignalsAt:
-    """A sink that sends a signal while a step is logged."""
-
-    def __init__(self, step: int) -> None:
-        self.step = step
-
-    def log(self, metrics: Mapping[str, float], step: int) -> None:
-        if step == self.step and "loss" in metrics:
-            os.kill(os.getpid(), signal.SIGTERM)
-
-    def finish(self, summary: Mapping[str, object], status: str) -> None:
-        pass
 
 
 def test_a_signal_after_a_step_waits_for_no_other(tmp_path: Path) -> None:
@@ -348,6 +333,11 @@ def test_accumulated_micro_batches_equal_one_batch(tmp_path: Path) -> None:
     parts = tiny_config("train.max_steps=4", "train.micro_batch_size=1", "train.global_batch_tokens=64")
     first, _ = run(whole, tmp_path / "whole")
     second, _ = run(parts, tmp_path / "parts")
+    logged = [
+        [[entry["loss"], entry["grad_norm"]] for entry in read_metrics(folder / "metrics.jsonl") if "loss" in entry]
+        for folder in (tmp_path / "whole", tmp_path / "parts")
+    ]
+    torch.testing.assert_close(torch.tensor(logged[1]), torch.tensor(logged[0]), rtol=1e-4, atol=0)
     for (name, expected), (_, found) in zip(first.named_parameters(), second.named_parameters(), strict=True):
         torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-5, msg=name)
 

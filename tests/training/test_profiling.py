@@ -9,8 +9,7 @@ from pathlib import Path
 import pytest
 
 from llmmed.signals import Interrupted
-from tests.training.test_loop import SignalsAt
-from tests.training.tiny import run, tiny_config
+from tests.training.tiny import SignalsAt, run, tiny_config
 
 
 def events(folder: Path) -> list[str]:

@@ -9,35 +9,87 @@ import torch
 from torch import Tensor
 
 from llmmed.config import Config
-from llmmed.model import Transformer
+from llmmed.model import IGNORE_INDEX, Transformer
 from llmmed.training import checkpoint
 from llmmed.training.micro_step import LaunchedMicroStep
 from llmmed.training.step import Stepper
-from tests.training.tiny import build, tiny_config
+from tests.training.tiny import build, relative_error, tiny_config
 
 TOKENS = torch.arange(17).repeat(4, 1)
+FIRST_MOMENTS = {"exp_avg": 0.1, "momentum_buffer": 0.05}  # AdamW's and Muon's: the weight of the newest gradient
 
 
 def stepper_of(model: Transformer, config: Config) -> Stepper:
     return Stepper(model, LaunchedMicroStep(model, list(model.parameters())), config)
 
 
-def test_clipping_is_that_of_torch() -> None:
-    config = tiny_config("train.grad_clip=0.05", "optimizer.weight_decay=0", "optimizer.warmup_steps=0")
+def first_moments(stepper: Stepper) -> list[tuple[Tensor, float]]:
+    """Of each parameter, in their order, with the weight of the newest gradient: they know a gradient's scale, which
+    AdamW's and Muon's updates do not."""
+    found = sorted(stepper.tensors().items())
+    return [(tensor, FIRST_MOMENTS[key]) for name, tensor in found if (key := name.partition(".")[2]) in FIRST_MOMENTS]
+
+
+def noise(rows: int) -> Tensor:
+    """Sequences [rows, seq + 1] of random tokens: the gradients of any two differ."""
+    return torch.randint(64, (rows, 17), generator=torch.Generator().manual_seed(0))
+
+
+@pytest.mark.parametrize("optimizer", ["adamw", "muon"])
+@pytest.mark.parametrize("grad_clip", [0.05, 100.0])
+def test_accumulated_gradients_are_those_of_one_batch(optimizer: str, grad_clip: float) -> None:
+    config = tiny_config(f"optimizer={optimizer}", f"train.grad_clip={grad_clip}")
+    whole, parts = build(config), build(config)
+    first, second = stepper_of(whole, config), stepper_of(parts, config)
+    for step in range(2):
+        parts.load_state_dict(whole.state_dict())  # Muon's iteration, in 16 bits, makes more of a rounding
+        loss, norm = first.run(step, [noise(4)], 1)
+        assert (norm > grad_clip) == (grad_clip < 1)
+        torch.testing.assert_close(second.run(step, noise(4).split(1), 4), (loss, norm))
+        for (found, _), (expected, _) in zip(first_moments(second), first_moments(first), strict=True):
+            assert relative_error(found, expected) < 1e-4
+
+
+@pytest.mark.parametrize("optimizer", ["adamw", "muon"])
+def test_micro_batches_count_alike_however_many_of_their_targets_are_ignored(optimizer: str) -> None:
+    config = tiny_config(f"optimizer={optimizer}", "train.grad_clip=0")
+    model = build(config)
+    smallest = torch.tensor([[32], [8], [0]])
+    batches = (noise(3) // 2 + smallest).split(1)  # none, most and all of whose tokens are below 32
+
+    def mean_loss(tokens: Tensor, targets: Tensor, scale: Tensor) -> Tensor:
+        result: Tensor = model(tokens, targets.where(targets >= 32, IGNORE_INDEX), scale)
+        return result
+
+    losses = torch.stack([mean_loss(batch[:, :-1], batch[:, 1:], torch.ones(())) for batch in batches])
+    assert (losses > 0).tolist() == [True, True, False]
+    gradients = torch.autograd.grad(losses.mean(), list(model.parameters()))
+    stepper = Stepper(model, LaunchedMicroStep(mean_loss, list(model.parameters())), config)
+    loss, norm = stepper.run(0, batches, 3)
+    torch.testing.assert_close(loss, losses.detach().mean())
+    torch.testing.assert_close(norm, torch.nn.utils.get_total_norm(gradients))
+    for (found, weight), gradient in zip(first_moments(stepper), gradients, strict=True):
+        assert relative_error(found, weight * gradient) < 1e-4
+
+
+@pytest.mark.parametrize("optimizer", ["adamw", "muon"])
+@pytest.mark.parametrize("grad_clip", [0.05, 100.0])
+def test_clipping_is_that_of_torch(optimizer: str, grad_clip: float) -> None:
+    config = tiny_config(f"optimizer={optimizer}", f"train.grad_clip={grad_clip}", "optimizer.warmup_steps=0")
     ours, theirs = build(config), build(config)
     stepper = stepper_of(ours, config)
-    reference = torch.optim.AdamW(theirs.parameters(), lr=config.optimizer.lr, betas=(0.9, 0.95), weight_decay=0)
+    means = [torch.zeros_like(parameter) for parameter in theirs.parameters()]
     for step in range(3):
-        _, norm = stepper.run(step, [TOKENS], 1)
+        theirs.load_state_dict(ours.state_dict())
+        theirs.zero_grad()
         theirs(TOKENS[:, :-1], TOKENS[:, 1:]).backward()
-        expected = torch.nn.utils.clip_grad_norm_(theirs.parameters(), 0.05)
-        assert expected > 0.05
-        reference.param_groups[0]["lr"] = stepper.optimizers[0].param_groups[0]["lr"].item()
-        reference.step()
-        reference.zero_grad()
+        expected = torch.nn.utils.clip_grad_norm_(theirs.parameters(), grad_clip)
+        assert (expected > grad_clip) == (grad_clip < 1)
+        _, norm = stepper.run(step, [TOKENS], 1)
         torch.testing.assert_close(norm, expected)
-    for mine, other in zip(ours.parameters(), theirs.parameters(), strict=True):
-        torch.testing.assert_close(mine, other, rtol=1e-5, atol=1e-6)
+        for mean, (found, weight), other in zip(means, first_moments(stepper), theirs.parameters(), strict=True):
+            assert other.grad is not None
+            assert relative_error(found, mean.lerp_(other.grad, weight)) < 1e-4
 
 
 def test_an_overflow_skips_the_step_and_halves_the_scale() -> None:
@@ -88,14 +140,18 @@ def test_a_step_that_is_not_finite_is_skipped_whatever_the_optimizer(optimizer: 
     assert (int(stepper.skipped), int(stepper.skipped_in_a_row)) == (2, 2)
 
 
-def test_the_scale_does_not_change_the_update() -> None:
-    config = tiny_config("train.precision=fp32")
+@pytest.mark.parametrize("optimizer", ["adamw", "muon"])
+@pytest.mark.parametrize("grad_clip", [0.05, 0.0])
+def test_the_scale_does_not_change_the_update(optimizer: str, grad_clip: float) -> None:
+    config = tiny_config("train.precision=fp32", f"optimizer={optimizer}", f"train.grad_clip={grad_clip}")
     plain, scaled = build(config), build(config)
     first, second = stepper_of(plain, config), stepper_of(scaled, config)
     second.scale.fill_(1024.0)
     for step in range(2):
-        first.run(step, [TOKENS], 1)
-        second.run(step, [TOKENS], 1)
+        expected, found = (stepper.run(step, [TOKENS], 1) for stepper in (first, second))
+        for (mine, _), (other, _) in zip(first_moments(first), first_moments(second), strict=True):
+            assert relative_error(other, mine) < 1e-4
+        torch.testing.assert_close(found, expected)
     for mine, other in zip(plain.parameters(), scaled.parameters(), strict=True):
         torch.testing.assert_close(mine, other, rtol=1e-5, atol=1e-7)
 
