@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,26 +12,33 @@ import torch
 
 from llmmed.files import finite, read_metrics, write_atomically
 
-# Dense peak in TFLOP/s for bf16 and fp16 products, from the vendors' data sheets, by a part of the GPU's name.
+# Dense peak in TFLOP/s for bf16 and fp16 products with sums in fp32, from NVIDIA's data sheets, by the GPU's whole
+# name: a slice of one (MIG), a virtual one and a variant of another name (D, Ti, Laptop) compute at other rates.
 _PEAK_TFLOPS = {
-    "B200": 2250.0,
-    "B100": 1750.0,
-    "GH200": 989.0,
-    "H200": 989.0,
-    "H100 PCIe": 756.0,
-    "H100 NVL": 835.0,
-    "H100": 989.0,
-    "A100": 312.0,
-    "A800": 312.0,
-    "A40": 149.7,
-    "A10G": 70.0,
-    "A10": 125.0,
-    "L40S": 362.0,
-    "L40": 181.0,
-    "L4": 121.0,
-    "RTX 5090": 209.5,
-    "RTX 4090": 165.2,
-    "RTX 3090": 71.0,
+    "NVIDIA B200": 2250.0,
+    "NVIDIA GH200 480GB": 989.0,
+    "NVIDIA GH200 120GB": 989.0,
+    "NVIDIA GH200 144G HBM3e": 989.0,
+    "NVIDIA H200": 989.0,
+    "NVIDIA H200 NVL": 835.0,
+    "NVIDIA H100 80GB HBM3": 989.0,
+    "NVIDIA H100 PCIe": 756.0,
+    "NVIDIA H100 NVL": 835.0,
+    "NVIDIA A100-SXM4-40GB": 312.0,
+    "NVIDIA A100-SXM4-80GB": 312.0,
+    "NVIDIA A100-PCIE-40GB": 312.0,
+    "NVIDIA A100 80GB PCIe": 312.0,
+    "NVIDIA A800-SXM4-80GB": 312.0,
+    "NVIDIA A800 80GB PCIe": 312.0,
+    "NVIDIA A40": 149.7,
+    "NVIDIA A10": 125.0,
+    "NVIDIA A10G": 70.0,
+    "NVIDIA L40S": 362.0,
+    "NVIDIA L40": 181.0,
+    "NVIDIA L4": 121.0,
+    "NVIDIA GeForce RTX 5090": 209.5,
+    "NVIDIA GeForce RTX 4090": 165.2,
+    "NVIDIA GeForce RTX 3090": 71.0,
 }
 
 
@@ -86,14 +92,7 @@ def peak_tflops(device: torch.device, precision: str) -> float | None:
     """The GPU's dense peak for the precision, or None where it is not known or not the precision of the table."""
     if device.type != "cuda" or precision == "fp32":
         return None
-    return _peak_of(torch.cuda.get_device_name(device))
-
-
-def _peak_of(name: str) -> float | None:
-    """Whole words only: an RTX A4000 is no A40, and a laptop's GPU is another than the card of that number."""
-    if "Laptop" in name:
-        return None
-    return next((peak for part, peak in _PEAK_TFLOPS.items() if re.search(rf"\b{part}\b", name)), None)
+    return _PEAK_TFLOPS.get(torch.cuda.get_device_name(device))
 
 
 def draw_loss(metrics: list[dict[str, float]], path: Path) -> None:
