@@ -115,7 +115,7 @@ def _step(result: StepResult) -> Iterator[str]:
     for shape in result.shapes:
         yield (
             f"### {shape.size}\n\n{shape.parameters / 1e6:,.1f} M parameters, vocabulary {shape.vocabulary:,}, "
-            f"{shape.batch} x {shape.seq_len} tokens a step, {shape.precision}, {shape.optimizer}\n"
+            f"{shape.tokens} a step, {shape.precision}, {shape.optimizer}\n"
         )
         rows = [row for row in result.rows if row.size == shape.size]
         yield markdown(rows)

@@ -119,11 +119,18 @@ class StepShape(_Frozen):
 
     size: str
     parameters: int
-    batch: int
+    batch: int  # sequences of a micro-batch
     seq_len: int
+    micro_batches: int = 1  # of a step; files without it are read as of one
     vocabulary: int
     precision: str
     optimizer: str
+
+    @property
+    def tokens(self) -> str:
+        """Those of a step: `32 x 1024 tokens`, or `32 x 1024 tokens x 4 micro-batches`."""
+        accumulated = f" x {self.micro_batches} micro-batches" if self.micro_batches > 1 else ""
+        return f"{self.batch} x {self.seq_len} tokens{accumulated}"
 
 
 class StepResult(_Frozen):

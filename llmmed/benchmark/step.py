@@ -21,6 +21,7 @@ from llmmed.benchmark.contestants import CONTESTANTS, Contestant
 from llmmed.benchmark.results import StepRow, StepShape
 from llmmed.benchmark.settings import ALL, StepSettings, config_of
 from llmmed.benchmark.step_worker import StepFound, StepJob
+from llmmed.compose import accumulation_steps
 from llmmed.config import Config
 from llmmed.model import flops_per_token, parameter_count
 from llmmed.processes import how_it_ended, last_line, started_process
@@ -229,6 +230,7 @@ def _shape(config: Config) -> StepShape:
         parameters=parameter_count(config.model),
         batch=config.train.micro_batch_size,
         seq_len=config.train.seq_len,
+        micro_batches=accumulation_steps(config.train),
         vocabulary=config.model.vocab_size,
         precision=config.train.precision,
         optimizer=config.optimizer.name,

@@ -39,7 +39,7 @@ def show(result: OpsResult | StepResult, console: Console) -> None:
             _group(op, f"{size}, {mode}: {rows[0].shapes}", rows, _OPS, console)
     else:
         for shape in result.shapes:
-            told = f"{shape.parameters / 1e6:,.1f} M parameters, {shape.batch} x {shape.seq_len} tokens"
+            told = f"{shape.parameters / 1e6:,.1f} M parameters, {shape.tokens}"
             rows_of = by_speed([row for row in result.rows if row.size == shape.size])
             left_out = _INTERVAL if console.width < 110 else _SPREAD
             columns = [column for column in _step_columns(rows_of) if column is not left_out]

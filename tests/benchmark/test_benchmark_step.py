@@ -22,7 +22,7 @@ from llmmed.benchmark.step import _compared
 from llmmed.benchmark.step_worker import StepFound, StepJob
 from llmmed.reporting import benchmark_plots
 from llmmed.reporting.benchmark_plots import GROUPS
-from tests.benchmark.samples import STEP, TINY, benchmark
+from tests.benchmark.samples import STEP, TINY, benchmark, step_result
 
 
 @pytest.mark.slow
@@ -145,6 +145,25 @@ def test_the_label_of_a_size_is_no_contestants_own(tmp_path: Path, monkeypatch: 
     result, _ = benchmark(tmp_path, *TINY, *STEP, "contestants=plain_fp16,plain_eager")
     assert isinstance(result, StepResult)
     assert [shape.precision for shape in result.shapes] == ["fp32"]
+
+
+@pytest.mark.parametrize(("accumulation", "told"), [(1, "2 x 16 tokens"), (3, "2 x 16 tokens x 3 micro-batches")])
+def test_the_tokens_of_a_step_are_those_of_all_its_micro_batches(
+    accumulation: int, told: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(step._Entry, "_process", lambda *_: StepFound(status="crashed"))
+    tokens = f"train.global_batch_tokens={accumulation * 2 * 16}"
+    _, shown = benchmark(tmp_path, *TINY, *STEP, "contestants=plain_eager", tokens)
+    assert f"M parameters, {told}, fp32" in shown
+    write_page([tmp_path], tmp_path / "page.md")
+    assert f"{told} a step, fp32" in (tmp_path / "page.md").read_text()
+
+
+def test_results_from_before_micro_batches_were_told_can_be_read() -> None:
+    stored = json.loads(step_result().model_dump_json())
+    for shape in stored["shapes"]:
+        del shape["micro_batches"]
+    assert StepResult.model_validate(stored) == step_result()
 
 
 def trained(name: str, norm: float = 1.0, last: float = 10.8, update: float = 5e-4) -> StepRow:
