@@ -38,7 +38,10 @@ _BLUE, _RED = "#0072B2", "#D55E00"  # told apart by colour-blind readers
 
 @dataclass(frozen=True)
 class JobSummary:
-    """What one run came to. Of a run that did not finish, the numbers are the last that it wrote."""
+    """What one run came to. Of a run that did not finish, the numbers are the last that it wrote.
+
+    Its speed and MFU are those of the median interval, as a finished run's are.
+    """
 
     job: str  # its overrides, for people
     folder: str  # relative to the sweep's folder
@@ -114,12 +117,11 @@ def summarize_run(folder: Path) -> JobSummary:
         )
     metrics = metrics_of(folder)
     last: dict[str, Any] = {key: value for entry in metrics for key, value in entry.items()}
-    speeds = [entry["tokens_per_second"] for entry in metrics if entry.get("tokens_per_second")]
     return replace(
         job,
         steps=last.get("step"),
-        tokens_per_second=statistics.median(speeds) if speeds else None,
-        mfu=last.get("mfu"),
+        tokens_per_second=_median(metrics, "tokens_per_second"),
+        mfu=_median(metrics, "mfu"),  # proportional to the speed, so that of the median speed
         peak_memory_gib=last.get("memory_gib"),
         train_loss=last.get("loss"),
         val_loss=last.get("val/loss"),
@@ -286,6 +288,12 @@ def _folded(name: str, width: int = 36) -> str:
     """In lines of a bearable length, without what matplotlib would take for mathematics."""
     lines = [part for line in name.split("\n") for part in textwrap.wrap(line, width, break_on_hyphens=False)]
     return "\n".join(lines).replace("$", r"\$")
+
+
+def _median(metrics: Sequence[dict[str, float]], key: str) -> float | None:
+    """Over the intervals in which something was trained."""
+    values = [entry[key] for entry in metrics if entry.get(key)]
+    return statistics.median(values) if values else None
 
 
 def _job_folders(folder: Path) -> Iterator[Path]:

@@ -103,6 +103,17 @@ def test_the_summary_of_an_earlier_run_in_the_folder_does_not_count(tmp_path: Pa
     assert sweep_summary.summarize_run(job).train_loss == 7.5
 
 
+def test_speed_and_utilisation_of_an_unfinished_run_are_of_the_same_interval(tmp_path: Path) -> None:
+    job = make_job(tmp_path / "a", ["seed=1"], "interrupted")
+    speeds = [0.0, 300.0, 200.0, 50.0]
+    entries = [{"step": 1, "loss": 9.0}] + [
+        {"step": 10 * place, "tokens_per_second": speed, "mfu": speed / 1000} for place, speed in enumerate(speeds)
+    ]
+    (job / "metrics.jsonl").write_text("".join(json.dumps(entry) + "\n" for entry in entries))
+    told = sweep_summary.summarize_run(job)
+    assert (told.tokens_per_second, told.mfu) == (200.0, 0.2)
+
+
 def test_utilisation_is_in_every_table_and_fits(tmp_path: Path) -> None:
     job = make_job(tmp_path / "a", ["kernels=auto"], "finished")
     write(job / "summary.json", SUMMARY | {"mfu": 0.4321, "tokens_per_second": 1654716.0})
