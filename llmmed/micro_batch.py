@@ -39,7 +39,7 @@ def resolve(composed: DictConfig, overrides: Sequence[str], folder: Path, report
     """
     if not compose.asks_for_auto_batch(composed):
         return composed
-    config = compose.validate(composed, overrides)
+    config = compose.validate(composed, overrides, typed=())  # refused before if it had to be
     sizes = divisors(config.train)
     size = _of_checkpoint(folder) if config.train.resume is not None else None
     if size is not None:

@@ -7,8 +7,9 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 
-from llmmed.config import Config, DataConfig
+from llmmed.config import Config, DataConfig, KernelsConfig, LoggerConfig
 from llmmed.errors import UserError
+from llmmed.kernels.catalog import DEFAULT
 
 _SOURCES_THAT_USE = {
     "path": ("text", "hub"),
@@ -47,11 +48,39 @@ def _unused(config: Config) -> Iterator[tuple[str, str, str]]:
         yield "optimizer.momentum", "optimizer=adamw", "add optimizer=muon"
     if optimizer.schedule != "wsd":
         yield "optimizer.decay_ratio", f"optimizer.schedule={optimizer.schedule}", "add optimizer.schedule=wsd"
+    if optimizer.schedule == "constant":
+        yield "optimizer.min_lr_ratio", "optimizer.schedule=constant", "add optimizer.schedule=cosine, linear or wsd"
+    yield from _unused_of_kernels(config.kernels)
+    yield from _unused_of_logger(config.logger)
     if not config.train.sample_every:
         yield "train.sample_tokens", "train.sample_every=0", "add train.sample_every=<steps between two samples>"
         yield "train.sample_prompts", "train.sample_every=0", "add train.sample_every=<steps between two samples>"
     if config.train.patience and not config.train.eval_every:
         yield "train.patience", "train.eval_every=0", "add train.eval_every=<steps between two evaluations>"
+
+
+def _unused_of_kernels(kernels: KernelsConfig) -> Iterator[tuple[str, str, str]]:
+    """How one is chosen, where none is; how one that is asked for is proved, where PyTorch alone is.
+
+    `on_unavailable` is for what may happen, and refused nowhere.
+    """
+    chosen = f"kernels={kernels.policy}"
+    asked = kernels.plan is not None or any(name not in (None, DEFAULT) for name in kernels.pin.values())
+    if kernels.policy != "auto":
+        yield "kernels.objective", chosen, "add kernels=auto"
+        yield "kernels.margin", chosen, "add kernels=auto"
+        if kernels.memory_budget_gib is not None:
+            yield "kernels.memory_budget_gib", chosen, "add kernels=auto"
+    if kernels.policy == "pytorch" and not asked:
+        for key in ("budget_seconds", "candidate_seconds", "cache"):
+            yield f"kernels.{key}", chosen, "add kernels=auto"
+
+
+def _unused_of_logger(logger: LoggerConfig) -> Iterator[tuple[str, str, str]]:
+    if logger.mode == "disabled":
+        for key in ("project", "entity", "group", "tags", "timeout_seconds"):
+            if getattr(logger, key) not in (None, []):
+                yield f"logger.{key}", "logger.mode=disabled (logger=none)", "add logger.mode=offline or online"
 
 
 def _unused_of_source(prefix: str, source: DataConfig, retries: bool) -> Iterator[tuple[str, str, str]]:

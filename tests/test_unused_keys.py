@@ -8,8 +8,10 @@ import pytest
 
 from llmmed.compose import compose, compose_yaml, validate
 from llmmed.errors import UserError
+from tests.reporting.test_kernel_table import make_plan
 
 TEXT, HUB = ["data=text", "data.path=notes.txt"], ["data=hub", "data.path=someone/notes"]
+TRIED = ["kernels.budget_seconds=9", "kernels.candidate_seconds=9", "kernels.cache=none"]
 MIXTURE = ["data=mixture", "data.sources.text.path=notes.txt"]
 
 
@@ -33,6 +35,26 @@ def _notes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         (["tokenizer.path=folder"], "tokenizer.path is not used by tokenizer=bpe; add tokenizer=hub"),
         (["optimizer.momentum=0.9"], "optimizer.momentum is not used by optimizer=adamw; add optimizer=muon"),
         (["optimizer.decay_ratio=0.1"], "optimizer.decay_ratio is not used by optimizer.schedule=cosine"),
+        (
+            ["optimizer.schedule=constant", "optimizer.min_lr_ratio=0"],
+            "optimizer.min_lr_ratio is not used by optimizer.schedule=constant; add optimizer.schedule=cosine",
+        ),
+        (["optimizer.schedule=constant", "optimizer.decay_ratio=0.1"], "add optimizer.schedule=wsd"),
+        (["logger=none", "logger.project=x"], "logger.project is not used by logger.mode=disabled (logger=none)"),
+        (["logger=none", "logger.entity=x"], "logger.entity is not used"),
+        (["logger=none", "logger.group=x"], "logger.group is not used"),
+        (["logger=none", "logger.tags=[x]"], "logger.tags is not used"),
+        (["logger=wandb", "logger.mode=disabled", "logger.timeout_seconds=9"], "add logger.mode=offline or online"),
+        (["kernels=pytorch", "kernels.objective=memory"], "kernels.objective is not used by kernels=pytorch"),
+        (["kernels=triton", "kernels.objective=memory"], "kernels.objective is not used by kernels=triton"),
+        (["kernels=pytorch", "kernels.memory_budget_gib=1"], "kernels.memory_budget_gib is not used"),
+        (["kernels=triton", "kernels.memory_budget_gib=1"], "kernels.memory_budget_gib is not used"),
+        (["kernels=pytorch", "kernels.margin=0"], "kernels.margin is not used by kernels=pytorch; add kernels=auto"),
+        (["kernels=pytorch", "kernels.pin.rms_norm=compiled", "kernels.margin=0"], "kernels.margin is not used"),
+        (["kernels=pytorch", "kernels.budget_seconds=9"], "kernels.budget_seconds is not used by kernels=pytorch"),
+        (["kernels=pytorch", "kernels.candidate_seconds=9"], "kernels.candidate_seconds is not used"),
+        (["kernels=pytorch", "kernels.cache=refresh"], "kernels.cache is not used"),
+        (["kernels=pytorch", "kernels.pin.rms_norm=pytorch", "kernels.cache=none"], "kernels.cache is not used"),
         (["train.patience=3", "train.eval_every=0"], "train.patience is not used by train.eval_every=0"),
         (["train.sample_tokens=5", "train.sample_every=0"], "train.sample_tokens is not used by train.sample_every=0"),
     ],
@@ -54,6 +76,11 @@ def test_what_a_resumed_run_was_started_with_is_not_refused() -> None:
         validate(composed, [*earlier, *typed])
 
 
+def test_a_plan_is_verified_and_its_ops_may_fall_back(tmp_path: Path) -> None:
+    make_plan().write(tmp_path / "kernels.json")
+    compose(["kernels=pytorch", "kernels.plan=kernels.json", "kernels.on_unavailable=fallback", *TRIED])
+
+
 @pytest.mark.parametrize(
     "overrides",
     [
@@ -62,6 +89,13 @@ def test_what_a_resumed_run_was_started_with_is_not_refused() -> None:
         [*HUB, "data.streaming=true", "data.subset=a", "data.split=test", "data.revision=main", "data.retries=1"],
         ["data.retries=1", "tokenizer=hub", "optimizer=muon", "optimizer.momentum=0.9"],
         ["optimizer.schedule=wsd", "optimizer.decay_ratio=0.1", "train.patience=3", "train.eval_every=5"],
+        *([f"optimizer.schedule={schedule}", "optimizer.min_lr_ratio=0"] for schedule in ("cosine", "linear", "wsd")),
+        ["logger=none", "logger.entity=null", "logger.tags=[]", "kernels=pytorch", "kernels.memory_budget_gib=null"],
+        ["logger=wandb", "logger.project=x", "logger.tags=[x]", "logger.timeout_seconds=9"],
+        ["kernels=auto", "kernels.objective=memory", "kernels.memory_budget_gib=1", "kernels.margin=0", *TRIED],
+        ["kernels=auto", "kernels.on_unavailable=fallback"],
+        ["kernels=triton", "kernels.on_unavailable=fallback", *TRIED],
+        ["kernels=pytorch", "kernels.pin.rms_norm=compiled", "kernels.on_unavailable=fallback", *TRIED],
     ],
 )
 def test_what_is_used_or_only_in_yaml_is_not(overrides: list[str]) -> None:

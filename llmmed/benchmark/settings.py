@@ -79,13 +79,19 @@ def compose_benchmark(overrides: Sequence[str] = (), own: Sequence[str] = ()) ->
     `own` come after them: what a benchmark itself sets for a contestant or a dtype.
     """
     written = [*as_lists(overrides), *as_lists(own)]
-    settings, config = validate(compose.compose_yaml(written, config_name=CONFIG_NAME), written)
+    composed = compose.compose_yaml(written, config_name=CONFIG_NAME)
+    settings, config = validate(composed, written, typed=() if own else None)  # a contestant need not use every key
     _refuse_what_would_not_count(settings, as_lists(overrides))
     return settings, config
 
 
-def validate(composed: DictConfig, overrides: Sequence[str] = ()) -> tuple[Settings, Config]:
-    """The benchmark's own settings and the run's configuration. Raises `UserError`."""
+def validate(
+    composed: DictConfig, overrides: Sequence[str] = (), *, typed: Sequence[str] | None = None
+) -> tuple[Settings, Config]:
+    """The benchmark's own settings and the run's configuration. Raises `UserError`.
+
+    `typed` are those of the overrides that are refused where nothing reads their keys; None for all.
+    """
     try:
         values: Any = OmegaConf.to_container(composed, resolve=True, throw_on_missing=True)
     except omegaconf.errors.OmegaConfBaseException as error:
@@ -98,7 +104,7 @@ def validate(composed: DictConfig, overrides: Sequence[str] = ()) -> tuple[Setti
         raise UserError(compose.explain_validation(error, overrides).removeprefix(f"{values.get('kind')}.")) from error
     _check(settings, overrides)
     run = OmegaConf.create({key: value for key, value in values.items() if key in known})
-    return settings, compose.validate(run, overrides)
+    return settings, compose.validate(run, overrides, typed=typed)
 
 
 def config_of(size: str | None, dtype: DtypeName | None, overrides: Sequence[str], own: Sequence[str] = ()) -> Config:
@@ -152,6 +158,7 @@ _ELSEWHERE = {  # keys that a benchmark sets itself -> what to write instead
         "train.compile": "each contestant has a mode of its own; write contestants=ours_eager,plain_eager",
         "optimizer.schedule": "all contestants train at a constant rate, and speed does not hang on it; leave it out",
         "optimizer.warmup_steps": "all contestants train at a constant rate from the first step on; leave it out",
+        "optimizer.min_lr_ratio": "all contestants train at a constant rate; leave it out",
     },
 }
 

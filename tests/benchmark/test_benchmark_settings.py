@@ -48,6 +48,7 @@ def test_lists_need_no_brackets_and_a_mistake_is_one_line() -> None:
         ("benchmark=step train.compile=eager", "contestants=ours_eager,plain_eager"),
         ("benchmark=step optimizer.schedule=wsd", "leave it out"),
         ("benchmark=step optimizer.warmup_steps=3", "leave it out"),
+        ("benchmark=step optimizer.min_lr_ratio=0", "leave it out"),
         ("benchmark=step train.activation_checkpointing=block", "contestants=ours_auto"),
         ("benchmark=step contestants=ours_auto,nope", "there are ours_auto, plain_graphs"),
         ("benchmark=step contestants=ours_auto,ours_auto", "ours_auto is there twice"),
@@ -64,6 +65,9 @@ def test_what_counts_is_not_refused() -> None:
     ours = "contestants=ours_auto,ours_eager"
     _, config = compose_benchmark(["benchmark=step", ours, "train.activation_checkpointing=block"])
     assert config.train.activation_checkpointing == "block"
+    budget = ["benchmark=step", "kernels.budget_seconds=9"]
+    for own in ([], ["kernels=pytorch"], ["kernels=auto"]):  # contestants need not use it
+        assert compose_benchmark(budget, own)[1].kernels.budget_seconds == 9
     assert compose_benchmark(["benchmark=step", "train.precision=fp16"])[1].train.precision == "fp16"
 
 
