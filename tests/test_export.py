@@ -21,7 +21,7 @@ from llmmed.kernels.catalog import default_choice, load_kernels
 from llmmed.model import Transformer, decode
 from llmmed.training import checkpoint
 from tests.training.test_faults import can_mount
-from tests.training.tiny import run, run_with, tiny_config
+from tests.training.tiny import newest_checkpoint, run, run_with, tiny_config
 
 transformers = pytest.importorskip("transformers")
 
@@ -38,9 +38,7 @@ def test_logits_and_tokens_are_the_same(tmp_path: Path) -> None:
     run_with(model, config, tmp_path / "run", dataset=dataset)
     step = export_hf(tmp_path / "run", tmp_path / "exported")
 
-    newest = checkpoint.load_latest(tmp_path / "run" / "checkpoints")
-    assert newest is not None
-    assert step == newest.state["best"]["step"]
+    assert step == newest_checkpoint(tmp_path / "run").state["best"]["step"]
     model.load_state_dict(checkpoint.load(tmp_path / "run" / "checkpoints" / f"step_{step:08d}").model)
     tokenizer = transformers.AutoTokenizer.from_pretrained(tmp_path / "exported")
     theirs = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "exported", dtype=torch.float32)

@@ -24,7 +24,7 @@ from llmmed.model import Transformer
 from llmmed.model.decode import sample
 from llmmed.run import run as run_everything
 from llmmed.training import checkpoint
-from tests.training.tiny import TINY, run, tiny_config
+from tests.training.tiny import TINY, newest_checkpoint, run, tiny_config
 
 transformers = pytest.importorskip("transformers")
 
@@ -174,9 +174,7 @@ def test_another_tokenizer_is_warned_of(smol: Path, tmp_path: Path, caplog: pyte
 
 
 def weights(folder: Path) -> dict[str, Tensor]:
-    newest = checkpoint.load_latest(folder / "checkpoints")
-    assert newest is not None
-    return newest.model
+    return newest_checkpoint(folder).model
 
 
 def test_a_run_begins_with_them_and_a_resumed_run_does_not_ask_for_them(smol: Path, tmp_path: Path) -> None:

@@ -43,11 +43,6 @@ class Batches:
         self.n_windows = sum(windows.count for windows in self._windows.values())
         self._seq_len, self._batch_size, self._seed = seq_len, batch_size, seed
 
-    @property
-    def batches_per_epoch(self) -> int:
-        """Whole batches in one pass; the rest of an epoch shares a batch with the beginning of the next."""
-        return max(1, self.n_windows // self._batch_size)
-
     def get(self, index: int) -> torch.Tensor:
         """Batch `index`, counted from 0 without end: [batch_size, seq_len + 1] int64 on the CPU."""
         return self.beginning(index * self._batch_size)

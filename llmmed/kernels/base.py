@@ -110,17 +110,6 @@ class Call:
         """The dtype of the first floating-point tensor: the one the run computes in."""
         return next(spec.dtype for spec in self.tensors.values() if spec.dtype.is_floating_point)
 
-    def with_compute_dtype(self, dtype: torch.dtype) -> Call:
-        """The same call with every tensor of the compute dtype in `dtype` instead."""
-        old = self.compute_dtype
-        return Call(
-            self.op,
-            tuple(
-                (name, replace(value, dtype=dtype) if isinstance(value, TensorSpec) and value.dtype == old else value)
-                for name, value in self.arguments
-            ),
-        )
-
     def describe(self) -> str:
         """For people: `x 24576x384 bfloat16, weight 384 float32`."""
         return ", ".join(

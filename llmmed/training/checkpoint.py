@@ -111,12 +111,6 @@ def step_of(path: Path) -> int:
     return int(path.name.rpartition("_")[2])
 
 
-def load_latest(folder: Path) -> Checkpoint | None:
-    """The newest checkpoint whose checksums hold, or None."""
-    path = latest(folder)
-    return None if path is None else load(path)
-
-
 def load(path: Path) -> Checkpoint:
     """One checkpoint, by its own folder; whoever calls has checked it."""
     state = read_json(path / "state.json")

@@ -24,8 +24,9 @@ def names(folder: Path) -> list[str]:
 def test_the_newest_is_loaded(tmp_path: Path) -> None:
     for step in (10, 20):
         write(tmp_path, step)
-    found = checkpoint.load_latest(tmp_path)
-    assert found is not None
+    path = checkpoint.latest(tmp_path)
+    assert path is not None
+    found = checkpoint.load(path)
     assert (found.step, found.state["note"]) == (20, 20)
     assert found.model["weight"].tolist() == [20.0] * 3
 
@@ -48,9 +49,7 @@ def test_a_damaged_one_is_named_and_the_one_before_is_used(
     else:
         file.write_bytes(data[: len(data) // 2] if how == "truncated" else data[:-2] + b"??")
     with caplog.at_level(logging.WARNING):
-        found = checkpoint.load_latest(tmp_path)
-    assert found is not None
-    assert found.step == 10
+        assert checkpoint.latest(tmp_path) == tmp_path / "step_00000010"
     assert "step_00000020" in caplog.text
 
 
@@ -75,9 +74,7 @@ def test_later_ones_go_and_do_not_count_among_those_that_are_kept(tmp_path: Path
     (tmp_path / "step_00000030" / "model.safetensors").write_bytes(b"x")
     write(tmp_path, 21, keep, best=5)
     assert names(tmp_path) == ["step_00000005", *(["step_00000020"] if keep == 2 else []), "step_00000021"]
-    found = checkpoint.load_latest(tmp_path)
-    assert found is not None
-    assert found.step == 21
+    assert checkpoint.latest(tmp_path) == tmp_path / "step_00000021"
 
 
 @pytest.mark.parametrize("killed_at", [1, 2])  # before the old one is set aside; before the new one takes its place
@@ -98,9 +95,9 @@ def test_killed_while_one_is_written_again_it_is_not_lost(
         patched.setattr(checkpoint.os, "replace", killed)
         with pytest.raises(KeyboardInterrupt):
             write(tmp_path, 10)
-    found = checkpoint.load_latest(tmp_path)
-    assert found is not None
-    assert found.step == 10
+    path = checkpoint.latest(tmp_path)
+    assert path is not None
+    assert checkpoint.load(path).step == 10
     write(tmp_path, 20, keep=2)
     assert names(tmp_path) == ["step_00000010", "step_00000020"]
 
@@ -126,4 +123,4 @@ def test_what_is_set_aside_is_never_written_over(tmp_path: Path) -> None:
 
 
 def test_nothing_to_load(tmp_path: Path) -> None:
-    assert checkpoint.load_latest(tmp_path / "none") is None
+    assert checkpoint.latest(tmp_path / "none") is None

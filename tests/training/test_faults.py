@@ -13,8 +13,8 @@ from pathlib import Path
 
 import pytest
 
-from llmmed.training import checkpoint
 from tests.processes import Tagged
+from tests.training.tiny import newest_checkpoint
 
 SMOKE = ["experiment=smoke", "data=synthetic", "kernels=pytorch", "train.eval_every=0", "hydra.run.dir=disk/run"]
 
@@ -42,9 +42,7 @@ def test_a_full_disk_leaves_the_checkpoint_before(tmp_path: Path, repository: Pa
     assert len(lines) == 1, done.stderr
     assert "No space left on device" in lines[0]
     assert "step 20" in lines[0]
-    found = checkpoint.load_latest(tmp_path / "kept" / "checkpoints")
-    assert found is not None
-    assert found.step == 10
+    assert newest_checkpoint(tmp_path / "kept").step == 10
     assert not list((tmp_path / "kept" / "checkpoints").glob(".writing-*"))
     assert json.loads((tmp_path / "kept" / "status.json").read_text())["state"] == "failed"
 

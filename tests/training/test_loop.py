@@ -29,7 +29,7 @@ from llmmed.signals import Interrupted
 from llmmed.training import checkpoint
 from llmmed.training.loop import _mean_of_finite, _Run
 from llmmed.training.metrics import JsonLines
-from tests.training.tiny import SignalsAt, build, pattern, run, run_with, tiny_config
+from tests.training.tiny import SignalsAt, build, newest_checkpoint, pattern, run, run_with, tiny_config
 
 ARGUMENTS = ["experiment=smoke", "data=synthetic", "kernels=pytorch", "model.vocab_size=64", "train.seq_len=16",
              "train.micro_batch_size=4", "train.eval_every=0", "train.log_every=5", "hydra.run.dir=run"]  # fmt: skip
@@ -143,15 +143,13 @@ def test_a_signal_ends_it_after_the_step_with_a_checkpoint(
     assert "train.resume=run" in errors
     status = json.loads((tmp_path / "run" / "status.json").read_text())
     assert status["state"] == "interrupted"
-    assert checkpoint.load_latest(tmp_path / "run" / "checkpoints") is not None
+    assert checkpoint.latest(tmp_path / "run" / "checkpoints") is not None
 
 
 def test_a_signal_after_a_step_waits_for_no_other(tmp_path: Path) -> None:
     with pytest.raises(Interrupted, match="SIGTERM after step 4"):
         run(tiny_config(), tmp_path, sinks=[SignalsAt(4)])
-    found = checkpoint.load_latest(tmp_path / "checkpoints")
-    assert found is not None
-    assert found.step == 4
+    assert newest_checkpoint(tmp_path).step == 4
 
 
 @pytest.mark.parametrize("stop_at", [7, 8])  # between two evaluations; where one is due
@@ -264,8 +262,7 @@ def test_an_owed_evaluation_is_kept_before_a_signal_ends_the_run(
         patched.setattr(checkpoint, "save", signal_and_save)
         with pytest.raises(Interrupted, match="SIGTERM before the first step"):
             run(config, tmp_path, resume=True)
-    found = checkpoint.load_latest(tmp_path / "checkpoints")
-    assert found is not None
+    found = newest_checkpoint(tmp_path)
     assert (found.step, found.state["owed"]) == (4, False)
     run(config, tmp_path, resume=True)
     evaluated = [entry["step"] for entry in read_metrics(tmp_path / "metrics.jsonl") if "val/loss" in entry]
@@ -428,7 +425,7 @@ def test_patience_ends_a_run_that_gets_no_better(tmp_path: Path) -> None:
     _, result = run(replace_train(config, eval_every=1, patience=3, max_steps=60), tmp_path)
     assert result.steps < 60
     assert result.steps >= result.best_step + 3
-    assert checkpoint.load_latest(tmp_path / "checkpoints").step == result.steps  # type: ignore[union-attr]
+    assert newest_checkpoint(tmp_path).step == result.steps
 
 
 def replace_train(config, **changes):  # type: ignore[no-untyped-def]

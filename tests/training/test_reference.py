@@ -18,9 +18,8 @@ from torch import Tensor
 from llmmed.data import Batches, Dataset
 from llmmed.files import read_metrics
 from llmmed.signals import Interrupted
-from llmmed.training import checkpoint
 from tests.training.bugs import BUGS, SCALING_BUGS
-from tests.training.tiny import SignalsAt, build, pattern, relative_error, run_with, tiny_config
+from tests.training.tiny import SignalsAt, build, newest_checkpoint, pattern, relative_error, run_with, tiny_config
 
 LR, GRAD_CLIP, WEIGHT_DECAY, MICRO_BATCHES = 0.01, 0.5, 2.0, 3
 RATES = [LR * share for share in (0.5, 1.0, 0.8, 0.6, 0.4, 0.2)]  # of each step: warm-up, then down to the floor
@@ -69,8 +68,7 @@ def departures(folder: Path, precision: str) -> dict[str, float]:
     run_with(build(config), config, folder, dataset=noise(), resume=True)
     logged = [entry for entry in read_metrics(folder / "metrics.jsonl") if "loss" in entry]
     assert [entry["step"] for entry in logged] == list(LOGGED)
-    last, start, expected = checkpoint.load_latest(folder / "checkpoints"), build(config).state_dict(), reference()
-    assert last is not None
+    last, start, expected = newest_checkpoint(folder), build(config).state_dict(), reference()
     found = {key: [torch.tensor(entry[key]) for entry in logged] for key in ("loss", "grad_norm", "lr")}
     moved = [(last.model[name] - old, expected.model[name] - old) for name, old in start.items()]
     pairs = {

@@ -43,6 +43,13 @@ def tiny_config(*overrides: str) -> Config:
     return compose([*TINY, *overrides])
 
 
+def newest_checkpoint(folder: Path) -> checkpoint.Checkpoint:
+    """As a run that goes on finds and loads it."""
+    path = checkpoint.latest(folder / "checkpoints")
+    assert path is not None
+    return checkpoint.load(path)
+
+
 def pattern() -> Dataset:
     """Counting up, again and again: the next token is certain."""
     tokens = np.tile(np.arange(64, dtype=np.uint16), 40)
