@@ -21,6 +21,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
+from llmmed.machine import installed_version
+
 if TYPE_CHECKING:
     import torch
 
@@ -122,7 +124,7 @@ def _packages() -> Iterator[Finding]:
         extra = "extra" in str(requirement.marker)
         if requirement.marker is not None and not extra and not requirement.marker.evaluate():
             continue
-        version = _version(requirement.name)
+        version = installed_version(requirement.name)
         if version is not None and requirement.specifier.contains(version, prereleases=True):
             versions.append(f"{requirement.name} {version}")
         elif version is not None or not extra:
@@ -383,13 +385,6 @@ def _commit() -> str:
     git = describe_environment()["git"]
     changed = len(git["changed_files"])
     return f", commit {git['commit']}" + (f" with {changed} changed files" if changed else "") if git["commit"] else ""
-
-
-def _version(package: str) -> str | None:
-    try:
-        return importlib.metadata.version(package)
-    except importlib.metadata.PackageNotFoundError:
-        return None
 
 
 def _first_line(command: list[str]) -> str | None:

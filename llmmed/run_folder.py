@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import importlib.metadata
 import itertools
 import logging
 import os
@@ -27,6 +26,7 @@ from llmmed.compose import as_dict, from_dict, quoted
 from llmmed.config import Config
 from llmmed.errors import UserError
 from llmmed.files import read_json, try_lock, write_atomically, write_json
+from llmmed.machine import installed_version
 
 logger = logging.getLogger(__name__)
 
@@ -249,7 +249,7 @@ def describe_environment() -> dict[str, Any]:
         "python": platform.python_version(),
         "platform": platform.platform(),
         "host": platform.node(),
-        "packages": {name: _version(name) for name in packages},
+        "packages": {name: installed_version(name) for name in packages},
         "git": {
             "commit": _git("rev-parse", "HEAD"),
             "changed_files": (_git("status", "--porcelain") or "").splitlines(),
@@ -285,13 +285,6 @@ def _comparable(values: dict[str, Any]) -> dict[str, Any]:
 
 def _key(override: str) -> str:
     return override.partition("=")[0].lstrip("+")
-
-
-def _version(package: str) -> str | None:
-    try:
-        return importlib.metadata.version(package)
-    except importlib.metadata.PackageNotFoundError:
-        return None
 
 
 def _git(*arguments: str) -> str | None:

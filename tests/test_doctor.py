@@ -52,7 +52,9 @@ def test_a_missing_data_package_is_broken_and_has_a_remedy(monkeypatch: pytest.M
 
 
 def test_a_package_of_another_version_is_broken(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(doctor, "_version", lambda package: {"torch": "1.0", "zstandard": "0.1"}.get(package, "99"))
+    monkeypatch.setattr(
+        doctor, "installed_version", lambda package: {"torch": "1.0", "zstandard": "0.1"}.get(package, "99")
+    )
     found = {finding.name: finding for finding in doctor._packages()}
     assert found["torch"].level == "broken"
     assert "torch is 1.0; llmmed needs" in found["torch"].text

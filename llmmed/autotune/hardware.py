@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import ctypes
-import importlib.metadata
 import logging
 import os
 import platform
@@ -12,6 +11,7 @@ from pathlib import Path
 import torch
 
 from llmmed.autotune.plan import Hardware
+from llmmed.machine import installed_version
 
 logger = logging.getLogger(__name__)
 
@@ -25,7 +25,7 @@ def describe_hardware(device: str) -> Hardware:
         driver=driver,
         cuda=torch.version.cuda if device == "cuda" else None,
         torch=torch.__version__,
-        triton=_version("triton"),
+        triton=installed_version("triton"),
         python=platform.python_version(),
         cpu=cpu,
         cpu_threads=torch.get_num_threads(),
@@ -70,10 +70,3 @@ def _cpu_name() -> str:
             if line.startswith("model name"):
                 return line.partition(":")[2].strip()
     return platform.processor() or platform.machine()
-
-
-def _version(package: str) -> str | None:
-    try:
-        return importlib.metadata.version(package)
-    except importlib.metadata.PackageNotFoundError:
-        return None

@@ -18,6 +18,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from llmmed.autotune.plan import Ceilings, Hardware, Mode, Status, first_problem
 from llmmed.errors import UserError
 from llmmed.files import write_atomically, write_json
+from llmmed.machine import installed_version
 
 PEERS = ("liger-kernel", "transformers")  # packages whose versions matter beside torch and triton
 
@@ -150,16 +151,8 @@ _R = TypeVar("_R", OpsResult, StepResult)
 
 def origin(device: str, config: dict[str, Any], command: Sequence[str]) -> Origin:
     """Of a benchmark that is run by this process."""
-    import importlib.metadata
-
     from llmmed.autotune.hardware import describe_hardware
     from llmmed.run_folder import describe_environment
-
-    def version(package: str) -> str | None:
-        try:
-            return importlib.metadata.version(package)
-        except importlib.metadata.PackageNotFoundError:
-            return None
 
     git = describe_environment()["git"]
     return Origin(
@@ -169,7 +162,7 @@ def origin(device: str, config: dict[str, Any], command: Sequence[str]) -> Origi
         commit=git["commit"],
         changed_files=len(git["changed_files"]),
         hardware=describe_hardware(device),
-        packages={name: version(name) for name in PEERS},
+        packages={name: installed_version(name) for name in PEERS},
         config=config,
     )
 

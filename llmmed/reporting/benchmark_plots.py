@@ -1,4 +1,4 @@
-"""Pictures of a benchmark, from its JSON alone: colours of Okabe and Ito (2008), and a marker or hatch beside each.
+"""Pictures of a benchmark, from its JSON alone.
 
 `ops_time`: an op's device time against the model's size, with the ceiling. `ops_speedup`, `ops_memory`: against
 PyTorch. `step`: speed, memory and time to the first step of whole steps. `step_breakdown`: what the device does in one.
@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import io
 import math
-import textwrap
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,33 +15,31 @@ from typing import TYPE_CHECKING
 
 from llmmed.benchmark.results import OpRow, OpsResult, StepResult, StepRow
 from llmmed.files import write_atomically
+from llmmed.reporting.drawing import BLACK, BLUE, GREEN, GREY, ORANGE, PURPLE, RED, SKY, YELLOW, folded
 from llmmed.reporting.numbers import digits
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
-_BLACK, _ORANGE, _SKY, _GREEN, _YELLOW, _BLUE, _RED, _PURPLE = (
-    "#000000", "#E69F00", "#56B4E9", "#009E73", "#F0E442", "#0072B2", "#D55E00", "#CC79A7",
-)  # fmt: skip
-_GREY = "#999999"
-_KNOWN = {"pytorch": (_BLACK, "o"), "compiled": (_BLUE, "s"), "triton": (_RED, "^"), "liger": (_GREEN, "D")}
+_KNOWN = {"pytorch": (BLACK, "o"), "compiled": (BLUE, "s"), "triton": (RED, "^"), "liger": (GREEN, "D")}
 _OTHERS = (
-    (_ORANGE, "v"), (_PURPLE, "X"), (_SKY, "P"), (_BLACK, "*"), (_GREEN, "<"), (_BLUE, ">"), (_GREY, "p"),
-    (_ORANGE, "h"), (_PURPLE, "8"), (_SKY, "H"), (_RED, "d"), (_GREY, "."),
+    (ORANGE, "v"), (PURPLE, "X"), (SKY, "P"), (BLACK, "*"), (GREEN, "<"), (BLUE, ">"), (GREY, "p"),
+    (ORANGE, "h"), (PURPLE, "8"), (SKY, "H"), (RED, "d"), (GREY, "."),
 )  # fmt: skip
-_FAMILIES = {"ours": (_BLUE, ""), "plain": (_ORANGE, "//"), "hf": (_GREEN, "..")}
+_FAMILIES = {"ours": (BLUE, ""), "plain": (ORANGE, "//"), "hf": (GREEN, "..")}
 GROUPS = {  # of a step's device time -> colour and hatch
-    "products": (_BLUE, ""),
-    "attention": (_ORANGE, "//"),
-    "norm": (_GREEN, ".."),
-    "rotary": (_PURPLE, "xx"),
-    "swiglu": (_YELLOW, "\\\\"),
-    "loss": (_RED, "--"),
-    "optimizer": (_SKY, "++"),
-    "other": (_GREY, ""),
+    "products": (BLUE, ""),
+    "attention": (ORANGE, "//"),
+    "norm": (GREEN, ".."),
+    "rotary": (PURPLE, "xx"),
+    "swiglu": (YELLOW, "\\\\"),
+    "loss": (RED, "--"),
+    "optimizer": (SKY, "++"),
+    "other": (GREY, ""),
 }
 _DPI = 120
+_TITLE_WIDTH = 30  # of a contestant's, in characters
 
 
 def draw(result: OpsResult | StepResult, folder: Path) -> list[Path]:
@@ -213,7 +210,7 @@ def _step_figure(result: StepResult, rows: Sequence[StepRow]) -> Figure:
         if memory:
             _bars(line[1], "peak memory (GiB)", here, [row.peak_memory_gib for row in here])
         _bars(line[-1], "time to first step (s)", here, [row.first_step_seconds for row in here])
-        line[0].set_yticks(range(len(here)), [_folded(title) for title in titles])
+        line[0].set_yticks(range(len(here)), [folded(title, _TITLE_WIDTH) for title in titles])
         for axis in line[1:]:
             axis.set_yticks(range(len(here)), ["" for _ in here])
     figure.suptitle(_step_title(result), fontsize=10)
@@ -269,7 +266,7 @@ def _breakdown_figure(result: StepResult, rows: Sequence[StepRow]) -> Figure:
                 axis.barh(place, width, 0.72, left=left, color=colour, hatch=hatch, edgecolor="white", linewidth=0.5)
                 left += width
             axis.text(left, place, f" {digits(left)}", va="center", fontsize=8)
-        axis.set_yticks(range(len(here)), [_folded(row.title) for row in here])
+        axis.set_yticks(range(len(here)), [folded(row.title, _TITLE_WIDTH) for row in here])
         axis.set_ylim(len(here) - 0.5, -0.5)
         axis.margins(x=0.08)
         axis.set_xlabel(f"{size}: {what} in one step (ms)")
@@ -329,7 +326,3 @@ def _plain_log_ticks(axis: object) -> None:
 
 def _thousand(value: float | None) -> float | None:
     return None if value is None else value / 1e3
-
-
-def _folded(title: str, width: int = 30) -> str:
-    return "\n".join(textwrap.wrap(title, width))

@@ -78,7 +78,7 @@ def kernel_table(plan: KernelPlan, *, gap: int = 2) -> Table:
     for index, (name, op) in enumerate(plan.ops.items()):
         if index:
             table.add_row()
-        table.add_row(Text(name, "bold"), Text(_calls(op), "dim"))
+        table.add_row(Text(name, "bold"), Text(calls_of(op), "dim"))
         for candidate_name, candidate in op.candidates.items():
             chosen = candidate_name == op.chosen
             table.add_row(
@@ -155,7 +155,8 @@ _COLUMNS: tuple[Column[Candidate], ...] = (
 )
 
 
-def _calls(op: OpPlan) -> str:
+def calls_of(op: OpPlan) -> str:
+    """`12 calls`, of a micro-batch."""
     count = sum(call.count for call in op.calls)
     return f"{count} call{'s' if count != 1 else ''}"
 

@@ -20,11 +20,11 @@ from rich.console import Console
 from yaml import YAMLError
 
 from llmmed import consoles
-from llmmed.autotune.plan import Candidate, KernelPlan, OpPlan
+from llmmed.autotune.plan import Candidate, KernelPlan
 from llmmed.errors import UserError
 from llmmed.files import read_metrics, write_atomically
 from llmmed.reporting import sweep_summary
-from llmmed.reporting.kernel_table import reason_alone
+from llmmed.reporting.kernel_table import calls_of, reason_alone
 from llmmed.reporting.numbers import ABSENT, Column, digits, number, words
 from llmmed.reporting.report_html import chart, page, pre, table
 from llmmed.reporting.report_step import step_section
@@ -206,7 +206,8 @@ def _kernels(folder: Path) -> str:
     columns = [column for column in _COLUMNS if any(map(column.value, candidates))]
     rows = []
     for name, op in plan.ops.items():
-        rows.append(f'<tr class="op"><th colspan="{len(columns) + 3}">{escape(name)} <i>{_calls(op)}</i></th></tr>')
+        title = f"{escape(name)} <i>{calls_of(op)} a micro-batch</i>"
+        rows.append(f'<tr class="op"><th colspan="{len(columns) + 3}">{title}</th></tr>')
         for implementation, candidate in op.candidates.items():
             chosen = implementation == op.chosen
             cells = [f"<td>{'&#10003; ' if chosen else ''}{escape(implementation)}</td>"]
@@ -336,8 +337,3 @@ _COLUMNS: tuple[Column[Candidate], ...] = (
     Column("share of ceiling", lambda c: number(c.share_of_ceiling, ".0%")),
     Column("speed-up over pytorch", lambda c: number(c.speedup, ".2f")),
 )
-
-
-def _calls(op: OpPlan) -> str:
-    count = sum(call.count for call in op.calls)
-    return f"{count} call{'s' if count != 1 else ''} a micro-batch"

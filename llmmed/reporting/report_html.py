@@ -6,10 +6,11 @@ import math
 from collections.abc import Iterator, Mapping, Sequence
 from html import escape
 
+from llmmed.reporting.drawing import BLUE, GREEN, ORANGE, PURPLE, RED, SKY, YELLOW
 from llmmed.reporting.numbers import digits
 
 _MOST_POINTS = 600  # of a curve
-_COLOURS = ("#56b4e9", "#e69f00", "#009e73", "#f0e442", "#cc79a7", "#d55e00", "#0072b2")  # Okabe and Ito, 2008
+_COLOURS = (SKY, ORANGE, GREEN, YELLOW, PURPLE, RED, BLUE)
 
 
 def chart(title: str, series: Mapping[str, list[tuple[float, float]]], *, from_zero: bool = False) -> str:

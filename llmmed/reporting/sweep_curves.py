@@ -6,14 +6,10 @@ import io
 import math
 from collections.abc import Mapping, Sequence
 
+from llmmed.reporting.drawing import BLACK, BLUE, GREEN, GREY, ORANGE, PURPLE, RED, SKY
+
 MOST_CURVES = 8  # the jobs that came to the lowest loss; more cannot be told apart
-_LOOKS = tuple(  # Okabe and Ito, 2008, and a marker beside each
-    zip(
-        ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000", "#999999"),
-        ("o", "s", "^", "D", "v", "P", "X", "*"),
-        strict=True,
-    )
-)
+_LOOKS = tuple(zip((BLUE, RED, GREEN, PURPLE, ORANGE, SKY, BLACK, GREY), "os^DvPX*", strict=True))
 
 Curve = Sequence[tuple[float, float]]  # (step, nats a token)
 

@@ -11,7 +11,6 @@ import math
 import os
 import platform
 import statistics
-import textwrap
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -30,10 +29,10 @@ from llmmed.errors import UserError
 from llmmed.files import read_json, read_metrics, write_atomically, write_json
 from llmmed.kernels.catalog import DEFAULT
 from llmmed.reporting import sweep_curves
+from llmmed.reporting.drawing import BLUE, RED, folded
 from llmmed.reporting.numbers import ABSENT, Column, number
 
 UNITS = "Losses in nats a token; memory is the allocator's peak; the first step's time is counted from the start."
-_BLUE, _RED = "#0072B2", "#D55E00"  # told apart by colour-blind readers
 
 
 @dataclass(frozen=True)
@@ -246,11 +245,11 @@ def _picture(jobs: Sequence[JobSummary]) -> bytes:
     shown = [panel for panel in panels if any(map(_drawable, panel[1]))] or panels[:1]
     size = (2.5 + 3.0 * len(shown), min(1.4 + 0.45 * len(jobs), 60.0))
     figure, axes = pyplot.subplots(1, len(shown), figsize=size, sharey=True, squeeze=False, layout="constrained")
-    labels = [_folded(job.job if job.status == "finished" else f"{job.job}\n{job.status}") for job in jobs]
+    labels = [folded(job.job if job.status == "finished" else f"{job.job}\n{job.status}", 36) for job in jobs]
     for axis, (title, values, bars, form) in zip(axes[0], shown, strict=True):
         highest = max((value for value in values if value is not None and math.isfinite(value)), default=1.0)
         for row, (job, value) in enumerate(zip(jobs, values, strict=True)):
-            colour = _BLUE if job.status == "finished" else _RED
+            colour = BLUE if job.status == "finished" else RED
             hatch = None if job.status == "finished" else "//"
             if value is None or not math.isfinite(value):
                 axis.text(0.02, row, ABSENT, transform=axis.get_yaxis_transform(), va="center", color="0.4")
@@ -282,12 +281,6 @@ def _picture(jobs: Sequence[JobSummary]) -> bytes:
 
 def _drawable(value: float | None) -> bool:
     return value is not None and math.isfinite(value)
-
-
-def _folded(name: str, width: int = 36) -> str:
-    """In lines of a bearable length, without what matplotlib would take for mathematics."""
-    lines = [part for line in name.split("\n") for part in textwrap.wrap(line, width, break_on_hyphens=False)]
-    return "\n".join(lines).replace("$", r"\$")
 
 
 def _median(metrics: Sequence[dict[str, float]], key: str) -> float | None:
