@@ -2,17 +2,21 @@
 
 from __future__ import annotations
 
+import errno
 import fcntl
 import hashlib
 import json
 import math
 import os
-import tempfile
+import secrets
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import IO, Any
 
 import platformdirs
+
+# What a file system says that flushes no folders, and the system of a folder that may be written and not read.
+_NOT_FOR_FOLDERS = (errno.EINVAL, errno.ENOTSUP, errno.EBADF, errno.EACCES, errno.EPERM)
 
 
 def cache_folder(name: str) -> Path:
@@ -24,20 +28,41 @@ def cache_folder(name: str) -> Path:
 
 
 def write_atomically(path: Path, content: bytes | str) -> None:
-    """Writes beside the target, flushes to disk, then renames: the file is whole or it is not there."""
+    """Writes beside the target, flushes to disk, then renames: the file is whole or it is not there.
+
+    Others may read it if the user's umask lets them.
+    """
     data = content.encode() if isinstance(content, str) else content
     path.parent.mkdir(parents=True, exist_ok=True)
-    handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
+    temporary = path.with_name(f".{path.name}.{secrets.token_hex(8)}")
     try:
-        with os.fdopen(handle, "wb") as file:
+        with temporary.open("xb") as file:
             file.write(data)
             file.flush()
             os.fsync(file.fileno())
-        os.chmod(temporary, 0o644)
-        os.replace(temporary, path)
+        move_into_place(temporary, path)
     except BaseException:
-        Path(temporary).unlink(missing_ok=True)
+        temporary.unlink(missing_ok=True)
         raise
+
+
+def move_into_place(source: Path, target: Path) -> None:
+    """Renames a file or folder within its folder, and flushes that: once it returns, a power cut undoes nothing."""
+    os.replace(source, target)
+    try:
+        flush(target.parent)
+    except OSError as error:
+        if error.errno not in _NOT_FOR_FOLDERS:
+            raise
+
+
+def flush(path: Path) -> None:
+    """Has the system put a file's content, or the names in a folder, on the disk."""
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
 
 
 def write_json(path: Path, data: Any) -> None:

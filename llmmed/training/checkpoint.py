@@ -19,7 +19,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from llmmed.files import read_json, sha256_of_file, write_json
+from llmmed.files import flush, move_into_place, read_json, sha256_of_file, write_json
 
 logger = logging.getLogger(__name__)
 
@@ -67,12 +67,11 @@ def save(
         write_json(temporary / "state.json", {"step": step, **state})
         for name in _FILES:
             os.chmod(temporary / name, temporary.stat().st_mode & 0o666)  # the user's umask; safetensors writes 0600
-            _flush(temporary / name)
+            flush(temporary / name)
         write_json(temporary / "manifest.json", {name: sha256_of_file(temporary / name) for name in _FILES})
         if target.exists():
             os.replace(target, replaced)  # at every moment there is one of the two
-        os.replace(temporary, target)
-        _flush(folder)
+        move_into_place(temporary, target)
         shutil.rmtree(replaced, ignore_errors=True)
     except SafetensorError as error:
         raise OSError(f"the checkpoint of step {step} cannot be written to {folder}: {error}") from error
@@ -160,11 +159,3 @@ def _tidy(folder: Path) -> None:
             shutil.rmtree(left, ignore_errors=True)
         else:
             os.replace(left, target)
-
-
-def _flush(path: Path) -> None:
-    handle = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)
