@@ -7,9 +7,8 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 
-from llmmed.config import Config, DataConfig, KernelsConfig, LoggerConfig
+from llmmed.config import Config, DataConfig, LoggerConfig
 from llmmed.errors import UserError
-from llmmed.kernels.catalog import DEFAULT
 
 _SOURCES_THAT_USE = {
     "path": ("text", "hub"),
@@ -50,30 +49,16 @@ def _unused(config: Config) -> Iterator[tuple[str, str, str]]:
         yield "optimizer.decay_ratio", f"optimizer.schedule={optimizer.schedule}", "add optimizer.schedule=wsd"
     if optimizer.schedule == "constant":
         yield "optimizer.min_lr_ratio", "optimizer.schedule=constant", "add optimizer.schedule=cosine, linear or wsd"
-    yield from _unused_of_kernels(config.kernels)
+    if config.kernels.policy != "auto" and config.kernels.memory_budget_gib is not None:
+        # Of what says how kernels are chosen, this alone is a limit that one relies on. The rest is left to the jobs of
+        # a sweep over policies that choose.
+        yield "kernels.memory_budget_gib", f"kernels={config.kernels.policy}", "add kernels=auto"
     yield from _unused_of_logger(config.logger)
     if not config.train.sample_every:
         yield "train.sample_tokens", "train.sample_every=0", "add train.sample_every=<steps between two samples>"
         yield "train.sample_prompts", "train.sample_every=0", "add train.sample_every=<steps between two samples>"
     if config.train.patience and not config.train.eval_every:
         yield "train.patience", "train.eval_every=0", "add train.eval_every=<steps between two evaluations>"
-
-
-def _unused_of_kernels(kernels: KernelsConfig) -> Iterator[tuple[str, str, str]]:
-    """How one is chosen, where none is; how one that is asked for is proved, where PyTorch alone is.
-
-    `on_unavailable` is for what may happen, and refused nowhere.
-    """
-    chosen = f"kernels={kernels.policy}"
-    asked = kernels.plan is not None or any(name not in (None, DEFAULT) for name in kernels.pin.values())
-    if kernels.policy != "auto":
-        yield "kernels.objective", chosen, "add kernels=auto"
-        yield "kernels.margin", chosen, "add kernels=auto"
-        if kernels.memory_budget_gib is not None:
-            yield "kernels.memory_budget_gib", chosen, "add kernels=auto"
-    if kernels.policy == "pytorch" and not asked:
-        for key in ("budget_seconds", "candidate_seconds", "cache"):
-            yield f"kernels.{key}", chosen, "add kernels=auto"
 
 
 def _unused_of_logger(logger: LoggerConfig) -> Iterator[tuple[str, str, str]]:

@@ -17,14 +17,8 @@ from tests.processes import run_script
 
 ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text(encoding="utf-8")
-SHORT = """# @package _global_
-defaults:
-  - smoke
-kernels:
-  budget_seconds: 1
-"""  # an experiment: of its keys, a job of a sweep over kernels need not use all
-TINY = ["experiment=short", "train.max_steps=2", "train.eval_every=2", "train.eval_tokens=64",
-        "train.checkpoint_every=2", "train.compile=eager", "tokenizer.vocab_size=400",
+TINY = ["experiment=smoke", "train.max_steps=2", "train.eval_every=2", "train.eval_tokens=64",
+        "train.checkpoint_every=2", "train.compile=eager", "tokenizer.vocab_size=400", "kernels.budget_seconds=1",
         "kernels.on_unavailable=fallback"]  # fmt: skip
 SMALL = {  # what is put in place of, or after, a script's own arguments
     "train.py": TINY,
@@ -56,16 +50,13 @@ def shrunk(words: Sequence[str]) -> list[str]:
     if "benchmark=step" in arguments:
         added += STEP
     keys = {a.partition("=")[0] for a in added} | ({"model"} if script == "train.py" else set())
-    options = ["--config-dir=."] if script == "train.py" else []
-    return [*words[:2], *options, *(a for a in arguments if a.partition("=")[0] not in keys), *added]
+    return [*words[:2], *(a for a in arguments if a.partition("=")[0] not in keys), *added]
 
 
 @pytest.mark.slow
 @pytest.mark.timeout(600)
 def test_every_command_of_the_readme_runs(tmp_path: Path) -> None:
     pytest.importorskip("datasets")
-    (tmp_path / "experiment").mkdir()
-    (tmp_path / "experiment" / "short.yaml").write_text(SHORT)
     (tmp_path / "my_notes").mkdir()
     for page in (ROOT / "docs").glob("*.md"):
         shutil.copy(page, tmp_path / "my_notes" / f"{page.stem}.txt")

@@ -17,7 +17,7 @@ from llmmed import consoles, signals
 from llmmed.run_folder import read_status
 from tests.processes import Tagged
 
-TRAIN = ["experiment=smoke", "train.max_steps=100000", "train.eval_every=0", "hydra.run.dir=run"]
+TRAIN = ["experiment=smoke", "train.max_steps=100000", "train.eval_every=0", "kernels.cache=none", "hydra.run.dir=run"]
 
 
 def says(path: Path, words: str) -> bool:
@@ -34,10 +34,7 @@ STAGES: dict[str, tuple[list[str], Callable[[Tagged], bool]]] = {
         ["data=text", "data.path=text.txt", "kernels=pytorch"],
         lambda run: says(run.output, "training a tokenizer"),
     ),
-    "tuning": (
-        ["data=synthetic", "kernels=auto", "kernels.cache=none"],
-        lambda run: says(run.folder / "run" / "train.log", "tuning: "),
-    ),
+    "tuning": (["data=synthetic", "kernels=auto"], lambda run: says(run.folder / "run" / "train.log", "tuning: ")),
     "compiling": (
         ["data=synthetic", "kernels=pytorch", "train.compile=compiled"],
         lambda run: bool(list(run.folder.glob("inductor/**/*.cpp"))),

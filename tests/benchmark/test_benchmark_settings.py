@@ -65,9 +65,9 @@ def test_what_counts_is_not_refused() -> None:
     ours = "contestants=ours_auto,ours_eager"
     _, config = compose_benchmark(["benchmark=step", ours, "train.activation_checkpointing=block"])
     assert config.train.activation_checkpointing == "block"
-    budget = ["benchmark=step", "kernels.budget_seconds=9"]
+    budget = ["benchmark=step", "kernels.memory_budget_gib=9"]
     for own in ([], ["kernels=pytorch"], ["kernels=auto"]):  # contestants need not use it
-        assert compose_benchmark(budget, own)[1].kernels.budget_seconds == 9
+        assert compose_benchmark(budget, own)[1].kernels.memory_budget_gib == 9
     assert compose_benchmark(["benchmark=step", "train.precision=fp16"])[1].train.precision == "fp16"
 
 
