@@ -145,9 +145,10 @@ def _task(composed: DictConfig, stop: StopRequest, put_back: Callable[[], None])
     try:
         stop.wait_no_more()
         code = _run(composed, folder, list(hydra_config.overrides.task), stop)
-        if code not in (0, INTERRUPTED):
+        if code != 0:
             put_back()
     except Interrupted as interruption:  # before `run` took over
+        put_back()
         stop.settle()
         _tell_interrupted(str(interruption))
         code = INTERRUPTED

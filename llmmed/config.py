@@ -161,9 +161,11 @@ def check_heads(model: ModelConfig) -> None:
     """Raises `UserError` if the heads do not fit the width, or each other."""
     if model.d_model % (2 * model.n_heads):
         width = 2 * model.n_heads * max(1, round(model.d_model / (2 * model.n_heads)))
+        fitting = [n for n in range(1, model.d_model // 2 + 1) if model.d_model % (2 * n) == 0]
+        heads = min(fitting, key=lambda n: abs(n - model.n_heads), default=None)
         raise UserError(
             f"model.d_model={model.d_model} does not divide into model.n_heads={model.n_heads} heads of an even size; "
-            f"try model.d_model={width}"
+            f"try {'' if heads is None else f'model.n_heads={heads} or '}model.d_model={width}"
         )
     if model.n_heads % model.n_kv_heads:
         divisors = [n for n in range(1, model.n_heads + 1) if model.n_heads % n == 0]

@@ -135,8 +135,8 @@ def of_this_second(hydra: DictConfig) -> Path | None:
 def remember(folder: Path) -> Callable[[], None]:
     """How the run in a folder was started; what is returned puts that back unless there is a new checkpoint.
 
-    Hydra writes the overrides of a resume before it is known whether it can go on; one that failed must not decide
-    those after it. A run that was finished is so still.
+    Hydra writes the overrides of a resume before it is known whether it can go on; one that failed, or was interrupted
+    before it had anything to keep, must not decide those after it. A run that was finished is so still.
     """
 
     def checkpoints() -> set[str]:

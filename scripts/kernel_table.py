@@ -1,4 +1,4 @@
-"""Prints the table of kernels out of a plan: `python scripts/kernel_table.py outputs/<date>/<time>/kernels.json`.
+"""Prints the table of kernels out of a plan: `python scripts/kernel_table.py outputs/<date>/<time>`.
 
 Needs neither a GPU nor the machine that the plan was made on.
 """

@@ -203,6 +203,17 @@ with StopRequest(give_up=print, grace=60):
     assert says(run.output, "caught SIGTERM")
 
 
+def test_ctrl_c_while_modules_are_loaded_leaves_no_traceback(tmp_path: Path, repository: Path) -> None:
+    (tmp_path / "hydra.py").write_text(
+        "import os, signal, time\nos.kill(os.getpid(), signal.SIGINT)\ntime.sleep(60)\n", encoding="utf-8"
+    )
+    done = subprocess.run(
+        [sys.executable, repository / "scripts" / "train.py"],
+        env=os.environ | {"PYTHONPATH": f"{tmp_path}:{repository}"}, capture_output=True, text=True, timeout=60,
+    )  # fmt: skip
+    assert (done.returncode, done.stdout, done.stderr) == (-signal.SIGINT, "", "")
+
+
 def test_while_it_waits_only_a_second_interrupt_ends_it(tmp_path: Path) -> None:
     code = """
 import os, signal

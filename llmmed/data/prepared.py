@@ -64,8 +64,15 @@ def check(config: Config) -> None:
         raise UserError("tokenizer=hub needs tokenizer.path=<a repository's name, or a folder with its tokenizer.json>")
     if config.data.name == "mixture":
         _check_mixture(config.data)
-    for source in sources_of(config.data).values():
-        _check_source(source, config.train.seq_len)
+    for key, source in sources_of(config.data).items():
+        try:
+            _check_source(source, config.train.seq_len)
+        except UserError as error:
+            if config.data.name != "mixture":
+                raise
+            place = f"data.sources.{key}"
+            told = str(error).replace(f"data={source.name} needs", f"{place} needs")
+            raise UserError(told.replace("data.path=", f"{place}.path=")) from None
 
 
 def prepare(config: Config, report: Report = lambda message: None) -> Dataset:

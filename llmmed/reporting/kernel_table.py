@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 
 from rich.console import Console
 from rich.markup import escape
+from rich.padding import Padding
 from rich.table import Table
 from rich.text import Text
 
@@ -18,6 +19,7 @@ from llmmed.kernels.catalog import DEFAULT
 from llmmed.reporting.numbers import ABSENT, Column, digits, number, words
 
 _CHOSEN = "\N{CHECK MARK}"
+_NARROW = 76  # columns of a terminal; in fewer, reasons have no room beside the numbers
 _LEGEND = (
     f"{_CHOSEN} is used. Verdict and error: outputs and every gradient against float64. Time: all calls of a "
     "micro-batch, forward and backward, each op by itself."
@@ -37,25 +39,29 @@ _STYLES: Mapping[Status, str] = {
 
 
 def print_kernel_table(plan: KernelPlan, console: Console) -> None:
-    """The table, then what was chosen, in plain words."""
+    """The table, then what was chosen, in plain words; these alone where PyTorch was asked for and nothing tried."""
     console.print()
-    console.print(kernel_table(plan, gap=1 if console.width < 100 else 2))
-    console.print()
+    if any(c.status not in ("not_tried", "unavailable") for op in plan.ops.values() for c in op.candidates.values()):
+        if console.width < _NARROW:
+            _print_narrow(plan, console)
+        else:
+            console.print(kernel_table(plan, gap=1 if console.width < 100 else 2))
+        console.print()
     console.print(closing_line(plan), highlight=False)
     console.print()
 
 
 def main(arguments: Sequence[str]) -> int:
-    """Prints the tables of the `kernels.json` that are named, and returns the exit code."""
+    """Prints the tables of the plans that are named, or of the runs by their folders, and returns the exit code."""
     errors = consoles.errors()
     if not arguments or any(argument.startswith("-") for argument in arguments):
         errors.print(
-            "error: write kernel_table.py <kernels.json>, for instance outputs/2026-01-31/12-00-00/kernels.json"
+            "error: write kernel_table.py <run folder or kernels.json>, for instance outputs/2026-01-31/12-00-00"
         )
         return 1
     try:
-        for argument in arguments:
-            print_kernel_table(KernelPlan.read(Path(argument)), consoles.output())
+        for path in map(Path, arguments):
+            print_kernel_table(KernelPlan.read(path / "kernels.json" if path.is_dir() else path), consoles.output())
     except UserError as error:
         errors.print(f"error: {error}", markup=False)
         return 1
@@ -79,16 +85,47 @@ def kernel_table(plan: KernelPlan, *, gap: int = 2) -> Table:
         if index:
             table.add_row()
         table.add_row(Text(name, "bold"), Text(calls_of(op), "dim"))
-        for candidate_name, candidate in op.candidates.items():
-            chosen = candidate_name == op.chosen
+        for label, candidate, reason in _rows(op):
             table.add_row(
-                Text(f"{_CHOSEN if chosen else ' '} {candidate_name}"),
+                Text(label),
                 Text(words(candidate.status), _STYLES[candidate.status]),
                 *(column.value(candidate) or Text(ABSENT, "dim") for column in columns),
-                Text(reason_alone(candidate) or ABSENT),
-                style="bold" if chosen else "",
+                Text(reason or ABSENT),
+                style="bold" if label.startswith(_CHOSEN) else "",
             )
     return table
+
+
+def _rows(op: OpPlan) -> Iterator[tuple[str, Candidate, str]]:
+    """Each candidate's label, itself and its reason. Several that nobody could try, all for the same reason, are one
+    row: on a CPU that is most of them."""
+    alike: dict[tuple[str, str], list[str]] = {}
+    for name, candidate in op.candidates.items():
+        if name != op.chosen and candidate.status in ("unavailable", "not_tried"):
+            alike.setdefault((candidate.status, candidate.reason), []).append(name)
+    for name, candidate in op.candidates.items():
+        names = alike.get((candidate.status, candidate.reason), []) if name != op.chosen else []
+        if len(names) < 3:
+            yield f"{_CHOSEN if name == op.chosen else ' '} {name}", candidate, reason_alone(candidate)
+        elif name == names[0]:
+            yield f"  {len(names)} others", candidate, f"{reason_alone(candidate)}: {', '.join(names)}"
+
+
+def _print_narrow(plan: KernelPlan, console: Console) -> None:
+    """What the table says, but for errors and memory, with the reasons on lines of their own."""
+    for index, (name, op) in enumerate(plan.ops.items()):
+        if index:
+            console.print()
+        console.print(Text.assemble((name, "bold"), (f"  {calls_of(op)}", "dim")))
+        for label, candidate, reason in _rows(op):
+            facts = [label, words(candidate.status)]
+            if candidate.total_ms is not None:
+                facts.append(f"{digits(candidate.total_ms)} ms")
+            if candidate.speedup is not None:
+                facts.append(f"{candidate.speedup:.2f}x")
+            console.print(Text("  ".join(facts), "bold" if label.startswith(_CHOSEN) else _STYLES[candidate.status]))
+            if reason:
+                console.print(Padding(Text(reason), (0, 0, 0, 4)))
 
 
 def closing_line(plan: KernelPlan) -> str:

@@ -141,6 +141,7 @@ class _Run:
         self.seconds_before = 0.0
         self.first_step_seconds = 0.0
         self.speeds: list[float] = []  # tokens a second, of each log interval after the first
+        self.speed_before: float | None = None  # of the run so far, when this process began
         self.last: dict[str, float] = {}
         self.losses: list[Tensor] = []  # of the steps since the last log step
         self.in_flight = InFlight(self.device)
@@ -159,6 +160,7 @@ class _Run:
         self.seconds_before = self.training_seconds = found.state["training_seconds"]
         self.first_step_seconds = found.state.get("first_step_seconds", 0.0)  # of the process that made a step last
         self.last = {name: _or_nan(value) for name, value in found.state["last_metrics"].items()}
+        self.speed_before = found.state.get("tokens_per_second", self.last.get("tokens_per_second"))
         self.best = Best(**found.state["best"])
         self.owed = found.state["owed"]
         self.losses = [torch.tensor(_or_nan(loss), device=self.device) for loss in found.state["losses"]]
@@ -303,7 +305,7 @@ class _Run:
                 draw_loss(metrics, self.folder / "loss.png")
 
     def result(self) -> Result:
-        speed = statistics.median(self.speeds) if self.speeds else self.last.get("tokens_per_second")
+        speed = self._median_speed()
         return Result(
             steps=self.done,
             train_loss=self.last.get("loss", float("nan")),
@@ -396,6 +398,7 @@ class _Run:
             "tokens": self._tokens(step),
             "training_seconds": self.training_seconds,
             "first_step_seconds": self.first_step_seconds,
+            "tokens_per_second": self._median_speed(),
             "last_metrics": finite(self.last),
             "best": asdict(self.best),
             "owed": self.owed,
@@ -414,6 +417,10 @@ class _Run:
         """The first window of each micro-batch of steps `begin` to `end`, by its number in the data."""
         first, last = (self._tokens(step) // self.config.train.seq_len for step in (begin, end))
         return range(first, last, self.config.train.micro_batch_size)
+
+    def _median_speed(self) -> float | None:
+        """In tokens a second, over this process's log intervals; before there are any, what was told last."""
+        return statistics.median(self.speeds) if self.speeds else self.speed_before
 
     def _mfu(self, tokens_per_second: float | None) -> float | None:
         if self.peak is None or tokens_per_second is None:

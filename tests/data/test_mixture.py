@@ -115,7 +115,7 @@ def test_sources_are_prepared_with_one_tokenizer_and_nothing_leaks(tmp_path: Pat
         (["data.weights.more=1e-9"], ["data.weights.more", "would never be drawn"]),
         (["+data@data.sources.random=synthetic", "+data.weights.random=1"], ["data.sources.random", "synthetic"]),
         (["data.sources.more.path=/no/such/file.txt"], ["/no/such/file.txt"]),
-        (["+data@data.sources.web=hub", "+data.weights.web=1"], ["data=hub needs data.path"]),
+        (["+data@data.sources.web=hub", "+data.weights.web=1"], ["data.sources.web needs data.sources.web.path="]),
     ],
 )
 def test_a_mistake_is_told(overrides: list[str], words: list[str], tmp_path: Path) -> None:

@@ -224,8 +224,8 @@ def test_a_sequence_that_is_too_long_is_told(tiny: ModelConfig, kernels: Kernels
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"d_model": 66}, r"model.d_model=66 .* model.n_heads=4 .* try model.d_model=64"),
-        ({"d_model": 12}, r"model.d_model=12 .* even size; try model.d_model=16"),
+        ({"d_model": 66}, r"model.d_model=66 .* model.n_heads=4 .* try model.n_heads=3 or model.d_model=64"),
+        ({"d_model": 12}, r"model.d_model=12 .* even size; try model.n_heads=3 or model.d_model=16"),
         ({"n_kv_heads": 3}, r"model.n_kv_heads=3 does not divide model.n_heads=4; allowed: 1, 2, 4"),
     ],
 )

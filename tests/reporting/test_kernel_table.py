@@ -86,6 +86,28 @@ def test_nothing_essential_is_cut_off(width: int) -> None:
         assert all(word in text for word in words.split()), words
 
 
+@pytest.mark.parametrize("width", [40, 60, 75])
+def test_in_a_narrow_terminal_reasons_have_lines_of_their_own(width: int) -> None:
+    text = printed(make_plan(), width)
+    assert max(map(len, text.splitlines())) <= width
+    lines = [line.strip() for line in text.splitlines()]
+    assert {"rms_norm  13 calls", "pytorch  verified  1,234 ms  1.00x", "✓ triton  verified  0.0412 ms  3.00x"} <= {
+        *lines
+    }
+    assert f"    {WRONG.split(',')[0][:30]}" in text
+    assert " ".join(WRONG.split()) in " ".join(text.split())
+
+
+def test_what_nobody_could_try_for_one_reason_is_one_row() -> None:
+    plan = make_plan()
+    norm, nowhere = plan.ops["rms_norm"], plan.ops["rotary"].candidates["triton"]
+    more = norm.candidates | {"quack": nowhere, "apex": nowhere, "thunder": nowhere}
+    text = printed(plan.model_copy(update={"ops": {"rms_norm": norm.model_copy(update={"candidates": more})}}), 140)
+    assert text.count("needs a CUDA GPU") == 1
+    assert "needs a CUDA GPU: quack, apex, thunder" in text
+    assert any(line.split()[:3] == ["3", "others", "unavailable"] for line in text.splitlines())
+
+
 def test_reasons_do_not_repeat_the_verdict() -> None:
     text = printed(make_plan(), 400)
     assert f"  {WRONG}" in text
@@ -140,5 +162,6 @@ def test_a_stranger_is_told_what_the_columns_are() -> None:
     }
     forced = printed(make_plan().model_copy(update={"ops": pytorch}), 80)
     assert "Chosen: pytorch for every op." in forced
+    assert "kernels=triton asks for" not in forced  # a table that says nothing else is left out
     assert "nothing was left to measure" in forced
     assert "float64" not in forced

@@ -101,8 +101,8 @@ def test_a_terminal_has_colour_unless_it_is_not_wanted_and_a_pipe_never(tmp_path
     lines = piped.stdout.splitlines()
     assert max(map(len, lines)) <= 80
     assert len([line for line in lines if line.startswith("step ")]) <= 2 * 4
-    for output in (coloured, plain, piped.stdout):  # header, table, progress, summary
-        for words in ("parameters", "verdict", "Chosen: ", "tok/s", "nats a token", "tokens/s"):
+    for output in (coloured, plain, piped.stdout):  # header, choice, progress, summary
+        for words in ("parameters", "Chosen: ", "tok/s", "nats a token", "tokens/s"):
             assert words in output, words
 
 

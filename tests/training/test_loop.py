@@ -383,6 +383,13 @@ def test_a_run_that_diverged_is_failed_and_its_files_are_json(tmp_path: Path, mo
     assert run(config, tmp_path, resume=True)[1].diverged
 
 
+def test_going_on_where_nothing_is_left_to_do_keeps_the_speed(tmp_path: Path) -> None:
+    config = tiny_config("train.max_steps=9")
+    _, first = run(config, tmp_path)
+    _, again = run(config, tmp_path, resume=True)
+    assert first.tokens_per_second == again.tokens_per_second > 0
+
+
 def test_the_loss_of_steps_that_overflowed_is_left_out() -> None:
     losses = torch.tensor([3.0, math.nan, 1.0, math.inf, -math.inf])
     assert float(_mean_of_finite(losses)) == 2.0
