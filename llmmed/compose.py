@@ -133,6 +133,7 @@ def register() -> None:
     OmegaConf.register_new_resolver("detect_device", detect_device, replace=True)
     OmegaConf.register_new_resolver("gpu_or_cpu", _gpu_or_cpu, replace=True)
     OmegaConf.register_new_resolver("gpu_count", lambda: max(1, len(visible_gpus())), replace=True)
+    OmegaConf.register_new_resolver("groups_and_options", _groups_and_options, replace=True)
     OmegaConf.register_new_resolver("mul", lambda a, b: a * b, replace=True)
     OmegaConf.register_new_resolver("short_names", _short_names, replace=True)
     pins = dict.fromkeys(catalog.op_names())
@@ -294,6 +295,11 @@ def _groups(config_name: str) -> list[str]:
 def _options(group: str) -> str:
     folder = config_folder() / group
     return ", ".join(sorted(p.stem for p in folder.glob("*.yaml") if not p.stem.startswith("_"))) or "nothing"
+
+
+def _groups_and_options(config_name: str) -> str:
+    """For `--help`: a line for each group that one may choose from. Hydra's own list has parts of files in it."""
+    return "\n".join(f"{group}: {_options(group)}" for group in _groups(config_name))
 
 
 def _keys(values: Any, prefix: str = "") -> Iterator[str]:

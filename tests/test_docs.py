@@ -319,6 +319,16 @@ def test_adding_a_kernel(tmp_path: Path, repository: Path) -> None:
     assert "not used because it is wrong" in forced.stderr
 
 
+@pytest.mark.parametrize("script", ["train", "benchmark"])
+def test_help_lists_what_one_may_choose(script: str, tmp_path: Path, repository: Path) -> None:
+    done = run_script(repository / "scripts" / f"{script}.py", ["--help"], tmp_path)
+    assert done.returncode == 0, done.stderr
+    assert "\nkernels: auto, pytorch, triton\n" in done.stdout
+    assert "\ndata: biomed, " in done.stdout
+    assert " _" not in done.stdout.partition("Keys and their values")[0]
+    assert ("\nbenchmark: ops, step\n" in done.stdout) == (script == "benchmark")
+
+
 SCRIPTS = ["calibrate_gate", "export_hf", "generate", "kernel_table", "kill_and_resume", "regret", "report", "verify"]
 
 
