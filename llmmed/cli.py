@@ -145,10 +145,9 @@ def _task(composed: DictConfig, stop: StopRequest, put_back: Callable[[], None])
     try:
         stop.wait_no_more()
         code = _run(composed, folder, list(hydra_config.overrides.task), stop)
-        if code != 0:
+        if code not in (0, INTERRUPTED):
             put_back()
     except Interrupted as interruption:  # before `run` took over
-        put_back()
         stop.settle()
         _tell_interrupted(str(interruption))
         code = INTERRUPTED

@@ -155,7 +155,7 @@ def _run(config: Config, folder: Path, console: Console, started: float, stop: S
         summary |= _summary(result, model)
         write_json(folder / "summary.json", finite(summary))
         if result.diverged:
-            raise UserError(_divergence(result, config))
+            raise UserError(_divergence(result, config, folder))
         status_word = "finished"
     except Interrupted:
         status_word = "interrupted"
@@ -229,9 +229,10 @@ def _summary(result: Result, model: Transformer) -> dict[str, Any]:
     return dict(values)
 
 
-def _divergence(result: Result, config: Config) -> str:
+def _divergence(result: Result, config: Config, folder: Path) -> str:
     clipping = ", or set train.grad_clip=1" if config.train.grad_clip == 0 else ""
-    best = f"; the checkpoint of step {result.best_step} is the best" if result.best_step else ""
+    kept = (folder / "checkpoints" / checkpoint.folder_name(result.best_step)).exists()
+    best = f"; the checkpoint of step {result.best_step} is the best" if kept else ""
     return (
         f"training diverged: the validation loss of step {result.steps} is not finite; lower "
         f"optimizer.lr={config.optimizer.lr:g}{clipping}{best}"

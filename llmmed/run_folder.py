@@ -11,7 +11,7 @@ import re
 import shlex
 import subprocess
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from datetime import UTC, datetime
 from pathlib import Path
@@ -135,8 +135,8 @@ def of_this_second(hydra: DictConfig) -> Path | None:
 def remember(folder: Path) -> Callable[[], None]:
     """How the run in a folder was started; what is returned puts that back unless there is a new checkpoint.
 
-    Hydra writes the overrides of a resume before it is known whether it can go on; one that failed, or was interrupted
-    before it had anything to keep, must not decide those after it. A run that was finished is so still.
+    Hydra writes the overrides of a resume before it is known whether it can go on; one that failed must not decide
+    those after it. A run that was finished is so still.
     """
 
     def checkpoints() -> set[str]:
@@ -170,23 +170,28 @@ def to_resume(config: Config, outputs: Path) -> Path | None:
         if not (folder / ".hydra" / "config.yaml").exists():
             raise UserError(f"train.resume={resume}: that is no run folder; give one, or auto, latest or null")
         return folder.absolute()
-    wanted = _comparable(as_dict(config))
+    stated = as_dict(config)
+    wanted = _comparable(stated)
     folders = [path.parents[1] for depth in ("*", "*/*") for path in outputs.glob(f"{depth}/.hydra/config.yaml")]
     for folder in sorted(folders, key=lambda path: path.stat().st_mtime, reverse=True):
         if read_status(folder).state in ("none", "finished"):  # none: a benchmark's
             continue
-        if _comparable(_stored(folder)) == wanted:
+        if _comparable(_stored(folder, stated)) == wanted:
             with contextlib.suppress(UserError):
                 hold(folder)
                 return folder.absolute()
     raise UserError(f"train.resume=latest: no unfinished run of this configuration under {outputs}/; leave it out")
 
 
-def _stored(folder: Path) -> dict[str, Any]:
-    """The configuration of a run, with paths as they are used; as it stands where this version cannot read it."""
+def _stored(folder: Path, wanted: Mapping[str, Any]) -> dict[str, Any]:
+    """The configuration of a run, with paths as they are used; as it stands where this version cannot read it. A key
+    that a group did not have yet has the value that is wanted."""
     values = OmegaConf.to_container(OmegaConf.load(folder / ".hydra" / "config.yaml"))
     assert isinstance(values, dict)
     found = {str(key): value for key, value in values.items()}
+    for group, now in wanted.items():
+        if isinstance(now, dict) and isinstance(before := found.get(group), dict):
+            found[group] = {key: value for key, value in now.items() if key not in before} | before
     try:
         return as_dict(from_dict(found))
     except ValidationError:

@@ -75,6 +75,18 @@ def test_latest_passes_over_a_run_that_is_in_training(tmp_path: Path) -> None:
     assert run_folder.to_resume(wanted, tmp_path) == tmp_path / "day" / "newer"
 
 
+def test_latest_finds_a_run_from_before_a_key_was_there(tmp_path: Path) -> None:
+    config = tiny_config()
+    before = as_dict(config)
+    del before["train"]["keep_best"]
+    write_json(tmp_path / "run" / ".hydra" / "config.yaml", before)
+    run_folder.write_status(tmp_path / "run", "interrupted")
+    wanted = replace(config, train=replace(config.train, resume="latest"))
+    assert run_folder.to_resume(wanted, tmp_path) == tmp_path / "run"
+    with pytest.raises(UserError, match="no unfinished run of this configuration"):
+        run_folder.to_resume(replace(wanted, seed=config.seed + 1), tmp_path)
+
+
 def test_latest_knows_a_path_by_where_it_leads(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("HOME", str(tmp_path))
     (tmp_path / "notes.txt").write_text("The liver makes bile. " * 2000)

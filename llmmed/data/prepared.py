@@ -8,6 +8,7 @@ import fcntl
 import hashlib
 import json
 import os
+import re
 import shutil
 import time
 from collections.abc import Iterator, Mapping
@@ -72,7 +73,7 @@ def check(config: Config) -> None:
                 raise
             place = f"data.sources.{key}"
             told = str(error).replace(f"data={source.name} needs", f"{place} needs")
-            raise UserError(told.replace("data.path=", f"{place}.path=")) from None
+            raise UserError(re.sub(r"\bdata\.path(?=[=:])", f"{place}.path", told)) from None
 
 
 def prepare(config: Config, report: Report = lambda message: None) -> Dataset:

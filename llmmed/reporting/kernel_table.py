@@ -38,10 +38,12 @@ _STYLES: Mapping[Status, str] = {
 }
 
 
-def print_kernel_table(plan: KernelPlan, console: Console) -> None:
-    """The table, then what was chosen, in plain words; these alone where PyTorch was asked for and nothing tried."""
+def print_kernel_table(plan: KernelPlan, console: Console, *, whole: bool = False) -> None:
+    """The table, then what was chosen, in plain words; these alone where nothing was tried, unless `whole`."""
     console.print()
-    if any(c.status not in ("not_tried", "unavailable") for op in plan.ops.values() for c in op.candidates.values()):
+    if whole or any(
+        c.status not in ("not_tried", "unavailable") for op in plan.ops.values() for c in op.candidates.values()
+    ):
         if console.width < _NARROW:
             _print_narrow(plan, console)
         else:
@@ -61,7 +63,9 @@ def main(arguments: Sequence[str]) -> int:
         return 1
     try:
         for path in map(Path, arguments):
-            print_kernel_table(KernelPlan.read(path / "kernels.json" if path.is_dir() else path), consoles.output())
+            print_kernel_table(
+                KernelPlan.read(path / "kernels.json" if path.is_dir() else path), consoles.output(), whole=True
+            )
     except UserError as error:
         errors.print(f"error: {error}", markup=False)
         return 1

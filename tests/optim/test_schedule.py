@@ -54,6 +54,17 @@ def test_the_peak_is_one_step(schedule: str) -> None:
     assert [step for step, rate in enumerate(found) if rate == max(found)] == [9]
 
 
+@pytest.mark.parametrize("schedule", ["cosine", "linear", "wsd"])
+@pytest.mark.parametrize("steps", [1, 2, 5])
+def test_without_a_warm_up_the_first_step_is_the_peak(schedule: str, steps: int) -> None:
+    settings = ["optimizer.lr=1.0", "optimizer.warmup_steps=0", "optimizer.min_lr_ratio=0"]
+    ratio = ["optimizer.decay_ratio=1"] if schedule == "wsd" else []
+    config = compose([*settings, *ratio, f"optimizer.schedule={schedule}"]).optimizer
+    found = [learning_rate(step, config, steps) for step in range(steps)]
+    assert found[0] == 1.0
+    assert found[-1] == (0.0 if steps > 1 else 1.0)
+
+
 def test_shapes() -> None:
     cosine, linear = rates("cosine"), rates("linear")
     middle = 10 + 29
