@@ -78,8 +78,9 @@ def test_every_command_of_the_readme_runs(tmp_path: Path) -> None:
 
 
 def run(words: Sequence[str], folder: Path, **environment: str) -> subprocess.CompletedProcess[str]:
-    """Every script in a process of its own. Those of single training runs, the most, start at once."""
-    if words[1] == "scripts/train.py" and "-m" not in words:
+    """Every script in a process of its own. Those that start no others do so at once."""
+    alone = words[1] not in ("scripts/benchmark.py", "scripts/verify.py", "scripts/kill_and_resume.py")
+    if alone and "-m" not in words:
         return run_script(Path(words[1]), words[2:], folder, **environment)
     return subprocess.run(
         [sys.executable, *words[1:]], cwd=folder, capture_output=True, text=True, timeout=200,
