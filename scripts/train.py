@@ -3,10 +3,11 @@
 import signal
 
 if __name__ == "__main__":
-    answer = signal.getsignal(signal.SIGINT)
-    if answer is signal.default_int_handler:
+    answers = signal.getsignal(signal.SIGINT) is signal.default_int_handler  # not where it is ignored
+    if answers:
         signal.signal(signal.SIGINT, signal.SIG_DFL)  # while modules are loaded, Ctrl-C ends it without a traceback
     from llmmed.cli import main
 
-    signal.signal(signal.SIGINT, answer)
+    if answers:
+        signal.signal(signal.SIGINT, signal.default_int_handler)
     main()

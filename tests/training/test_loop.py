@@ -23,6 +23,7 @@ from llmmed.data import Batches
 from llmmed.errors import UserError
 from llmmed.files import read_json, read_metrics
 from llmmed.model import Transformer
+from llmmed.run import _divergence
 from llmmed.run import run as run_everything
 from llmmed.run_folder import read_status
 from llmmed.signals import Interrupted
@@ -367,6 +368,7 @@ def test_a_run_that_diverged_is_failed_and_its_files_are_json(tmp_path: Path, mo
     monkeypatch.setattr(Transformer, "__init__", broken)
     assert run_everything(config, tmp_path, started=0.0) == 1
     assert "training diverged: the validation loss of step 2 is not finite" in str(read_status(tmp_path).reason)
+    assert "is the best" not in str(read_status(tmp_path).reason)
 
     def strict(text: str) -> Any:
         return json.loads(text, parse_constant=pytest.fail)
@@ -381,6 +383,12 @@ def test_a_run_that_diverged_is_failed_and_its_files_are_json(tmp_path: Path, mo
     assert [*map(strict, (tmp_path / "metrics.jsonl").read_text().splitlines())] == [*map(strict, lines)]
     assert math.isnan(read_metrics(tmp_path / "metrics.jsonl")[-1]["val/loss"])
     assert run(config, tmp_path, resume=True)[1].diverged
+
+
+def test_the_best_checkpoint_is_named_where_there_is_one(tmp_path: Path) -> None:
+    _, result = run(tiny_config("train.max_steps=2", "train.eval_every=1"), tmp_path)
+    assert f"; the checkpoint of step {result.best_step} is the best" in _divergence(result, tiny_config(), tmp_path)
+    assert "is the best" not in _divergence(result, tiny_config(), tmp_path / "elsewhere")
 
 
 def test_going_on_where_nothing_is_left_to_do_keeps_the_speed(tmp_path: Path) -> None:
@@ -421,10 +429,22 @@ def test_only_the_last_checkpoints_and_the_best_are_kept(tmp_path: Path) -> None
     assert losses[result.best_step] == result.best_val_loss
     kept = sorted(p.name for p in (tmp_path / "checkpoints").iterdir())
     assert kept == [f"step_{step:08d}" for step in (result.best_step, 9, 12)]
-    _, again = run(replace_train(config, keep_best=False), tmp_path / "without")
-    assert again.best_step == result.best_step
-    kept = sorted(p.name for p in (tmp_path / "without" / "checkpoints").iterdir())
-    assert kept == ["step_00000009", "step_00000012"]
+
+
+@pytest.mark.parametrize(("every", "written"), [(3, [3, 6, 9, 12]), (1, [*range(1, 13)])])
+def test_without_keep_best_the_best_has_no_checkpoint_of_its_own(
+    every: int, written: list[int], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    steps: list[int] = []
+    save = checkpoint.save
+    monkeypatch.setattr(checkpoint, "save", lambda folder, step, *rest: (steps.append(step), save(folder, step, *rest)))
+    config = tiny_config("optimizer.lr=0.3", "optimizer.warmup_steps=8", "optimizer.schedule=constant")
+    config = replace_train(config, checkpoint_every=every, eval_every=1, keep_last=2, keep_best=False, max_steps=12)
+    _, result = run(config, tmp_path)
+    assert steps == written
+    kept = sorted(int(path.name[-8:]) for path in (tmp_path / "checkpoints").iterdir())
+    assert kept == written[-2:]
+    assert result.best_step not in kept
 
 
 def test_patience_ends_a_run_that_gets_no_better(tmp_path: Path) -> None:
